@@ -1,0 +1,1 @@
+"""Hollow: personalise Stable Diffusion on a small GPU, by LoRA on a hollowed U-Net."""

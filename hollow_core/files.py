@@ -1,0 +1,68 @@
+"""Reading and writing the two formats that Hollow knows, safetensors and JSON, without half-written files."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import HollowError
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as indented JSON; `path` appears whole or not at all. Raises HollowError if it cannot."""
+    _write_beside(path, lambda part: part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8"))
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors contiguously; `path` appears whole or not at all. Raises HollowError if it cannot."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    _write_beside(path, lambda part: save_file(contiguous, part, dict(metadata or {})))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write bytes; `path` appears whole or not at all. Raises HollowError if it cannot."""
+    _write_beside(path, lambda part: part.write_bytes(data))
+
+
+def read_json(path: Path) -> Any:
+    """The parsed content of `path`. Raises HollowError where it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HollowError(f"{path} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise HollowError(f"{path} is not valid JSON ({error}). Delete it and make it again.") from error
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata of `path`. Raises HollowError where it is missing, truncated or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> HollowError:
+    """What is said of a safetensors file that does not open."""
+    if not path.exists():
+        return HollowError(f"{path} does not exist. Check the path.")
+    return HollowError(f"{path} is not a whole safetensors file ({error}). Get or make it again.")
+
+
+def _write_beside(path: Path, write: Callable[[Path], Any]) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise HollowError(f"{path} could not be written ({error}). Free some space or choose another folder.") from error
