@@ -1,0 +1,45 @@
+"""Fixtures that every test may use: U-Nets with the real layouts and names, but small enough for any machine."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from hollow_core.blocks import layout_config
+
+LAYOUTS = ("sd15", "sd21", "sdxl")
+
+SMALL: dict[str, dict[str, Any]] = {
+    "sd15": {"block_out_channels": [8, 16, 24, 24], "cross_attention_dim": 12, "attention_head_dim": 2},
+    "sd21": {"block_out_channels": [8, 16, 24, 24], "cross_attention_dim": 16, "attention_head_dim": [1, 2, 3, 3]},
+    "sdxl": {
+        "block_out_channels": [8, 16, 24],
+        "cross_attention_dim": 20,
+        "attention_head_dim": [1, 2, 3],
+        "transformer_layers_per_block": [1, 2, 3],
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 16 + 6 * 4,  # pooled text embedding + six sizes
+    },
+}
+
+
+def make_tiny_unet(layout: str, seed: int = 0, **changes: Any) -> UNet2DConditionModel:
+    """A random U-Net with the blocks and names of `layout` ("sd15", "sd21", "sdxl"), a few channels wide."""
+    config = layout_config(layout) | SMALL[layout] | {"norm_num_groups": 4, "sample_size": 16} | changes
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return UNet2DConditionModel.from_config(config).eval()
+
+
+@pytest.fixture
+def tiny_unet() -> Callable[..., UNet2DConditionModel]:
+    """The factory: `tiny_unet("sd21")`, and `tiny_unet("sdxl", layers_per_block=1)` for a changed config."""
+    return make_tiny_unet
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    """Runs the test once for each of the three layouts."""
+    return request.param
