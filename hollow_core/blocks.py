@@ -1,11 +1,10 @@
-"""The map of a U-Net: its layers under the names of the paper, of diffusers and of LDM, and what a cut removes.
+"""The map of a U-Net: its layers by the names of the paper, diffusers and LDM, and what a cut removes.
 
 Everything is derived from the U-Net's config. Any `UNet2DConditionModel` of plain and cross-attention blocks
 has such a map; a *cut* k takes the mid block and, on either side of it, the k nearest skip connections with
-the layers that make and use them (Hollowed Net, section 3.2 and table 1 there).
+the layers that make and use them (Hollowed Net, section 4.2 and appendix B).
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from diffusers import UNet2DConditionModel
 
 from .errors import HollowError
+from .files import read_json
 
 Config = Mapping[str, Any]
 
@@ -27,7 +27,7 @@ class Layer(NamedTuple):
     side: Literal["down", "mid", "up"]
     kind: Literal["R", "RA", "downsampler", "upsampler"]
     modules: tuple[str, ...]  # diffusers: ("down_blocks.2.resnets.1", "down_blocks.2.attentions.1")
-    ldm: tuple[str, ...]  # the same modules in an original checkpoint: ("input_blocks.8.0", "input_blocks.8.1")
+    ldm: tuple[str, ...]  # the same in an original checkpoint: ("input_blocks.8.0", "input_blocks.8.1")
     channels: int  # of its output
 
 
@@ -38,7 +38,7 @@ def layout_config(name: str) -> dict[str, Any]:
     """
     if name not in LAYOUTS:
         raise HollowError(f"There is no layout named {name!r}. Choose one of {', '.join(LAYOUTS)}.")
-    return json.loads(Path(__file__).with_name("layouts").joinpath(f"{name}.json").read_text(encoding="utf-8"))
+    return read_json(Path(__file__).parent / "layouts" / f"{name}.json")
 
 
 def layers(config: Config) -> list[Layer]:
@@ -51,7 +51,7 @@ def layers(config: Config) -> list[Layer]:
 
 
 def max_cut(config: Config) -> int:
-    """The largest cut: every down layer gone, only conv_in and the last up layers left (11 for SD, 8 for SDXL)."""
+    """The largest cut (11 for SD, 8 for SDXL): no down layer is left, only conv_in and the last up layer."""
     return sum(layer.side == "down" for layer in layers(config))
 
 
@@ -62,8 +62,11 @@ def check_cut(config: Config, cut: int) -> None:
 
 
 def hollowed_layers(config: Config, cut: int) -> list[Layer]:
-    """What cut k removes: the last k down layers, the mid block, the first k up layers and the upsamplers between
-    or directly behind those, in the order in which they run. Raises HollowError for a cut out of range."""
+    """What cut k removes, in the order in which it runs: the last k down layers, the mid block, the first k
+    up layers with a ResNet and any upsampler between or directly behind them.
+
+    Raises HollowError for a cut out of range.
+    """
     check_cut(config, cut)
     all_layers = layers(config)
     down = [layer for layer in all_layers if layer.side == "down"]
@@ -95,8 +98,8 @@ def exit_shape(config: Config, cut: int, height: int, width: int) -> tuple[int, 
 def removed_fraction(unet: UNet2DConditionModel, cut: int) -> float:
     """The share of the U-Net's parameters that training no longer holds, from 0 to 1.
 
-    It counts the time-embedding MLP too: the time steps of training are known, so its outputs are precomputed.
-    With it the seven percentages of the paper's table 1 come out.
+    The time-embedding MLP counts as removed: the time steps of training are known, so its outputs are
+    precomputed. With it the seven percentages of the paper come out.
     """
     removed = [path for layer in hollowed_layers(unet.config, cut) for path in layer.modules]
     sizes = {name: parameter.numel() for name, parameter in unet.named_parameters()}
@@ -117,12 +120,22 @@ def from_ldm(config: Config, path: str) -> str:
     return _rename(path, {ldm: diffusers for diffusers, ldm in _renamings(config)})
 
 
+_KNOWN_BLOCKS = (
+    "DownBlock2D",
+    "CrossAttnDownBlock2D",
+    "UNetMidBlock2DCrossAttn",
+    "UpBlock2D",
+    "CrossAttnUpBlock2D",
+)
+
+
 def _check_blocks(config: Config) -> None:
-    known = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn"}
     mid = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
     for block in [*config["down_block_types"], mid, *config["up_block_types"]]:
-        if block not in known:
-            raise HollowError(f"Hollow cannot cut a U-Net with a {block}. It knows {', '.join(sorted(known))}.")
+        if block not in _KNOWN_BLOCKS:
+            raise HollowError(
+                f"Hollow cannot cut a U-Net with a {block}. It knows {', '.join(_KNOWN_BLOCKS)}."
+            )
 
 
 def _layers_per_block(config: Config) -> list[int]:
@@ -132,54 +145,53 @@ def _layers_per_block(config: Config) -> list[int]:
 
 def _down_layers(config: Config) -> Iterator[Layer]:
     index = 1  # input_blocks.0 is conv_in
-    for level, (block, count) in enumerate(zip(config["down_block_types"], _layers_per_block(config), strict=True)):
-        path, channels = f"down_blocks.{level}", config["block_out_channels"][level]
+    blocks, channels = config["down_block_types"], config["block_out_channels"]
+    for level, count in enumerate(_layers_per_block(config)):
+        path = f"down_blocks.{level}"
         for i in range(count):
-            modules = (f"{path}.resnets.{i}", f"{path}.attentions.{i}")
-            ldm = (f"input_blocks.{index}.0", f"input_blocks.{index}.1")
-            yield _resnet_layer(f"{level + 1}-{i + 1}", "down", block, modules, ldm, channels)
+            name, ldm = f"{level + 1}-{i + 1}", f"input_blocks.{index}"
+            yield _resnet_layer(name, "down", blocks[level], path, i, ldm, channels[level])
             index += 1
-        if level < len(config["down_block_types"]) - 1:
-            modules, ldm = (f"{path}.downsamplers.0",), (f"input_blocks.{index}.0",)
-            yield Layer(f"{level + 1}-{count + 1}", "down", "downsampler", modules, ldm, channels)
+        if level < len(blocks) - 1:
+            name, module, ldm = (
+                f"{level + 1}-{count + 1}",
+                f"{path}.downsamplers.0",
+                f"input_blocks.{index}.0",
+            )
+            yield Layer(name, "down", "downsampler", (module,), (ldm,), channels[level])
             index += 1
 
 
 def _mid_layers(config: Config) -> Iterator[Layer]:
     number, channels = len(config["down_block_types"]) + 1, config["block_out_channels"][-1]
-    resnet_attention = ("mid_block.resnets.0", "mid_block.attentions.0")
-    yield Layer(f"{number}-1", "mid", "RA", resnet_attention, ("middle_block.0", "middle_block.1"), channels)
+    modules, ldm = ("mid_block.resnets.0", "mid_block.attentions.0"), ("middle_block.0", "middle_block.1")
+    yield Layer(f"{number}-1", "mid", "RA", modules, ldm, channels)
     yield Layer(f"{number}-2", "mid", "R", ("mid_block.resnets.1",), ("middle_block.2",), channels)
 
 
 def _up_layers(config: Config) -> Iterator[Layer]:
-    index, levels = 0, len(config["down_block_types"])
-    for level, (block, count) in enumerate(
-        zip(config["up_block_types"], reversed(_layers_per_block(config)), strict=True)
-    ):
-        path, channels, number = f"up_blocks.{level}", config["block_out_channels"][-1 - level], levels + 2 + level
+    index = 0
+    blocks, channels = config["up_block_types"], config["block_out_channels"][::-1]
+    for level, count in enumerate(reversed(_layers_per_block(config))):
+        path, number = f"up_blocks.{level}", len(blocks) + 2 + level
         for i in range(count + 1):
-            modules = (f"{path}.resnets.{i}", f"{path}.attentions.{i}")
-            ldm = (f"output_blocks.{index}.0", f"output_blocks.{index}.1")
-            layer = _resnet_layer(f"{number}-{i + 1}", "up", block, modules, ldm, channels)
+            name, ldm = f"{number}-{i + 1}", f"output_blocks.{index}"
+            layer = _resnet_layer(name, "up", blocks[level], path, i, ldm, channels[level])
             yield layer
             index += 1
-        if level < levels - 1:  # in LDM an upsampler sits behind the last layer of its block, in the same list
-            modules, ldm = (f"{path}.upsamplers.0",), (f"output_blocks.{index - 1}.{len(layer.ldm)}",)
-            yield Layer(f"{number}-{count + 2}", "up", "upsampler", modules, ldm, channels)
+        if level < len(blocks) - 1:  # LDM lists an upsampler behind the modules of its block's last layer
+            name, module = f"{number}-{count + 2}", f"{path}.upsamplers.0"
+            ldm = f"output_blocks.{index - 1}.{len(layer.modules)}"
+            yield Layer(name, "up", "upsampler", (module,), (ldm,), channels[level])
 
 
 def _resnet_layer(
-    name: str,
-    side: Literal["down", "up"],
-    block: str,
-    modules: tuple[str, str],
-    ldm: tuple[str, str],
-    channels: int,
+    name: str, side: Literal["down", "up"], block: str, path: str, i: int, ldm: str, channels: int
 ) -> Layer:
+    resnet, attention = f"{path}.resnets.{i}", f"{path}.attentions.{i}"
     if block.startswith("CrossAttn"):
-        return Layer(name, side, "RA", modules, ldm, channels)
-    return Layer(name, side, "R", modules[:1], ldm[:1], channels)
+        return Layer(name, side, "RA", (resnet, attention), (f"{ldm}.0", f"{ldm}.1"), channels)
+    return Layer(name, side, "R", (resnet,), (f"{ldm}.0",), channels)
 
 
 # Attention has the same names on both sides.

@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: U-Nets with the real layouts and names, but small enough for any machine."""
+"""Fixtures that every test may use: U-Nets with the real layouts and names, small enough for any machine."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,11 @@ LAYOUTS = ("sd15", "sd21", "sdxl")
 
 SMALL: dict[str, dict[str, Any]] = {
     "sd15": {"block_out_channels": [8, 16, 24, 24], "cross_attention_dim": 12, "attention_head_dim": 2},
-    "sd21": {"block_out_channels": [8, 16, 24, 24], "cross_attention_dim": 16, "attention_head_dim": [1, 2, 3, 3]},
+    "sd21": {
+        "block_out_channels": [8, 16, 24, 24],
+        "cross_attention_dim": 16,
+        "attention_head_dim": [1, 2, 3, 3],
+    },
     "sdxl": {
         "block_out_channels": [8, 16, 24],
         "cross_attention_dim": 20,
