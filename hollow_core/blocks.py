@@ -38,7 +38,7 @@ def layout_config(name: str) -> dict[str, Any]:
     """
     if name not in LAYOUTS:
         raise HollowError(f"There is no layout named {name!r}. Choose one of {', '.join(LAYOUTS)}.")
-    return read_json(Path(__file__).parent / "layouts" / f"{name}.json")
+    return read_json(Path(__file__).parent / "layouts" / name / "unet" / "config.json")
 
 
 def layers(config: Config) -> list[Layer]:
