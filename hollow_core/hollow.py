@@ -36,7 +36,8 @@ class Conditioning(NamedTuple):
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "Conditioning":
         """The same conditioning elsewhere; None leaves device or dtype as it is."""
-        return self._make(part if part is None else part.to(device=device, dtype=dtype) for part in self)
+        parts = (part if part is None else part.to(device=device, dtype=dtype) for part in self)
+        return Conditioning._make(parts)
 
 
 class HollowedUNet(UNet2DConditionModel):

@@ -7,9 +7,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from hollow_core.blocks import layout_config
-
-LAYOUTS = ("sd15", "sd21", "sdxl")
+from hollow_core.blocks import LAYOUTS, layout_config
+from hollow_core.hollow import Conditioning
 
 SMALL: dict[str, dict[str, Any]] = {
     "sd15": {"block_out_channels": [8, 16, 24, 24], "cross_attention_dim": 12, "attention_head_dim": 2},
@@ -41,6 +40,23 @@ def make_tiny_unet(layout: str, seed: int = 0, **changes: Any) -> UNet2DConditio
 def tiny_unet() -> Callable[..., UNet2DConditionModel]:
     """The factory: `tiny_unet("sd21")`, and `tiny_unet("sdxl", layers_per_block=1)` for a changed config."""
     return make_tiny_unet
+
+
+def make_tiny_conditioning(unet: UNet2DConditionModel, batch: int = 1, seed: int = 0) -> Conditioning:
+    """A random prompt of five tokens that fits `unet`."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randn(batch, 5, unet.config.cross_attention_dim, generator=generator)
+    if unet.config.addition_embed_type is None:
+        return Conditioning(prompt)
+    width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    sizes = torch.tensor([[128.0, 128.0, 0.0, 0.0, 128.0, 128.0]])
+    return Conditioning(prompt, torch.randn(batch, width, generator=generator), sizes.repeat(batch, 1))
+
+
+@pytest.fixture
+def tiny_conditioning() -> Callable[..., Conditioning]:
+    """The factory: `tiny_conditioning(unet, batch=2, seed=1)`."""
+    return make_tiny_conditioning
 
 
 @pytest.fixture(params=LAYOUTS)

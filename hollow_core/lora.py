@@ -1,0 +1,152 @@
+"""LoRA layers by peft: put in, switched, read out, taken away. The base's weights stay frozen.
+
+A layer with LoRA computes W x + s (alpha / rank) B A x, with strength s (1 unless set).
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from .errors import HollowError
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The paper's targets: the four projections of self- and cross-attention."""
+
+_ADAPTER = "hollow"  # the name under which peft keeps our layers
+
+
+def add_lora(
+    unet: nn.Module,
+    rank: int,
+    alpha: float | None = None,
+    targets: Sequence[str] = ATTENTION,
+    *,
+    generator: torch.Generator,
+) -> None:
+    """Put fresh LoRA layers into `unet` in place of any that are there; its output does not change yet.
+
+    A is drawn from the CPU `generator` (kaiming uniform, as peft does), B is zero; both are fp32 and all that
+    is trainable. `alpha` None means alpha = rank. `targets` are names, or the ends of names, of linear and
+    convolution layers. Raises HollowError for a rank below 1 and for a target that cannot carry a LoRA.
+    """
+    if rank < 1:
+        raise HollowError(f"A LoRA of rank {rank} holds nothing. Choose a rank of at least 1.")
+    remove_lora(unet)
+    possible = [path for path, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    for target in targets:
+        if not any(f".{path}".endswith(f".{target}") for path in possible):
+            raise HollowError(f"This U-Net has no layer {target!r} to put a LoRA on. Check the targets.")
+    _inject(unet, list(targets), rank, rank if alpha is None else alpha)
+    for key, matrix in _matrices(unet):
+        fresh = torch.zeros(matrix.shape)
+        if key.endswith("lora_A.weight"):
+            nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
+        matrix.data.copy_(fresh)
+
+
+def load_lora_state(unet: nn.Module, state: Mapping[str, Tensor], alpha: float) -> None:
+    """Put the LoRA of `state` (as `lora_state` gives it) into `unet` in place of any that is there.
+
+    Targets and ranks are those of `state`. Raises HollowError, and changes nothing, where a key or a shape
+    does not fit `unet`.
+    """
+    paths = list(dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in state))
+    ranks = {path: _checked_rank(unet, path, state) for path in paths}
+    if not ranks:
+        raise HollowError("The LoRA holds no matrices. Get or make the file again.")
+    rank = max(ranks.values())
+    remove_lora(unet)
+    _inject(unet, paths, rank, alpha, {path: lower for path, lower in ranks.items() if lower < rank})
+    for key, matrix in _matrices(unet):
+        matrix.data.copy_(state[key])
+
+
+def lora_state(unet: nn.Module) -> dict[str, Tensor]:
+    """A snapshot on the CPU of every LoRA matrix: {"down_blocks.0.….to_q.lora_A.weight": (rank, in), …}."""
+    return {key: matrix.detach().to("cpu", copy=True) for key, matrix in _matrices(unet)}
+
+
+def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
+    """Every trainable LoRA matrix of `unet`, in the order of its modules."""
+    return [matrix for _, matrix in _matrices(unet)]
+
+
+def set_strength(unet: nn.Module, strength: float) -> None:
+    """Scale what the LoRA adds: 0 is nothing, 1 as trained."""
+    for _, layer in _lora_layers(unet):
+        layer.set_scale(_ADAPTER, strength)
+
+
+@contextmanager
+def lora_off(unet: nn.Module) -> Iterator[None]:
+    """While inside, `unet` and every view that shares its layers compute without the LoRA, at no cost."""
+    layers = [layer for _, layer in _lora_layers(unet)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def remove_lora(unet: nn.Module) -> None:
+    """Take the LoRA layers out again; `unet` is as it was before."""
+    for path, layer in list(_lora_layers(unet)):
+        parent, _, name = path.rpartition(".")
+        setattr(unet.get_submodule(parent), name, layer.get_base_layer())
+
+
+def _inject(
+    unet: nn.Module, targets: list[str], rank: int, alpha: float, ranks: Mapping[str, int] | None = None
+) -> None:
+    config = LoraConfig(r=rank, target_modules=targets, rank_pattern=dict(ranks or {}))
+    config.lora_alpha = alpha  # type: ignore[assignment]  # peft declares an int, and scales by any number
+    unet.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):  # peft draws weights of its own, which both callers overwrite
+        inject_adapter_in_model(config, unet, _ADAPTER)
+    del (
+        unet.peft_config
+    )  # views are copied with their attributes; the layers alone tell whether there is a LoRA
+    for matrix in lora_parameters(unet):
+        matrix.data = matrix.data.float()
+
+
+def _matrices(unet: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for path, layer in _lora_layers(unet):
+        yield f"{path}.lora_A.weight", layer.lora_A[_ADAPTER].weight
+        yield f"{path}.lora_B.weight", layer.lora_B[_ADAPTER].weight
+
+
+def _lora_layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, module in unet.named_modules():
+        if isinstance(module, LoraLayer) and _ADAPTER in module.lora_A:
+            yield path, module
+
+
+def _checked_rank(unet: nn.Module, path: str, state: Mapping[str, Tensor]) -> int:
+    """The rank of the LoRA on `path`, or a HollowError saying why it does not fit there."""
+    advice = "Use it with the kind of model on which it was trained."
+    down, up = state.get(f"{path}.lora_A.weight"), state.get(f"{path}.lora_B.weight")
+    if down is None or up is None:
+        raise HollowError(f"The LoRA has only one of two matrices for {path}. Get or make the file again.")
+    try:
+        module: Any = unet.get_submodule(path)
+        base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        weight: Tensor = base.weight
+    except AttributeError:
+        raise HollowError(f"The LoRA changes {path}, which this U-Net has not. {advice}") from None
+    rank = down.shape[0]
+    expected = (rank, *weight.shape[1:]), (weight.shape[0], rank, *[1] * (weight.dim() - 2))
+    if (tuple(down.shape), tuple(up.shape)) != expected:
+        raise HollowError(
+            f"The LoRA for {path} has shapes {tuple(down.shape)} and {tuple(up.shape)}, but this U-Net needs "
+            f"{expected[0]} and {expected[1]}. {advice}"
+        )
+    return rank
