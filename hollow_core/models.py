@@ -1,0 +1,184 @@
+"""A base model from a diffusers folder or a single file, and what it makes of prompts and pictures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from .errors import HollowError
+from .hollow import Conditioning
+from .images import TrainingImage
+from .single_file import Pipeline, load_single_file, pipeline_class, quiet, unloadable, without_extras
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass
+class BaseModel:
+    """The parts of a base model; what is no longer needed may be set free (`free_encoders`)."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL | None
+    text_encoders: tuple[nn.Module, ...]
+    """One, or SDXL's two; empty once set free."""
+    tokenizers: tuple[CLIPTokenizer, ...]
+    schedule: DDPMScheduler
+    """The noise schedule of training: its prediction type, its betas, zero terminal SNR or not."""
+    layout: str
+    """"sd15", "sd21", "sdxl" or "other"."""
+    resolution: int
+    """The native side of a picture in pixels."""
+
+    def pipeline(self) -> Pipeline:
+        """A diffusers pipeline of these very parts, with DDIM as sampler; set `.scheduler` for another."""
+        sampling: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+        if self.schedule.config.rescale_betas_zero_snr:
+            # A schedule that ends in pure noise must be sampled from there, which only trailing steps do
+            # (Lin et al., "Common Diffusion Noise Schedules and Sample Steps Are Flawed", section 3.3).
+            sampling["timestep_spacing"] = "trailing"
+        parts: dict[str, Any] = {
+            "unet": self.unet,
+            "vae": self.vae,
+            "text_encoder": self.text_encoders[0] if self.text_encoders else None,
+            "tokenizer": self.tokenizers[0],
+            "scheduler": DDIMScheduler.from_config(self.schedule.config, **sampling),
+        }
+        if self.layout == "sdxl":
+            second = self.text_encoders[1] if self.text_encoders else None
+            return StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=self.tokenizers[1])
+        return StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+
+
+def load(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    prediction_type: str | None = None,
+    config: Path | None = None,
+) -> BaseModel:
+    """Load a diffusers folder, or a single .safetensors file of SD 1.x, SD 2.x or SDXL, onto the CPU.
+
+    `prediction_type` ("epsilon", "v_prediction", "sample") overrides what the model says of itself: a folder
+    in its scheduler's config, a file by the rule in `single_file`. `config` is for a single file whose layers
+    have other sizes than the public models': a diffusers folder with configs and tokenizers.
+    Raises HollowError for a path that does not exist, a pickle, a LoRA, and models of any other kind.
+    """
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        choices = ", ".join(PREDICTION_TYPES)
+        raise HollowError(f"There is no prediction type {prediction_type!r}. Choose one of {choices}.")
+    if not path.exists():
+        raise HollowError(f"{path} does not exist. Give a .safetensors checkpoint or a diffusers folder.")
+    if path.is_dir():
+        pipeline = _load_folder(path, dtype)
+    elif path.suffix.lower() == ".safetensors":
+        pipeline = load_single_file(path, dtype, config)
+    else:
+        raise HollowError(
+            f"{path} is no .safetensors file. Pickles (.ckpt, .pt, .bin) are never read, since they can run "
+            "any code: get the model as .safetensors."
+        )
+    override = {"prediction_type": prediction_type} if prediction_type else {}
+    encoders = (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
+    tokenizers = (pipeline.tokenizer, getattr(pipeline, "tokenizer_2", None))
+    return BaseModel(
+        unet=pipeline.unet.eval(),
+        vae=pipeline.vae.eval(),
+        text_encoders=tuple(encoder.eval() for encoder in encoders if encoder is not None),
+        tokenizers=tuple(tokenizer for tokenizer in tokenizers if tokenizer is not None),
+        schedule=DDPMScheduler.from_config(pipeline.scheduler.config, **override),
+        layout=layout_name(pipeline.unet.config),
+        resolution=pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+    )
+
+
+def layout_name(config: Mapping[str, Any]) -> str:
+    """The family of a U-Net config: "sdxl" by its size conditioning, "sd15", "sd21" by their text width."""
+    if config.get("addition_embed_type") == "text_time":
+        return "sdxl"
+    width = config["cross_attention_dim"]
+    return {768: "sd15", 1024: "sd21"}.get(width, "other") if isinstance(width, int) else "other"
+
+
+@torch.no_grad()
+def encode_prompt(model: BaseModel, text: str, size: tuple[int, int] | None = None) -> Conditioning:
+    """What the U-Net sees of a prompt: exactly what the diffusers pipeline hands it.
+
+    encoder_hidden_states are (1, 77, width). SDXL also sees the picture's `size`, (height, width) in pixels,
+    as original and as target size, uncropped; None is the native size.
+    Raises HollowError where the text encoder was set free.
+    """
+    if not model.text_encoders:
+        raise HollowError("The text encoder was set free already. Encode all prompts before free_encoders.")
+    device = next(model.text_encoders[0].parameters()).device
+    embeds, _, *pooled = model.pipeline().encode_prompt(
+        text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    if model.layout != "sdxl":
+        return Conditioning(embeds, None, None)
+    height, width = size or (model.resolution, model.resolution)
+    time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=embeds.dtype, device=device)
+    return Conditioning(embeds, pooled[0], time_ids)
+
+
+@torch.no_grad()
+def encode_images(model: BaseModel, images: Sequence[TrainingImage]) -> list[Tensor]:
+    """The scaled latents of each picture, (1, channels, height / 8, width / 8) for SD: the posterior's mean.
+
+    Raises HollowError where the VAE was set free.
+    """
+    if model.vae is None:
+        raise HollowError("The VAE was set free already. Encode all pictures before free_encoders.")
+    vae, dtype = model.vae, model.vae.dtype
+    if dtype == torch.float16:
+        vae.to(torch.float32)  # SDXL's encoder overflows in fp16
+    latents = []
+    for image in images:
+        pixels = torch.frombuffer(bytearray(image.picture.tobytes()), dtype=torch.uint8)
+        pixels = pixels.reshape(1, image.picture.height, image.picture.width, 3).permute(0, 3, 1, 2)
+        scaled = (pixels / 127.5 - 1).to(vae.device, vae.dtype)
+        mean = vae.encode(scaled).latent_dist.mean
+        latents.append(((mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor).to(dtype))
+    vae.to(dtype)
+    return latents
+
+
+def free_encoders(model: BaseModel) -> None:
+    """Let go of VAE and text encoders: precomputing and training need only their outputs."""
+    model.vae, model.text_encoders = None, ()
+
+
+def _load_folder(path: Path, dtype: torch.dtype) -> Pipeline:
+    if not (path / "model_index.json").exists():
+        raise HollowError(
+            f"{path} is no diffusers folder: it has no model_index.json. Give the folder with it."
+        )
+    kind = pipeline_class(path)
+    weights = path / "unet" / "diffusion_pytorch_model.safetensors"
+    only_half = not weights.exists() and weights.with_suffix(".fp16.safetensors").exists()
+    try:
+        with quiet():
+            return kind.from_pretrained(
+                path,
+                torch_dtype=dtype,
+                variant="fp16" if only_half else None,
+                use_safetensors=True,
+                local_files_only=True,
+                **without_extras(kind),
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise unloadable(path, error) from error
