@@ -45,7 +45,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     """The tensors and the metadata of `path`. Raises HollowError where it is missing, truncated or damaged."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise damaged(path, error) from error
 
@@ -65,4 +66,6 @@ def _write_beside(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
-        raise HollowError(f"{path} could not be written ({error}). Free some space or choose another folder.") from error
+        raise HollowError(
+            f"{path} could not be written ({error}). Free some space or choose another folder."
+        ) from error

@@ -1,0 +1,322 @@
+"""The command `hollow`: demo, cuts, train, sample. Results go to stdout, everything else to stderr."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from .errors import HollowError
+from .progress import Progress
+
+app = typer.Typer(
+    help="Personalise Stable Diffusion on a small GPU: five pictures in, an ordinary LoRA file out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+ModelPath = Annotated[
+    Path, typer.Argument(help="A .safetensors checkpoint of SD 1.x, 2.x or SDXL, or a diffusers folder.")
+]
+
+
+class Precision(str, Enum):
+    """How weights are kept and computed with."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Prediction(str, Enum):
+    """What a model's U-Net predicts."""
+
+    epsilon = "epsilon"
+    v_prediction = "v_prediction"
+    sample = "sample"
+
+
+PredictionType = Annotated[
+    Prediction | None,
+    typer.Option(help="What the U-Net predicts, where the model does not tell. [default: as it tells]"),
+]
+
+
+def main() -> None:
+    """Run the command; a HollowError is one sentence on stderr and exit status 1."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        app()
+    except HollowError as error:
+        console.print(Text(f"hollow: {error}", style="red"), soft_wrap=True)
+        raise SystemExit(1) from error
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the LoRA, the pictures and the report.")] = Path(
+        "hollow-demo"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Personalise the embedded model offline on a subject it has never seen: minutes on two cores, no GPU."""
+    from .demo import run
+
+    with watching() as watch:
+        report = run.run(out, progress=watch)
+    assert report is not None  # nothing here asks it to stop
+    table = Table("", "subject score", "prompt score")
+    for name, row in report["rows"].items():
+        table.add_row(name, f"{row['subject_score']:.2f}", f"{row['prompt_score']:.2f}")
+    console.print(table)
+    console.print(
+        Text(f"Look at {out / 'grid.png'}; the LoRA is {out / 'lora.safetensors'}."), soft_wrap=True
+    )
+    if as_json:
+        print(json.dumps(report, indent=1))
+
+
+@app.command()
+def cuts(
+    model: Annotated[
+        str, typer.Argument(help="sd15, sd21, sdxl, or a diffusers folder or .safetensors checkpoint.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """What each cut of a U-Net removes, and what it then costs to train."""
+    from .blocks import LAYOUTS, layout_config
+    from .cost import cuts_table
+    from .models import load
+
+    rows = cuts_table(layout_config(model) if model in LAYOUTS else load(Path(model)).unet.config)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("k", "hollowed", "removed %", "parameters kept", "record", "training step")
+    for row in rows:
+        first, last = row["blocks"][0], row["blocks"][-1]
+        table.add_row(
+            str(row["k"]),
+            f"{first} … {last}",
+            f"{row['removed_percent']:.1f}",
+            f"{row['parameters'] / 1e6:.1f} M",
+            f"{row['record_bytes'] / 2**20:.2f} MiB",
+            f"{row['flops']['training_step'] / 1e12:.3f} TFLOP",
+        )
+    Console().print(table)
+
+
+@app.command()
+def train(
+    model: ModelPath,
+    images: Annotated[Path, typer.Option(help="Folder with four or five pictures of the subject; NAME.txt beside NAME.png is its caption.")],
+    subject: Annotated[str, typer.Option(help="What the subject is, in a common word: dog, cup, backpack.")],
+    out: Annotated[Path, typer.Option(help="Folder for lora.safetensors, and for the work that lets a stopped run go on.")] = Path("hollow-lora"),
+    identifier: Annotated[str, typer.Option(help="The rare word that will call the subject in prompts.")] = "sks",
+    cut: Annotated[int, typer.Option(help="How much of the U-Net to hollow, see `hollow cuts`; -1 for an ordinary LoRA on all of it.")] = 3,
+    resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. [default: the model's own]")] = None,
+    samples: Annotated[int, typer.Option(help="Records to precompute; half are of the class where there are class images.")] = 200,
+    class_images: Annotated[int, typer.Option(help="Pictures of the class that the base model draws for prior preservation; 0 does without.")] = 0,
+    prior_weight: Annotated[float, typer.Option(help="Weight of the prior-preservation loss.")] = 1.0,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
+    alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA. [default: the rank]")] = None,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
+    learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-4,
+    batch: Annotated[int, typer.Option(help="Records a step, one after the other: costs time, not memory.")] = 1,
+    snr_gamma: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, usually 5. [default: off]")] = None,
+    precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic; the LoRA stays fp32.")] = Precision.fp32,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, a third more time.")] = False,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints from which a killed run goes on; 0 for none.")] = 100,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same LoRA on the same machine.")] = 0,
+    prediction_type: PredictionType = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the GPU if there is one]")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Train a LoRA of a subject on a hollowed U-Net. Press Ctrl-C to stop; the same command goes on."""
+    from .images import load_images
+    from .personalize import Request, personalize
+    from .prompts import personal_prompt
+    from .train import TrainSettings
+
+    personal_prompt(identifier, subject)  # refuse bad words before anything is loaded
+    settings = TrainSettings(
+        rank=rank,
+        alpha=alpha,
+        steps=steps,
+        learning_rate=learning_rate,
+        batch=batch,
+        prior_weight=prior_weight,
+        snr_gamma=snr_gamma,
+        precision=precision.value,
+        gradient_checkpointing=checkpointing,
+        seed=seed,
+        save_every=save_every,
+    )
+    load = _loader(model, precision, prediction_type)
+    side = load().resolution if resolution is None else resolution
+    request = Request(
+        images=load_images(images, side),
+        class_word=subject,
+        identifier=identifier,
+        cut=None if cut < 0 else cut,
+        samples=samples,
+        class_images=class_images,
+        settings=settings,
+    )
+    with watching() as watch, stopping() as stop:
+        outcome = personalize(load, request, out, device=_device(device), progress=watch, stop=stop)
+    stopped = outcome.result.stopped if outcome.result is not None else "stop"
+    if as_json:
+        stages = [vars(stage) for stage in outcome.meter.stages]
+        print(
+            json.dumps(
+                {"file": str(outcome.file) if outcome.file else None, "stopped": stopped, "stages": stages}
+            )
+        )
+    if stopped == "stop":
+        console.print("Stopped. The same command goes on from here.")
+        raise typer.Exit(130)
+    if stopped != "finished":
+        raise HollowError(
+            f"Training met a {stopped} after {outcome.result.steps if outcome.result else 0} steps; the last good LoRA is "
+            f"{outcome.file}. Lower --learning-rate, or use --precision fp32, in a new --out folder."
+        )
+    console.print(Text(f"The LoRA is {outcome.file}."), soft_wrap=True)
+
+
+@app.command()
+def sample(
+    model: ModelPath,
+    lora: Annotated[Path, typer.Option(help="A LoRA file; one of a hollowed training is used on two paths.")],
+    prompt: Annotated[list[str], typer.Option(help="What to draw, with the identifier; may be given several times.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("hollow-pictures"),
+    images: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count up.")] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
+    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 7.5,
+    negative: Annotated[str, typer.Option(help="The negative prompt.")] = "",
+    strength: Annotated[float, typer.Option(help="Of the LoRA: 0 is none, 1 as trained.")] = 1.0,
+    refresh: Annotated[int, typer.Option(help="Run the base path every n-th step only: faster, and a little less exact.")] = 1,
+    generic: Annotated[str | None, typer.Option(help="The prompt of the base path. [default: the prompt without the identifier]")] = None,
+    single_path: Annotated[bool, typer.Option(help="Use the file as an ordinary LoRA, as other tools do.")] = False,
+    width: Annotated[int | None, typer.Option(help="In pixels. [default: the model's own]")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels. [default: the model's own]")] = None,
+    precision: Annotated[Precision, typer.Option(help="Of the model.")] = Precision.fp32,
+    prediction_type: PredictionType = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the GPU if there is one]")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Draw pictures with a LoRA."""
+    import io
+
+    from . import lora_file
+    from .files import write_bytes
+    from .personalize import move
+    from .sample import SampleSettings
+    from .sample import sample as draw
+
+    base = _loader(model, precision, prediction_type)()
+    file = lora_file.load(lora, base.unet)
+    move(base, _device(device))
+    size = (height or base.resolution, width or base.resolution)
+    settings = SampleSettings(steps, guidance, negative, strength, refresh, size)
+    prompts = [text for text in prompt for _ in range(images)]
+    seeds = [seed + number for _ in prompt for number in range(images)]
+    with watching() as watch:
+
+        def progress(done: int, of: int) -> None:
+            watch("sample", Progress(done, of, 0.0))
+
+        drawn = draw(
+            base, prompts, seeds, settings, lora=file, single_path=single_path, generic=generic, progress=progress
+        )  # fmt: skip
+    files = []
+    for number, picture in enumerate(drawn):
+        data = io.BytesIO()
+        picture.save(data, "PNG")
+        files.append(out / f"{number:03}-seed{seeds[number]}.png")
+        write_bytes(files[-1], data.getvalue())
+    if as_json:
+        print(json.dumps([{"file": str(file), "prompt": text, "seed": seed} for file, text, seed in zip(files, prompts, seeds, strict=True)]))  # fmt: skip
+    console.print(Text(f"{len(files)} pictures are in {out}."), soft_wrap=True)
+
+
+def _loader(path: Path, precision: Precision, prediction_type: Prediction | None) -> Any:
+    import torch
+
+    from .models import load
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.value]
+    return lambda: load(path, dtype, prediction_type=prediction_type.value if prediction_type else None)
+
+
+def _device(asked: str | None) -> str:
+    import torch
+
+    if asked is not None:
+        return asked
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@contextmanager
+def watching() -> Iterator[Any]:
+    """Progress bars on stderr, one a stage, with loss, time left and memory in use."""
+    from .meter import used_bytes
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Bars(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def watch(stage: str, done: Progress) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=done.steps, note="")
+            minutes, seconds = divmod(round(done.seconds_left), 60)
+            note = f"{minutes}:{seconds:02} left, {used_bytes() / 2**30:.2f} GiB"
+            if done.loss is not None:
+                note = f"loss {done.loss:.4f}, {note}"
+            bars.update(tasks[stage], completed=done.step, note=note)
+
+        yield watch
+
+
+@contextmanager
+def stopping() -> Iterator[Any]:
+    """Ctrl-C asks for a stop at the next step; a second one interrupts at once."""
+    import signal
+
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,1 @@
+"""The embedded miniature of Stable Diffusion, its drawn world, and what trained it."""

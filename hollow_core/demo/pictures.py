@@ -1,0 +1,59 @@
+"""The demo's two figures: a labelled grid of pictures, and the training losses."""
+
+import io
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from ..files import write_bytes
+
+CELL = 128  # pixels
+MARGIN = 6
+LABEL = 190
+
+
+def save_grid(
+    path: Path,
+    references: Sequence[Image.Image],
+    rows: Mapping[str, tuple[Sequence[Image.Image], str]],
+    columns: Sequence[str],
+) -> None:
+    """A row of references, then one for each entry of `rows` (pictures and a note), under `columns` titles."""
+    height = CELL + MARGIN
+    sheet = Image.new(
+        "RGB", (LABEL + max(len(references), len(columns)) * height, (len(rows) + 1) * height + 26), "white"
+    )
+    pen = ImageDraw.Draw(sheet)
+    title, small = ImageFont.load_default(15), ImageFont.load_default(13)
+
+    def put(top: int, name: str, note: str, drawn: Sequence[Image.Image]) -> None:
+        pen.multiline_text((8, top + 34), name.replace(", ", ",\n"), "black", title)
+        pen.multiline_text((8, top + 78), note, (95, 95, 95), small)
+        for column, picture in enumerate(drawn):
+            large = picture.convert("RGB").resize((CELL, CELL), Image.Resampling.NEAREST)
+            sheet.paste(large, (LABEL + column * height, top))
+
+    put(0, "references", "five pictures in", references)
+    for column, name in enumerate(columns):
+        pen.text((LABEL + column * height + CELL // 2, height + 12), name, (60, 60, 60), small, anchor="mm")
+    for row, (name, (drawn, note)) in enumerate(rows.items(), start=1):
+        put(row * height + 26, name, note, drawn)
+    data = io.BytesIO()
+    sheet.save(data, "PNG")
+    write_bytes(path, data.getvalue())
+
+
+def save_losses(path: Path, losses: Mapping[str, Sequence[float]]) -> None:
+    """Each training's loss by step, smoothed."""
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (smoothed)")
+    for name, values in losses.items():
+        axes.plot(list(accumulate(values, lambda smooth, value: 0.97 * smooth + 0.03 * value)), label=name)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=120)
+    write_bytes(path, data.getvalue())

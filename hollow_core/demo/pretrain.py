@@ -1,0 +1,402 @@
+"""Trains the embedded model from nothing on the CPU: `python -m hollow_core.demo.pretrain --out DIR`.
+
+Five parts, each skipped where its file is already there, so that an interrupted run goes on: a tokenizer, an
+autoencoder (linear encoder, trained decoder), a text encoder, the scorers, and the U-Net, which takes the time.
+Figures are kept in DIR/log.json.
+"""
+
+import argparse
+import copy
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ..files import read_json, read_safetensors, write_json, write_safetensors
+from . import language, scorers, world
+
+LATENT_CHANNELS = 8
+PATCH = 4  # pixels a latent position covers, each way
+TEXT_WIDTH = 96
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("hollow-pretrain"), help="folder for the model")
+    parser.add_argument(
+        "--pictures", type=int, default=80_000, help="drawn pictures to train on (default 80000)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=11_000, help="U-Net steps of 64 pictures (default 11000)"
+    )
+    parser.add_argument(
+        "--only", nargs="*", help="parts to make: text autoencoder scorers unet (default all)"
+    )
+    options = parser.parse_args()
+    out: Path = options.out
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "text": lambda: train_text_encoder(out),
+        "autoencoder": lambda: train_autoencoder(out),
+        "scorers": lambda: scorers.train(out),
+        "unet": lambda: train_unet(out, options.pictures, options.steps),
+    }
+    for name in options.only or parts:
+        started = time.monotonic()
+        figures = parts[name]()
+        note(out, name, {**figures, "seconds": round(time.monotonic() - started)})
+
+
+def note(out: Path, part: str, figures: dict[str, Any]) -> None:
+    """Add a part's figures to DIR/log.json."""
+    path = out / "log.json"
+    write_json(path, {**(read_json(path) if path.exists() else {}), part: figures})
+
+
+# Text encoder: learns alone to carry its words, and is frozen before the U-Net sees it. Trained together with
+# the U-Net it forgets rare words, and then no identifier is ever heard.
+
+
+def train_text_encoder(out: Path, steps: int = 1_200, batch: int = 96) -> dict[str, Any]:
+    """Each token's state must tell which words came so far, and the two tokens before it."""
+    tokenizer = language.write_tokenizer(out / "tokenizer")
+    torch.manual_seed(0)  # initial weights; the constructors of transformers and diffusers take no generator
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=language.MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    words = nn.Linear(TEXT_WIDTH, len(tokenizer))
+    before = nn.ModuleList(nn.Linear(TEXT_WIDTH, len(tokenizer)) for _ in range(2))
+    parameters = [*encoder.parameters(), *words.parameters(), *before.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+    choose = random.Random(1)
+    for step in range(steps):
+        texts = [
+            language.caption(world.random_subject(choose), choose.choice(list(world.SCENES)), choose)
+            for _ in range(batch)
+        ]
+        tokens = tokenize(tokenizer, texts)
+        states = encoder(tokens).last_hidden_state
+        so_far = F.one_hot(tokens, len(tokenizer)).cumsum(1).clamp(max=1).float()
+        loss = 20 * F.binary_cross_entropy_with_logits(words(states), so_far)
+        for distance, head in enumerate(before, start=1):
+            loss = loss + F.cross_entropy(
+                head(states[:, distance:]).flatten(0, 1), tokens[:, :-distance].flatten()
+            )
+        decay(optimizer, 1e-3, step, steps)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 250 == 0:
+            print(f"text encoder {step}/{steps} loss {loss.item():.4f}", flush=True)
+    encoder.half().save_pretrained(out / "text_encoder")
+    return {"steps": steps, "loss": round(loss.item(), 4), "parameters": count(encoder)}
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Token ids (batch, 24)."""
+    ids = tokenizer(texts, padding="max_length", truncation=True, max_length=language.MAX_TOKENS).input_ids
+    return torch.tensor(ids)
+
+
+# Autoencoder: the encoder is linear, principal components of 4×4-pixel patches written into convolutions, so
+# latents are smooth and need no training; the decoder is trained to undo it.
+
+
+def train_autoencoder(out: Path, steps: int = 1_500, batch: int = 16) -> dict[str, Any]:
+    """AutoencoderTiny, 64×64×3 → 16×16×8."""
+    autoencoder = principal_autoencoder()
+    generator = random.Random(2)
+    decoder = autoencoder.decoder
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3)
+    started = time.monotonic()
+    for step in range(steps):
+        pictures = drawn(batch, generator)[0]
+        with torch.no_grad():
+            latents = autoencoder.encode(pictures).latents
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded = autoencoder.decode(latents).sample
+        error = decoded.float() - pictures
+        loss = error.abs().mean() + error.square().mean()
+        decay(optimizer, 2e-3, step, steps)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(
+                f"autoencoder {step}/{steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
+    autoencoder.half().save_pretrained(out / "vae")
+    autoencoder.float()
+    pictures = drawn(128, random.Random(3))[0]
+    with torch.no_grad():
+        decoded = autoencoder.decode(autoencoder.encode(pictures).latents).sample.clamp(-1, 1)
+    psnr = 10 * torch.log10(4 / (decoded - pictures).square().mean()).item()
+    return {"steps": steps, "psnr": round(psnr, 2), "parameters": count(autoencoder)}
+
+
+def principal_autoencoder() -> AutoencoderTiny:
+    """An AutoencoderTiny whose encoder is the principal components of drawn 4×4 patches, scaled to about one."""
+    width = 3 * PATCH**2
+    torch.manual_seed(0)
+    autoencoder = AutoencoderTiny(
+        latent_channels=LATENT_CHANNELS,
+        encoder_block_out_channels=(width,) * 3,
+        decoder_block_out_channels=(width,) * 3,
+        num_encoder_blocks=(0, 0, 0),
+        num_decoder_blocks=(2, 2, 1),
+    )
+    first, half, quarter, last = autoencoder.encoder.layers
+    for layer in (first, half, quarter, last):
+        nn.init.zeros_(layer.weight)
+    with torch.no_grad():
+        nn.init.zeros_(first.bias)
+        for color in range(3):
+            first.weight[color, color, 1, 1] = 1
+        for layer, channels in ((half, 3), (quarter, 12)):  # space to depth
+            for row in (0, 1):
+                for column in (0, 1):
+                    for channel in range(channels):
+                        layer.weight[
+                            (2 * row + column) * channels + channel, channel, 1 + row, 1 + column
+                        ] = 1
+        pictures = drawn(2_000, random.Random(4))[0]
+        patches = autoencoder.encoder.layers[:3](pictures.add(1).div(2)).permute(0, 2, 3, 1).flatten(0, 2)
+        mean = patches.mean(0)
+        _, scale, components = torch.linalg.svd((patches - mean)[::7], full_matrices=False)
+        deviation = scale[:LATENT_CHANNELS] / len(patches[::7]) ** 0.5
+        # half-way between equal variance and true variance: colours stay ahead of edges in the noise
+        gain = deviation**-0.5
+        gain = gain / ((gain * deviation).square().mean().sqrt())
+        rows = components[:LATENT_CHANNELS] * gain[:, None]
+        last.weight[:, :, 1, 1] = rows
+        last.bias.copy_(-rows @ mean)
+    autoencoder.encoder.requires_grad_(False)
+    return autoencoder
+
+
+# U-Net
+
+
+def train_unet(out: Path, pictures: int, steps: int, batch: int = 64, peak: float = 1e-3) -> dict[str, Any]:
+    """v-prediction on a zero-terminal-SNR schedule, with skips dropped so that the deep levels must speak."""
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32).requires_grad_(
+        False
+    )
+    latents, subjects, scenes = drawn_latents(pictures)
+    schedule = noise_schedule()
+    schedule.save_pretrained(out / "scheduler")
+    torch.manual_seed(0)
+    unet = new_unet()
+    unet.set_attn_processor(
+        AttnProcessor()
+    )  # on a CPU its backward is three times as fast as the fused one's
+    average = copy.deepcopy(unet).requires_grad_(False)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=peak, weight_decay=0.01, fused=True)
+    start, losses = 0, []
+    checkpoint = out / "unet-training.safetensors"
+    if checkpoint.exists():
+        start = restore(checkpoint, unet, average, optimizer)
+        losses = read_json(out / "unet-losses.json")
+    generator, choose = torch.Generator(), random.Random()
+    started, recent = time.monotonic(), []
+    for step in range(start, steps):
+        generator.manual_seed(step)
+        choose.seed(step)
+        chosen = torch.randint(len(latents), (batch,), generator=generator)
+        clean = latents[chosen].float()
+        texts = [language.caption(subjects[i], scenes[i], choose) for i in chosen]
+        with torch.no_grad():
+            states = text_encoder(tokenize(tokenizer, texts)).last_hidden_state
+        timesteps = torch.randint(schedule.config.num_train_timesteps, (batch,), generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy = schedule.add_noise(clean, noise, timesteps)
+        velocity = schedule.get_velocity(clean, noise, timesteps)
+        with torch.autocast("cpu", torch.bfloat16), skips_dropped(unet, batch, generator):
+            predicted = unet(noisy, timesteps, states).sample
+        loss = F.mse_loss(predicted.float(), velocity)
+        loss.backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        decay(optimizer, peak, step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        momentum = min(0.999, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - momentum)
+        recent.append(loss.item())
+        if (step + 1) % 100 == 0:
+            losses.append({"step": step + 1, "loss": round(sum(recent) / len(recent), 5)})
+            print(
+                f"unet {step + 1}/{steps} loss {losses[-1]['loss']} {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
+            recent = []
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            write_json(out / "unet-losses.json", losses)
+            keep(checkpoint, step + 1, unet, average, optimizer)
+            save_pipeline(out, average)
+    return {"steps": steps, "pictures": steps * batch, "losses": losses, "parameters": count(unet)}
+
+
+def new_unet() -> UNet2DConditionModel:
+    """Four levels of two layers, no attention in the first, as SDXL has it; the deep ones hold most weights."""
+    return UNet2DConditionModel(
+        sample_size=world.SIZE // PATCH,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(32, 64, 80, 112),
+        down_block_types=(
+            "DownBlock2D",
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+        ),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=2,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+        use_linear_projection=True,
+    )
+
+
+def noise_schedule() -> DDIMScheduler:
+    """Stable Diffusion's betas rescaled to zero terminal SNR, v-prediction."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+
+
+@contextmanager
+def skips_dropped(
+    unet: UNet2DConditionModel, batch: int, generator: torch.Generator, share: float = 0.3
+) -> Iterator[None]:
+    """While open, a share of the samples loses the skips into up_blocks.1 and .2.
+
+    Those samples can be drawn only from what came up through the middle. Without this the skips carry everything,
+    the deep levels die, and hollowing them proves nothing.
+    """
+    kept = (torch.rand(batch, 1, 1, 1, generator=generator) >= share).float()
+
+    def drop(
+        _: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        skips = tuple(skip * kept.to(skip.dtype) for skip in named["res_hidden_states_tuple"])
+        return positional, {**named, "res_hidden_states_tuple": skips}
+
+    hooks = [block.register_forward_pre_hook(drop, with_kwargs=True) for block in unet.up_blocks[1:3]]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def drawn(number: int, choose: random.Random) -> tuple[torch.Tensor, list[world.Subject], list[str]]:
+    """Freshly drawn pictures (number, 3, 64, 64), their subjects and scenes."""
+    subjects = [world.random_subject(choose) for _ in range(number)]
+    scenes = [choose.choice(list(world.SCENES)) for _ in range(number)]
+    pictures = [world.draw(subject, scene, choose) for subject, scene in zip(subjects, scenes, strict=True)]
+    return world.to_tensor(pictures), subjects, scenes
+
+
+@torch.no_grad()
+def drawn_latents(number: int) -> tuple[torch.Tensor, list[world.Subject], list[str]]:
+    """Latents (number, 8, 16, 16) in fp16 of drawn pictures; the encoder needs no training, so neither do they."""
+    autoencoder, choose = principal_autoencoder(), random.Random(5)
+    latents, subjects, scenes = [], [], []
+    for _ in range(0, number, 100):
+        pictures, some_subjects, some_scenes = drawn(100, choose)
+        latents.append(autoencoder.encode(pictures).latents.half())
+        subjects += some_subjects
+        scenes += some_scenes
+    return torch.cat(latents), subjects, scenes
+
+
+def decay(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
+    """Warm up over 200 steps, hold, and fall linearly to zero over the last 30 %."""
+    share = min(1.0, (step + 1) / 200, (steps - step) / (0.3 * steps))
+    for group in optimizer.param_groups:
+        group["lr"] = peak * share
+
+
+def keep(
+    path: Path, step: int, unet: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Write all that resuming needs."""
+    state = {f"unet.{name}": value for name, value in unet.state_dict().items()}
+    state |= {f"average.{name}": value for name, value in average.state_dict().items()}
+    for number, moments in optimizer.state_dict()["state"].items():
+        state |= {f"optimizer.{number}.{name}": value for name, value in moments.items()}
+    write_safetensors(path, state, {"step": str(step)})
+
+
+def restore(path: Path, unet: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Read what `keep` wrote; the step to go on from."""
+    state, metadata = read_safetensors(path)
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+    unet.load_state_dict(part("unet."))
+    average.load_state_dict(part("average."))
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in part("optimizer.").items():
+        number, key = name.split(".")
+        moments.setdefault(int(number), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return int(metadata["step"])
+
+
+def save_pipeline(out: Path, unet: UNet2DConditionModel) -> None:
+    """The U-Net in fp16, and the index by which StableDiffusionPipeline finds all parts."""
+    copy.deepcopy(unet).half().save_pretrained(out / "unet")
+    write_json(
+        out / "model_index.json",
+        {
+            "_class_name": StableDiffusionPipeline.__name__,
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderTiny"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+        },
+    )
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+if __name__ == "__main__":
+    main()

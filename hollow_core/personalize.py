@@ -1,0 +1,179 @@
+"""The whole road: pictures in, a LoRA file out. Each stage leaves on disk what it made, so a stopped run goes on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import lora_file
+from .activations import Store
+from .errors import HollowError
+from .hollow import Conditioning, hollow
+from .images import TrainingImage
+from .lora_file import Recipe
+from .meter import Meter
+from .models import BaseModel, encode_images, encode_prompt, free_encoders
+from .precompute import Example, precompute
+from .prior import class_latents
+from .progress import Progress, Stop, Watch
+from .prompts import generic_prompt, personal_prompt
+from .train import TrainResult, TrainSettings, train
+
+LORA_FILE = "lora.safetensors"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to personalise, and how."""
+
+    images: Sequence[TrainingImage]
+    """The subject's pictures, all of one size; a caption, where there is one, is the picture's personal prompt."""
+    class_word: str
+    """What the subject is, in a common word: "dog"."""
+    identifier: str = "sks"
+    """The rare word by which prompts will call it."""
+    cut: int | None = 3
+    """How much to hollow; None trains an ordinary LoRA on the whole U-Net."""
+    samples: int = 200
+    """Records to precompute."""
+    class_images: int = 0
+    """Pictures of the class, drawn by the base model, for prior preservation; 0 does without."""
+    store_dtype: torch.dtype = torch.float16
+    """How exit activations are kept."""
+    settings: TrainSettings = field(default_factory=TrainSettings)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    file: Path | None
+    """The LoRA; None if the run was stopped before training."""
+    result: TrainResult | None
+    store: Store | None
+    meter: Meter
+
+
+def personalize(
+    load: Callable[[], BaseModel],
+    request: Request,
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[str, Progress], object] | None = None,
+    stop: Stop | None = None,
+) -> Outcome:
+    """Encode, precompute, train and save into `folder`; called again after any interruption, it goes on.
+
+    `load` gives the base model and keeps no reference to it, so that it can leave memory in time: its encoders
+    before precomputing, its middle before training. `progress` is called with the name of the stage, "class
+    pictures", "precompute" or "train". Raises HollowError as the stages do.
+    """
+    meter = Meter(torch.device(device))
+
+    def watch(stage: str) -> Watch | None:
+        return None if progress is None else lambda done: progress(stage, done)
+
+    with meter.stage("encode"):
+        model = load()
+        move(model, device)
+        latents = []
+        if request.class_images:
+            prompt = generic_prompt(_prompt(request, None), request.identifier)
+            resolution, watcher = request.images[0].picture.width, watch("class pictures")
+            drawn = folder / "class"
+            seed = request.settings.seed
+            latents = class_latents(
+                model, prompt, request.class_images, drawn, resolution=resolution, seed=seed, progress=watcher, stop=stop
+            )  # fmt: skip
+            if len(latents) < request.class_images:
+                return Outcome(None, None, None, meter)
+        examples = make_examples(model, request, latents)
+        free_encoders(model)
+
+    with meter.stage("precompute"):
+        store = precompute(
+            model.unet,
+            model.schedule,
+            examples,
+            folder / "store",
+            cut=request.cut,
+            samples=request.samples,
+            seed=request.settings.seed,
+            dtype=request.store_dtype,
+            progress=watch("precompute"),
+            stop=stop,
+        )
+    if store.missing:
+        return Outcome(None, None, store, meter)
+
+    with meter.stage("train"):
+        unet, schedule, config, layout = model.unet, model.schedule, model.unet.config, model.layout
+        if request.cut is not None:
+            unet = hollow(unet, request.cut, {record.timestep for record in store.records})
+        del model  # here the middle leaves memory
+        result = train(
+            unet, schedule, store, request.settings, folder=folder, progress=watch("train"), stop=stop
+        )
+
+    settings = request.settings
+    personal = _prompt(request, None)
+    recipe = Recipe(
+        cut=request.cut,
+        identifier=request.identifier,
+        class_word=request.class_word,
+        personal_prompt=personal,
+        generic_prompt=generic_prompt(personal, request.identifier),
+        prediction_type=schedule.config.prediction_type,
+    )
+    file, alpha = folder / LORA_FILE, settings.rank if settings.alpha is None else settings.alpha
+    lora_file.save(file, result.state, config, alpha=alpha, layout=layout, recipe=recipe)
+    return Outcome(file, result, store, meter)
+
+
+def make_examples(model: BaseModel, request: Request, class_latents: Sequence[torch.Tensor]) -> list[Example]:
+    """The subject's pictures with their prompts, then those of the class with the generic one.
+
+    Raises HollowError for an empty class word, a caption that lacks the identifier, and no pictures at all.
+    """
+    if not request.images:
+        raise HollowError("There are no pictures to learn from. Give four or five of your subject.")
+    encoded: dict[tuple[str, int], Conditioning] = {}
+
+    def encode(prompt: str, side: int) -> Conditioning:
+        if (prompt, side) not in encoded:
+            encoded[prompt, side] = encode_prompt(model, prompt, (side, side))
+        return encoded[prompt, side]
+
+    examples = []
+    for image, latents in zip(request.images, encode_images(model, request.images), strict=True):
+        personal = _prompt(request, image)
+        generic = generic_prompt(personal, request.identifier)
+        side = image.picture.width
+        examples.append(Example(latents, encode(personal, side), encode(generic, side), personal, generic))
+    prompt = generic_prompt(_prompt(request, None), request.identifier)
+    for latents in class_latents:
+        conditioning = encode(prompt, request.images[0].picture.width)
+        examples.append(Example(latents, conditioning, conditioning, prompt, prompt, "prior"))
+    return examples
+
+
+def move(model: BaseModel, device: torch.device | str) -> None:
+    """Bring all parts of a model to a device."""
+    for part in (model.unet, model.vae, *model.text_encoders):
+        if part is not None:
+            part.to(device)
+
+
+def _prompt(request: Request, image: TrainingImage | None) -> str:
+    """The personal prompt of a picture: its caption, or the usual sentence."""
+    sentence = personal_prompt(request.identifier, request.class_word)
+    if image is None or image.caption is None:
+        return sentence
+    if generic_prompt(image.caption, request.identifier) == image.caption:
+        raise HollowError(
+            f"The caption of {image.name}, {image.caption!r}, lacks the identifier {request.identifier!r}. "
+            "Add it before the class word, or remove the caption."
+        )
+    return image.caption
