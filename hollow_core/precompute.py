@@ -1,0 +1,230 @@
+"""Stage 1: run the base U-Net to the exit and keep what it delivers there (Hollowed Net, Sec. 4.3)."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from .activations import Fingerprint, Kind, Record, Store, digest, schedule_id
+from .blocks import check_cut
+from .errors import HollowError
+from .hollow import Conditioning, head
+from .progress import Clock, Stop, Watch
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A picture with its two prompts: one of the subject ("image"), or one of its class ("prior").
+
+    A prior example trains on its generic prompt (P_pr of Eq. 2), its personal one is not looked at.
+    """
+
+    latents: torch.Tensor  # (1, 4, height, width), scaled as the U-Net expects them
+    personal: Conditioning  # "a photo of a sks dog": what training sees
+    generic: Conditioning  # "a photo of a dog": what the base path sees
+    personal_prompt: str
+    generic_prompt: str
+    kind: Kind = "image"
+
+
+def precompute(
+    unet: UNet2DConditionModel,
+    schedule: DDPMScheduler,
+    examples: Sequence[Example],
+    folder: Path | str,
+    *,
+    cut: int | None,
+    samples: int = 200,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float16,
+    progress: Watch | None = None,
+    stop: Stop | None = None,
+) -> Store:
+    """Make the records that `train` reads, or those of them that an interrupted run has not made yet.
+
+    `samples` is the number of records, half of them (rounded down) for the prior if it has examples; see
+    `plan`. Exit activations are kept in `dtype`: float16, bfloat16 or float32. With `cut` None nothing is to
+    be hollowed, and the records, for an ordinary LoRA, have no activation. `progress` is called after each
+    record, `stop` asked before each; a stopped run gives back a store with shards missing.
+
+    Raises HollowError for wrong arguments, for a store in `folder` that is damaged or was made from something
+    else, for an activation that overflows, and where the disk is full. What is written by then stays good.
+    """
+    _check(unet, schedule, examples, cut=cut, samples=samples, dtype=dtype)
+    fingerprint, inputs = _fingerprint(unet, schedule, examples, cut, samples, seed, dtype)
+    records = plan(fingerprint.kinds, samples, len(schedule.alphas_cumprod), seed)
+    store = Store.open_or_create(folder, fingerprint, records, inputs)
+    if cut is None:
+        return store
+
+    base = head(unet, cut).eval()
+    step = len(records) - sum(len(store.shard(shard)) for shard in store.missing)
+    clock = Clock(step, len(records))
+    for shard in store.missing:
+        exit_activations = {}
+        for index in store.shard(shard):
+            if stop is not None and stop():
+                return store
+            record = store.records[index]
+            exit_activation = run_to_exit(base, schedule, record, examples[record.image]).to("cpu", dtype)
+            if not exit_activation.isfinite().all():
+                raise HollowError(
+                    f"The exit activation at time step {record.timestep} is not finite in {_name(dtype)}. "
+                    "Keep the records in bfloat16, or load the model in float32."
+                )
+            exit_activations[index] = exit_activation
+            step += 1
+            if progress is not None:
+                progress(clock(step))
+        store.write_shard(shard, exit_activations)
+    return store
+
+
+@torch.no_grad()
+def run_to_exit(
+    base: UNet2DConditionModel, schedule: DDPMScheduler, record: Record, example: Example
+) -> torch.Tensor:
+    """What `base`, a `head`, delivers for a record (1, channels, h, w), under the generic prompt."""
+    weight = base.conv_in.weight
+    noisy, _ = record.noisy(schedule, example.latents)
+    conditioning = example.generic.to(weight.device, weight.dtype)
+    return base(noisy.to(weight.device, weight.dtype), record.timestep, **conditioning.kwargs()).sample
+
+
+def plan(kinds: Sequence[Kind], samples: int, timesteps: int, seed: int) -> list[Record]:
+    """The records to make: stratified over the time steps from 0, and dealt evenly over the examples.
+
+    The images share `samples` records, or half of them (rounded up) where there is a prior for the rest.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images = [index for index, kind in enumerate(kinds) if kind == "image"]
+    prior = [index for index, kind in enumerate(kinds) if kind == "prior"]
+    prior_samples = samples // 2 if prior else 0
+    return [
+        *_stratified("image", images, samples - prior_samples, timesteps, generator),
+        *_stratified("prior", prior, prior_samples, timesteps, generator),
+    ]
+
+
+def _stratified(
+    kind: Kind, images: Sequence[int], samples: int, timesteps: int, generator: torch.Generator
+) -> list[Record]:
+    """One draw from each of `samples` equal stretches of time.
+
+    Each run of as many stretches as there are images is dealt to all of them in a random order: so every
+    image, too, is spread over the time steps.
+    """
+    places = torch.arange(samples) + torch.rand(samples, generator=generator, dtype=torch.float64)
+    drawn = (places * timesteps / samples).long().clamp(max=timesteps - 1).tolist()
+    rounds = math.ceil(samples / max(len(images), 1))
+    dealt = [images[i] for _ in range(rounds) for i in torch.randperm(len(images), generator=generator)]
+    seeds = torch.randint(2**32, (samples,), generator=generator).tolist()
+    return [Record(i, kind, t, s) for i, t, s in zip(dealt[:samples], drawn, seeds, strict=True)]
+
+
+def model_id(unet: UNet2DConditionModel) -> str:
+    """A name for a U-Net's config and weights, as they are loaded."""
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    sha = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(unet.state_dict().items()):
+        sha.update(f"{name} {digest(tensor)}".encode())
+    return sha.hexdigest()[:32]
+
+
+def _fingerprint(
+    unet: UNet2DConditionModel,
+    schedule: DDPMScheduler,
+    examples: Sequence[Example],
+    cut: int | None,
+    samples: int,
+    seed: int,
+    dtype: torch.dtype,
+) -> tuple[Fingerprint, Mapping[str, torch.Tensor]]:
+    """With the tensors that training needs, by digest: an embedding that many examples share is kept once."""
+    inputs = {}
+    latents, embeddings = [], []
+    for example in examples:
+        tensors = {"personal": _tensors(example.personal), "generic": _tensors(example.generic)}
+        z = example.latents.float()
+        latents.append(digest(z))
+        embeddings.append({p: {part: digest(t) for part, t in e.items()} for p, e in tensors.items()})
+        trained = tensors["personal" if example.kind == "image" else "generic"]
+        inputs.update({digest(t): t.detach().cpu().clone() for t in [z, *trained.values()]})
+    return Fingerprint(
+        model=model_id(unet),
+        cut=cut,
+        schedule=schedule_id(schedule),
+        samples=samples,
+        seed=seed,
+        dtype=_name(dtype),
+        kinds=[example.kind for example in examples],
+        prompts=[{"personal": e.personal_prompt, "generic": e.generic_prompt} for e in examples],
+        embeddings=embeddings,
+        latents=latents,
+    ), inputs
+
+
+def _tensors(conditioning: Conditioning) -> dict[str, torch.Tensor]:
+    return {part: tensor for part, tensor in conditioning._asdict().items() if tensor is not None}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check(
+    unet: UNet2DConditionModel,
+    schedule: DDPMScheduler,
+    examples: Sequence[Example],
+    *,
+    cut: int | None,
+    samples: int,
+    dtype: torch.dtype,
+) -> None:
+    if cut is not None:
+        check_cut(unet.config, cut)
+    if dtype not in DTYPES:
+        names = ", ".join(_name(known) for known in DTYPES)
+        raise HollowError(f"Records cannot be kept in {_name(dtype)}. Choose one of {names}.")
+    kinds = {example.kind for example in examples}
+    if "image" not in kinds:
+        raise HollowError("There is no image to train on. Give at least one of the subject.")
+    if samples < len(kinds):
+        raise HollowError(f"{samples} records are too few. Ask for at least {len(kinds)}; 200 are usual.")
+    prediction = schedule.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        raise HollowError(
+            f"The prediction type {prediction!r} is unknown. Use epsilon, v_prediction or sample."
+        )
+    if prediction == "epsilon" and schedule.alphas_cumprod[-1] < 1e-6:
+        raise HollowError(
+            "A schedule with zero terminal SNR cannot train on epsilon: at its last step the "
+            "latents are nothing but the noise that is asked for. Set the prediction type to v_prediction."
+        )
+    for number, example in enumerate(examples):
+        _check_example(unet, number, example)
+
+
+def _check_example(unet: UNet2DConditionModel, number: int, example: Example) -> None:
+    shape, channels = tuple(example.latents.shape), unet.config.in_channels
+    if len(shape) != 4 or shape[:2] != (1, channels):
+        raise HollowError(
+            f"The latents of example {number} have shape {shape}, but this U-Net takes "
+            f"(1, {channels}, height, width). Encode one picture at a time with the model's own VAE."
+        )
+    if not example.latents.isfinite().all():
+        raise HollowError(f"The latents of example {number} are not finite. Encode the picture in float32.")
+    for conditioning in (example.personal, example.generic):
+        width, expected = conditioning.encoder_hidden_states.shape[-1], unet.config.cross_attention_dim
+        if isinstance(expected, int) and width != expected:
+            raise HollowError(
+                f"The prompts of example {number} are {width} wide, but this U-Net takes {expected}. "
+                "Use the model's own text encoder."
+            )

@@ -1,0 +1,30 @@
+"""What a long run tells whoever watches it."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Progress(NamedTuple):
+    """One more step is done."""
+
+    step: int  # steps done, those of an earlier, interrupted run included
+    steps: int  # steps in all
+    seconds_left: float  # an estimate from the steps of this run
+    loss: float | None = None  # of this step, where there is one
+
+
+class Clock:
+    """Makes Progress for a run of `steps` steps of which the first `done` were done before it began."""
+
+    def __init__(self, done: int, steps: int) -> None:
+        self._first, self._steps, self._started = done, steps, time.monotonic()
+
+    def __call__(self, step: int, loss: float | None = None) -> Progress:
+        """`step` steps are done now."""
+        seconds_a_step = (time.monotonic() - self._started) / (step - self._first)
+        return Progress(step, self._steps, seconds_a_step * (self._steps - step), loss)
+
+
+Watch = Callable[[Progress], object]
+Stop = Callable[[], bool]  # asked before each step; True ends the run

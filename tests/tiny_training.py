@@ -1,0 +1,71 @@
+"""A training problem small enough to be run many times, and ways to break it off and to fill the disk."""
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from conftest import make_tiny_conditioning
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from hollow_core.precompute import Example
+
+
+def tiny_schedule(prediction_type: str = "epsilon", **changes: object) -> DDPMScheduler:
+    """Stable Diffusion's noise schedule."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return DDPMScheduler(**betas, prediction_type=prediction_type, **changes)
+
+
+def tiny_examples(unet: UNet2DConditionModel, images: int = 2, priors: int = 0, size: int = 8) -> list[Example]:
+    """Random latents of "images" under one personal prompt, and of "priors" under the generic one."""
+    personal, generic = (make_tiny_conditioning(unet, seed=seed) for seed in (1, 2))
+    latents = torch.randn(images + priors, 4, size, size, generator=torch.Generator().manual_seed(3))
+    return [
+        Example(z, personal, generic, "a photo of a sks dog", "a photo of a dog", kind)
+        for z, kind in zip(latents.split(1), ["image"] * images + ["prior"] * priors, strict=True)
+    ]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, byte by byte."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class Broken(Exception):
+    """What a test raises where power would fail."""
+
+
+class BreakAt:
+    """A `progress` that raises in its n-th call."""
+
+    def __init__(self, call: int) -> None:
+        self.left = call
+
+    def __call__(self, progress: object) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Broken
+
+
+def run_script(script: str, *arguments: object) -> int:
+    """Run a Python script in a process of its own, with as many threads as this one: its exit status."""
+    tests = Path(__file__).parent
+    begin = f"import torch; torch.set_num_threads({torch.get_num_threads()})\n"
+    command = [sys.executable, "-c", begin + script, *map(str, arguments)]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"}).returncode
+
+
+@contextmanager
+def full_disk(limit: int = 0) -> Iterator[None]:
+    """While inside, the operating system lets no file grow beyond `limit` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
