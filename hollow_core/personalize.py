@@ -78,18 +78,21 @@ def personalize(
     with meter.stage("encode"):
         model = load()
         move(model, device)
-        latents = []
+        drawn: list[torch.Tensor] = []
         if request.class_images:
-            prompt = generic_prompt(_prompt(request, None), request.identifier)
-            resolution, watcher = request.images[0].picture.width, watch("class pictures")
-            drawn = folder / "class"
-            seed = request.settings.seed
-            latents = class_latents(
-                model, prompt, request.class_images, drawn, resolution=resolution, seed=seed, progress=watcher, stop=stop
-            )  # fmt: skip
-            if len(latents) < request.class_images:
+            drawn = class_latents(
+                model,
+                generic_prompt(_prompt(request, None), request.identifier),
+                request.class_images,
+                folder / "class",
+                resolution=request.images[0].picture.width,
+                seed=request.settings.seed,
+                progress=watch("class pictures"),
+                stop=stop,
+            )
+            if len(drawn) < request.class_images:
                 return Outcome(None, None, None, meter)
-        examples = make_examples(model, request, latents)
+        examples = make_examples(model, request, drawn)
         free_encoders(model)
 
     with meter.stage("precompute"):
@@ -113,9 +116,7 @@ def personalize(
         if request.cut is not None:
             unet = hollow(unet, request.cut, {record.timestep for record in store.records})
         del model  # here the middle leaves memory
-        result = train(
-            unet, schedule, store, request.settings, folder=folder, progress=watch("train"), stop=stop
-        )
+        result = train(unet, schedule, store, request.settings, folder=folder, progress=watch("train"), stop=stop)
 
     settings = request.settings
     personal = _prompt(request, None)

@@ -32,15 +32,9 @@ TEXT_WIDTH = 96
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("hollow-pretrain"), help="folder for the model")
-    parser.add_argument(
-        "--pictures", type=int, default=80_000, help="drawn pictures to train on (default 80000)"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=11_000, help="U-Net steps of 64 pictures (default 11000)"
-    )
-    parser.add_argument(
-        "--only", nargs="*", help="parts to make: text autoencoder scorers unet (default all)"
-    )
+    parser.add_argument("--pictures", type=int, default=50_000, help="drawn pictures to train on (default 50000)")
+    parser.add_argument("--steps", type=int, default=11_000, help="U-Net steps of 64 pictures (default 11000)")
+    parser.add_argument("--only", nargs="*", help="parts to make: text autoencoder scorers unet (default all)")
     options = parser.parse_args()
     out: Path = options.out
     parts: dict[str, Callable[[], dict[str, Any]]] = {
@@ -98,9 +92,7 @@ def train_text_encoder(out: Path, steps: int = 1_200, batch: int = 96) -> dict[s
         so_far = F.one_hot(tokens, len(tokenizer)).cumsum(1).clamp(max=1).float()
         loss = 20 * F.binary_cross_entropy_with_logits(words(states), so_far)
         for distance, head in enumerate(before, start=1):
-            loss = loss + F.cross_entropy(
-                head(states[:, distance:]).flatten(0, 1), tokens[:, :-distance].flatten()
-            )
+            loss = loss + F.cross_entropy(head(states[:, distance:]).flatten(0, 1), tokens[:, :-distance].flatten())
         decay(optimizer, 1e-3, step, steps)
         loss.backward()
         optimizer.step()
@@ -176,9 +168,7 @@ def principal_autoencoder() -> AutoencoderTiny:
             for row in (0, 1):
                 for column in (0, 1):
                     for channel in range(channels):
-                        layer.weight[
-                            (2 * row + column) * channels + channel, channel, 1 + row, 1 + column
-                        ] = 1
+                        layer.weight[(2 * row + column) * channels + channel, channel, 1 + row, 1 + column] = 1
         pictures = drawn(2_000, random.Random(4))[0]
         patches = autoencoder.encoder.layers[:3](pictures.add(1).div(2)).permute(0, 2, 3, 1).flatten(0, 2)
         mean = patches.mean(0)
@@ -198,19 +188,17 @@ def principal_autoencoder() -> AutoencoderTiny:
 
 
 def train_unet(out: Path, pictures: int, steps: int, batch: int = 64, peak: float = 1e-3) -> dict[str, Any]:
-    """v-prediction on a zero-terminal-SNR schedule, with skips dropped so that the deep levels must speak."""
+    """v-prediction on a zero-terminal-SNR schedule; `middle_needed` keeps the deep levels alive."""
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32).requires_grad_(
-        False
-    )
+    text_encoder = CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32).requires_grad_(False)
     latents, subjects, scenes = drawn_latents(pictures)
     schedule = noise_schedule()
     schedule.save_pretrained(out / "scheduler")
+    with torch.no_grad():
+        nothing = text_encoder(tokenize(tokenizer, [""])).last_hidden_state
     torch.manual_seed(0)
     unet = new_unet()
-    unet.set_attn_processor(
-        AttnProcessor()
-    )  # on a CPU its backward is three times as fast as the fused one's
+    unet.set_attn_processor(AttnProcessor())  # on a CPU its backward is three times as fast as the fused one's
     average = copy.deepcopy(unet).requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=peak, weight_decay=0.01, fused=True)
     start, losses = 0, []
@@ -232,7 +220,7 @@ def train_unet(out: Path, pictures: int, steps: int, batch: int = 64, peak: floa
         noise = torch.randn(clean.shape, generator=generator)
         noisy = schedule.add_noise(clean, noise, timesteps)
         velocity = schedule.get_velocity(clean, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16), skips_dropped(unet, batch, generator):
+        with torch.autocast("cpu", torch.bfloat16), middle_needed(unet, nothing, batch, generator):
             predicted = unet(noisy, timesteps, states).sample
         loss = F.mse_loss(predicted.float(), velocity)
         loss.backward()
@@ -295,23 +283,29 @@ def noise_schedule() -> DDIMScheduler:
 
 
 @contextmanager
-def skips_dropped(
-    unet: UNet2DConditionModel, batch: int, generator: torch.Generator, share: float = 0.3
+def middle_needed(
+    unet: UNet2DConditionModel, nothing: torch.Tensor, batch: int, generator: torch.Generator
 ) -> Iterator[None]:
-    """While open, a share of the samples loses the skips into up_blocks.1 and .2.
+    """While open, the outer levels lack what the middle could tell them.
 
-    Those samples can be drawn only from what came up through the middle. Without this the skips carry everything,
-    the deep levels die, and hollowing them proves nothing.
+    Half of the samples have their prompt in the middle only, the layers around it see an empty one; a tenth loses
+    the skips into up_blocks.1 and .2. Without this the outer levels, which see the whole of so small a picture,
+    do everything, the middle dies, and hollowing it proves nothing. `nothing` is the empty prompt (1, 24, 96).
     """
-    kept = (torch.rand(batch, 1, 1, 1, generator=generator) >= share).float()
+    told = (torch.rand(batch, 1, 1, generator=generator) < 0.5).float()
+    skipped = (torch.rand(batch, 1, 1, 1, generator=generator) >= 0.1).float()
 
-    def drop(
-        _: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        skips = tuple(skip * kept.to(skip.dtype) for skip in named["res_hidden_states_tuple"])
+    def untell(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        states = torch.lerp(nothing, named["encoder_hidden_states"], told)
+        return positional, {**named, "encoder_hidden_states": states}
+
+    def drop(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        skips = tuple(skip * skipped.to(skip.dtype) for skip in named["res_hidden_states_tuple"])
         return positional, {**named, "res_hidden_states_tuple": skips}
 
-    hooks = [block.register_forward_pre_hook(drop, with_kwargs=True) for block in unet.up_blocks[1:3]]
+    around = [*unet.down_blocks[1:3], *unet.up_blocks[1:3]]
+    hooks = [block.register_forward_pre_hook(untell, with_kwargs=True) for block in around]
+    hooks += [block.register_forward_pre_hook(drop, with_kwargs=True) for block in unet.up_blocks[1:3]]
     try:
         yield
     finally:
@@ -347,9 +341,7 @@ def decay(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) 
         group["lr"] = peak * share
 
 
-def keep(
-    path: Path, step: int, unet: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+def keep(path: Path, step: int, unet: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write all that resuming needs."""
     state = {f"unet.{name}": value for name, value in unet.state_dict().items()}
     state |= {f"average.{name}": value for name, value in average.state_dict().items()}

@@ -76,9 +76,7 @@ def run(
     for name, cut in (("plain LoRA", None), ("hollowed LoRA", CUT)):
         watch = None if progress is None else _named(progress, name)
         folder = out / "work" / ("plain" if cut is None else "hollowed")
-        outcome = personalize(
-            model, request(out / "references", subject, cut), folder, progress=watch, stop=stop
-        )
+        outcome = personalize(model, request(out / "references", subject, cut), folder, progress=watch, stop=stop)
         if outcome.result is None or outcome.result.stopped != "finished":
             return None
         outcomes[name] = outcome
@@ -91,9 +89,7 @@ def run(
         rows = draw_rows(base, subject, plain, hollowed, progress)
     references = [image.picture for image in load_images(out / "references", world.SIZE)]
     captions = [world.SCENES[scene] for scene in world.NEW_SCENES]
-    pictures.save_grid(
-        out / "grid.png", references, {row.name: (row.pictures, _scores(row)) for row in rows}, captions
-    )
+    pictures.save_grid(out / "grid.png", references, {row.name: (row.pictures, _scores(row)) for row in rows}, captions)
     losses = {name: outcome.result.losses for name, outcome in outcomes.items() if outcome.result is not None}
     pictures.save_losses(out / "loss.png", losses)
     report = {
@@ -106,9 +102,7 @@ def run(
             "samples": len(hollowed.store.records) if hollowed.store else 0,
         },
         "sampling": asdict(SAMPLING),
-        "stages": {
-            name: [asdict(stage) for stage in outcome.meter.stages] for name, outcome in outcomes.items()
-        },
+        "stages": {name: [asdict(stage) for stage in outcome.meter.stages] for name, outcome in outcomes.items()},
         "removed_percent": round(100 * removed_fraction(base.unet, CUT), 2),
         "records": len(hollowed.store.records) if hollowed.store else 0,
         "stored_bytes": hollowed.store.size_bytes if hollowed.store else 0,

@@ -47,16 +47,12 @@ class Scorers(nn.Module):
     @torch.no_grad()
     def prompt_score(self, pictures: Sequence[Image.Image], scenes: Sequence[str]) -> float:
         """Mean probability that the reader gives to the scene that was asked for."""
-        return self._probability(
-            pictures, slice(0, len(world.SCENES)), [list(world.SCENES).index(s) for s in scenes]
-        )
+        return self._probability(pictures, slice(0, len(world.SCENES)), [list(world.SCENES).index(s) for s in scenes])
 
     @torch.no_grad()
     def class_score(self, pictures: Sequence[Image.Image], kinds: Sequence[str]) -> float:
         """Mean probability that the reader gives to the class that was asked for."""
-        return self._probability(
-            pictures, slice(len(world.SCENES), None), [world.CLASSES.index(k) for k in kinds]
-        )
+        return self._probability(pictures, slice(len(world.SCENES), None), [world.CLASSES.index(k) for k in kinds])
 
     def embed(self, pictures: torch.Tensor) -> torch.Tensor:
         """Unit vectors (batch, 64)."""
@@ -88,9 +84,7 @@ def train(out: Path, steps: int = 2_000, batch: int = 64) -> dict[str, Any]:
         seen = [[choose.choice(scenes) for _ in subjects] for _ in range(2)]
         views = [
             _spoiled(
-                world.to_tensor(
-                    [world.draw(s, scene, choose) for s, scene in zip(subjects, view, strict=True)]
-                ),
+                world.to_tensor([world.draw(s, scene, choose) for s, scene in zip(subjects, view, strict=True)]),
                 generator,
             )
             for view in seen
@@ -101,9 +95,7 @@ def train(out: Path, steps: int = 2_000, batch: int = 64) -> dict[str, Any]:
         alike = F.normalize(one, dim=1) @ F.normalize(two, dim=1).T / 0.1
         same = torch.arange(batch)
         contrast = (F.cross_entropy(alike, same) + F.cross_entropy(alike.T, same)) / 2
-        scene_loss = F.cross_entropy(
-            readings[:, : len(scenes)], torch.tensor([scenes.index(s) for s in seen[0]])
-        )
+        scene_loss = F.cross_entropy(readings[:, : len(scenes)], torch.tensor([scenes.index(s) for s in seen[0]]))
         kinds = torch.tensor([world.CLASSES.index(s.kind) for s in subjects])
         class_loss = F.cross_entropy(readings[:, len(scenes) :], kinds)
         loss = contrast + scene_loss + class_loss

@@ -140,9 +140,7 @@ def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
 class _Artist:
     """Draws one subject into a square of a canvas; coordinates are 0…1 inside that square."""
 
-    def __init__(
-        self, canvas: Image.Image, subject: Subject, corner: tuple[float, float], size: float
-    ) -> None:
+    def __init__(self, canvas: Image.Image, subject: Subject, corner: tuple[float, float], size: float) -> None:
         self.canvas, self.subject, self.corner, self.size = canvas, subject, corner, size
         self.pen = ImageDraw.Draw(canvas)
         self.color, self.second, self.accent = (
@@ -213,9 +211,7 @@ class _Artist:
             for i in range(7):
                 for j in range(7):
                     x, y = (i + (j % 2) / 2) * step * 0.9, j * step * 0.9
-                    pen.ellipse(
-                        (x - step * 0.26, y - step * 0.26, x + step * 0.26, y + step * 0.26), self.second
-                    )
+                    pen.ellipse((x - step * 0.26, y - step * 0.26, x + step * 0.26, y + step * 0.26), self.second)
         elif self.subject.pattern == "checks":
             for i in range(6):
                 for j in range(6):
@@ -226,9 +222,7 @@ class _Artist:
     def _eyes(self, x: float, y: float, apart: float, radius: float = 0.045) -> None:
         for side in (-1, 1) if apart else (0,):
             self.ellipse(x + side * apart, y, radius, radius, (255, 255, 255))
-            self.pen.ellipse(
-                self.box(x + side * apart - 0.02, y - 0.02, x + side * apart + 0.02, y + 0.02), OUTLINE
-            )
+            self.pen.ellipse(self.box(x + side * apart - 0.02, y - 0.02, x + side * apart + 0.02, y + 0.02), OUTLINE)
 
     # The classes: each draws itself and returns where its head (x, y) and its emblem (x, y) sit
 
@@ -276,9 +270,7 @@ class _Artist:
         self.pen.arc(self.box(0.63, 0.51, 0.97, 0.95), 250, 120, self.second, 14)
         self.body("ellipse", 0.5, 0.74, 0.27, 0.24)
         for x in (-1, 1):
-            self.polygon(
-                [(0.5 + x * 0.26, 0.10), (0.5 + x * 0.27, 0.36), (0.5 + x * 0.07, 0.22)], self.second
-            )
+            self.polygon([(0.5 + x * 0.26, 0.10), (0.5 + x * 0.27, 0.36), (0.5 + x * 0.07, 0.22)], self.second)
         self.ellipse(0.5, 0.37, 0.27, 0.20, self.color)
         self._eyes(0.5, 0.34, 0.12, 0.06)
         self.polygon([(0.47, 0.43), (0.53, 0.43), (0.50, 0.47)], (240, 130, 150))
@@ -339,9 +331,7 @@ class _Artist:
     def _rocket(self) -> tuple[tuple[float, float], tuple[float, float]]:
         self.polygon([(0.40, 0.84), (0.50, 1.0), (0.60, 0.84)], (250, 160, 40))
         for x in (-1, 1):
-            self.polygon(
-                [(0.5 + x * 0.18, 0.58), (0.5 + x * 0.40, 0.92), (0.5 + x * 0.16, 0.84)], self.second
-            )
+            self.polygon([(0.5 + x * 0.18, 0.58), (0.5 + x * 0.40, 0.92), (0.5 + x * 0.16, 0.84)], self.second)
         self.body("rectangle", 0.32, 0.32, 0.68, 0.86)
         self.polygon([(0.32, 0.34), (0.50, 0.04), (0.68, 0.34)], self.second)
         return (0.5, 0.10), (0.5, 0.60)
