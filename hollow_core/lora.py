@@ -37,7 +37,7 @@ def add_lora(
     """
     if rank < 1:
         raise HollowError(f"A LoRA of rank {rank} holds nothing. Choose a rank of at least 1.")
-    remove_lora(unet)
+    _make_room(unet)
     possible = [path for path, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for target in targets:
         if not any(f".{path}".endswith(f".{target}") for path in possible):
@@ -61,7 +61,7 @@ def load_lora_state(unet: nn.Module, state: Mapping[str, Tensor], alpha: float) 
     if not ranks:
         raise HollowError("The LoRA holds no matrices. Get or make the file again.")
     rank = max(ranks.values())
-    remove_lora(unet)
+    _make_room(unet)
     _inject(unet, paths, rank, alpha, {path: lower for path, lower in ranks.items() if lower < rank})
     for key, matrix in _matrices(unet):
         matrix.data.copy_(state[key])
@@ -97,10 +97,16 @@ def lora_off(unet: nn.Module) -> Iterator[None]:
 
 
 def remove_lora(unet: nn.Module) -> None:
-    """Take the LoRA layers out again; `unet` is as it was before."""
+    """Take the LoRA layers out again; the layers of `unet` are what they were before."""
     for path, layer in list(_lora_layers(unet)):
         parent, _, name = path.rpartition(".")
         setattr(unet.get_submodule(parent), name, layer.get_base_layer())
+
+
+def _make_room(unet: nn.Module) -> None:
+    if hasattr(unet, "peft_config"):
+        raise HollowError("This U-Net carries another LoRA. Unload it first (fuse it, if it is to have an effect).")
+    remove_lora(unet)
 
 
 def _inject(
@@ -111,9 +117,8 @@ def _inject(
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):  # peft draws weights of its own, which both callers overwrite
         inject_adapter_in_model(config, unet, _ADAPTER)
-    del (
-        unet.peft_config
-    )  # views are copied with their attributes; the layers alone tell whether there is a LoRA
+    # Views copy attributes, so this one would outlive the layers; they alone tell whether there is a LoRA.
+    del unet.peft_config
     for matrix in lora_parameters(unet):
         matrix.data = matrix.data.float()
 

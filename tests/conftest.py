@@ -42,10 +42,10 @@ def tiny_unet() -> Callable[..., UNet2DConditionModel]:
     return make_tiny_unet
 
 
-def make_tiny_conditioning(unet: UNet2DConditionModel, batch: int = 1, seed: int = 0) -> Conditioning:
-    """A random prompt of five tokens that fits `unet`."""
+def make_tiny_conditioning(unet: UNet2DConditionModel, batch: int = 1, seed: int = 0, tokens: int = 5) -> Conditioning:
+    """A random prompt that fits `unet`."""
     generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randn(batch, 5, unet.config.cross_attention_dim, generator=generator)
+    prompt = torch.randn(batch, tokens, unet.config.cross_attention_dim, generator=generator)
     if unet.config.addition_embed_type is None:
         return Conditioning(prompt)
     width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim

@@ -6,11 +6,12 @@ import weakref
 import pytest
 import torch
 from diffusers import ControlNetModel
+from torch import nn
 
 from hollow_core.blocks import exit_shape, hollowed_layers, max_cut
 from hollow_core.errors import HollowError
 from hollow_core.hollow import head, hollow
-from hollow_core.lora import add_lora
+from hollow_core.lora import ATTENTION, add_lora
 
 EVEN, ODD = (16, 16), (13, 10)
 
@@ -78,12 +79,15 @@ def test_deleting_the_base_frees_the_middle(tiny_unet):
     assert {name for name, parameter in parameters.items() if parameter() is not None} == remaining
 
 
-@pytest.mark.parametrize("cut", [0, 3, 5])
+@pytest.mark.parametrize(("cut", "everywhere"), [(0, False), (3, False), (5, False), (3, True)])
 def test_lora_gradients_equal_those_of_the_full_unet_with_the_exit_detached(
-    tiny_unet, tiny_conditioning, cut
+    tiny_unet, tiny_conditioning, cut, everywhere
 ):
     unet = tiny_unet("sd21")
-    add_lora(unet, 4, generator=torch.Generator().manual_seed(0))
+    paths = [path for path, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    trainable = [path for path in paths if not path.startswith("time_embedding")]
+    targets = trainable if everywhere else ATTENTION
+    add_lora(unet, 4, targets=targets, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if "lora_B" in name:
@@ -92,7 +96,7 @@ def test_lora_gradients_equal_those_of_the_full_unet_with_the_exit_detached(
 
     def gradients(model, **kwargs):
         unet.zero_grad()
-        loss = torch.nn.functional.mse_loss(model(sample, 300, **prompt, **kwargs).sample, target)
+        loss = nn.functional.mse_loss(model(sample, 300, **prompt, **kwargs).sample, target)
         loss.backward()
         return {name: p.grad for name, p in unet.named_parameters() if p.grad is not None}
 
@@ -104,9 +108,7 @@ def test_lora_gradients_equal_those_of_the_full_unet_with_the_exit_detached(
         return (exit_activation[0],) if isinstance(output, tuple) else exit_activation[0]
 
     # The whole U-Net, nothing but a hook on the module that puts out the exit activation.
-    handle = unet.get_submodule(hollowed_layers(unet.config, cut)[-1].modules[-1]).register_forward_hook(
-        detach
-    )
+    handle = unet.get_submodule(hollowed_layers(unet.config, cut)[-1].modules[-1]).register_forward_hook(detach)
     expected = gradients(unet)
     handle.remove()
     found = gradients(hollow(unet, cut), exit_activation=exit_activation[0])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
 from torch import nn
 
 from hollow_core.blocks import layout_config
@@ -36,9 +37,7 @@ def predict(unet, tiny_conditioning):
         return unet(torch.randn(1, 4, 16, 16, generator=seed()), 9, **tiny_conditioning(unet).kwargs()).sample
 
 
-@pytest.mark.parametrize(
-    ("rank", "cut", "count"), [(128, None, 26_558_464), (128, 3, 24_002_560), (1, None, 207_488)]
-)
+@pytest.mark.parametrize(("rank", "cut", "count"), [(128, None, 26_558_464), (128, 3, 24_002_560), (1, None, 207_488)])
 def test_sizes_of_the_paper(rank, cut, count):
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(layout_config("sd21"))
@@ -169,3 +168,10 @@ def test_bad_ranks_and_targets_are_refused(tiny_unet):
         add_lora(unet, 4, targets=["to_q", "q_proj"], generator=seed())
     with pytest.raises(HollowError, match="no layer 'norm1' to put a LoRA on"):
         add_lora(unet, 4, targets=["norm1"], generator=seed())
+
+
+def test_a_unet_with_another_lora_is_refused(tiny_unet):
+    unet = tiny_unet("sd15")
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(HollowError, match=r"carries another LoRA\. Unload it first"):
+        add_lora(unet, 4, generator=seed())
