@@ -133,9 +133,7 @@ def _check_blocks(config: Config) -> None:
     mid = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
     for block in [*config["down_block_types"], mid, *config["up_block_types"]]:
         if block not in _KNOWN_BLOCKS:
-            raise HollowError(
-                f"Hollow cannot cut a U-Net with a {block}. It knows {', '.join(_KNOWN_BLOCKS)}."
-            )
+            raise HollowError(f"Hollow cannot cut a U-Net with a {block}. It knows {', '.join(_KNOWN_BLOCKS)}.")
 
 
 def _layers_per_block(config: Config) -> list[int]:

@@ -32,9 +32,7 @@ class Conditioning(NamedTuple):
         added = {"text_embeds": self.text_embeds, "time_ids": self.time_ids}
         return {"encoder_hidden_states": self.encoder_hidden_states, "added_cond_kwargs": added}
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "Conditioning":
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
         """The same conditioning elsewhere; None leaves device or dtype as it is."""
         parts = (part if part is None else part.to(device=device, dtype=dtype) for part in self)
         return Conditioning._make(parts)
@@ -144,9 +142,7 @@ def head(unet: UNet2DConditionModel, cut: int) -> UNet2DConditionModel:
     return view
 
 
-def hollow(
-    unet: UNet2DConditionModel, cut: int, timesteps: Iterable[int] | None = range(1000)
-) -> HollowedUNet:
+def hollow(unet: UNet2DConditionModel, cut: int, timesteps: Iterable[int] | None = range(1000)) -> HollowedUNet:
     """The personal path: a view of `unet` without what `cut` removes. Delete `unet`, and the middle is freed.
 
     The outputs of the time-embedding MLP are precomputed for `timesteps` and the MLP is left out. None keeps
