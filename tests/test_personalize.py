@@ -1,0 +1,143 @@
+"""The whole road on a tiny model: what a user gets, and that an interruption anywhere changes nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from tiny_pipelines import tiny_pipeline
+
+from hollow_core.errors import HollowError
+from hollow_core.images import load_images
+from hollow_core.models import BaseModel, load
+from hollow_core.personalize import Request, personalize
+from hollow_core.progress import Progress
+from hollow_core.train import TrainSettings
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline("sd21").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, color in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (160 + 20 * number, 200), color).save(folder / f"{number}.png")
+    return folder
+
+
+def ask(photos: Path, **changes: object) -> Request:
+    settings = TrainSettings(rank=2, steps=6, save_every=2)
+    return Request(
+        **{"images": load_images(photos, 128), "class_word": "dog", "samples": 12, "settings": settings} | changes
+    )
+
+
+def content(file: Path) -> dict[str, torch.Tensor]:
+    with safe_open(file, "pt") as lora:
+        return {name: lora.get_tensor(name) for name in list(lora.keys())}
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_interrupted_at_any_stage_it_ends_with_the_same_lora(model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    request = ask(photos, class_images=2)
+    whole = personalize(lambda: load(model_folder), request, tmp_path / "whole")
+    expected = content(whole.file)
+
+    moments: list[tuple[str, int]] = []
+    personalize(
+        lambda: load(model_folder), request, tmp_path / "seen", progress=lambda s, p: moments.append((s, p.step))
+    )
+    assert {stage for stage, _ in moments} == {"class pictures", "precompute", "train"}
+    first_and_middle = [moment for moment in moments if moment[1] in (1, 5)]
+    for moment in [*first_and_middle, moments[-1]]:
+
+        def interrupt(stage: str, done: Progress, moment: tuple[str, int] = moment) -> None:
+            if (stage, done.step) == moment:
+                raise Interrupted
+
+        folder = tmp_path / f"{moment[0]}-{moment[1]}"
+        with pytest.raises(Interrupted):
+            personalize(lambda: load(model_folder), request, folder, progress=interrupt)
+        again = personalize(lambda: load(model_folder), request, folder)
+        found = content(again.file)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected), moment
+
+
+@pytest.mark.parametrize("stage", ["class pictures", "precompute", "train"])
+def test_a_stop_is_obeyed_and_run_again_it_goes_on(
+    model_folder: Path, photos: Path, tmp_path: Path, stage: str
+) -> None:
+    request = ask(photos, class_images=2)
+    expected = content(personalize(lambda: load(model_folder), request, tmp_path / "whole").file)
+    seen: list[str] = []
+    stopped = personalize(
+        lambda: load(model_folder),
+        request,
+        tmp_path / "stopped",
+        progress=lambda name, done: seen.append(name),
+        stop=lambda: stage in seen,
+    )
+    assert seen.count(stage) == 1
+    assert (stopped.file is not None) == (stage == "train")  # what was trained is kept
+    found = content(personalize(lambda: load(model_folder), request, tmp_path / "stopped").file)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_prompts_and_cut_are_in_the_file_and_captions_are_used(
+    model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    (photos / "0.txt").write_text("a sks dog on the moon")
+    outcome = personalize(lambda: load(model_folder), ask(photos), tmp_path / "out")
+    with safe_open(outcome.file, "pt") as lora:
+        metadata = lora.metadata()
+    assert json.loads(metadata["hollow.cut"]) == 3
+    assert json.loads(metadata["hollow.generic_prompt"]) == "a photo of a dog"
+    prompts = json.loads((tmp_path / "out" / "store" / "store.json").read_text())["fingerprint"]["prompts"]
+    assert prompts[0] == {"personal": "a sks dog on the moon", "generic": "a dog on the moon"}
+    assert prompts[1] == {"personal": "a photo of a sks dog", "generic": "a photo of a dog"}
+
+
+def test_a_caption_without_the_identifier_is_refused(model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    (photos / "1.txt").write_text("a dog on the moon")
+    with pytest.raises(HollowError, match=r"The caption of 1\.png, 'a dog on the moon', lacks the identifier 'sks'"):
+        personalize(lambda: load(model_folder), ask(photos), tmp_path / "out")
+
+
+def test_the_middle_is_out_of_memory_while_training(model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    import gc
+    import weakref
+
+    gone: list[weakref.ref[torch.nn.Module]] = []
+    kept: list[weakref.ref[torch.nn.Module]] = []
+
+    def watched() -> BaseModel:
+        model = load(model_folder)
+        gone.extend(weakref.ref(part) for part in (model.unet, model.unet.mid_block, model.unet.down_blocks[3]))
+        gone.extend(weakref.ref(part) for part in (model.vae, *model.text_encoders))
+        kept.append(weakref.ref(model.unet.down_blocks[0]))
+        return model
+
+    alive: list[int] = []
+
+    def count(stage: str, done: Progress) -> None:
+        if stage == "train":
+            gc.collect()
+            alive.append(sum(part() is not None for part in gone))
+            assert kept[0]() is not None
+
+    loader: Callable[[], BaseModel] = watched
+    personalize(loader, ask(photos), tmp_path / "out", progress=count)
+    assert alive == [0] * 6
