@@ -1,0 +1,78 @@
+"""What one training step minimises, and how it finds the gradient of the LoRA: by backpropagation."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from .activations import Record
+from .hollow import Conditioning
+
+Loss = Callable[[int], Tensor]  # of the record with this index: a scalar
+
+
+class Step(Protocol):
+    """A way to find the gradient of Σ weight · loss(record): adds it to `.grad` of the parameters."""
+
+    def __call__(self, loss: Loss, weighted: Sequence[tuple[int, float]], scale: float = 1.0) -> float:
+        """`weighted` holds (record, weight); the gradient is `scale` times as large. Returns the sum."""
+        ...
+
+
+def backpropagate(loss: Loss, weighted: Sequence[tuple[int, float]], scale: float = 1.0) -> float:
+    """A `Step` that goes backward after each record: the peak of memory is one record's at any batch size."""
+    total = 0.0
+    for record, weight in weighted:
+        term = weight * loss(record)
+        (scale * term).backward()
+        total += term.item()
+    return total
+
+
+def record_loss(
+    unet: UNet2DConditionModel,
+    schedule: DDPMScheduler,
+    record: Record,
+    latents: Tensor,
+    conditioning: Conditioning,
+    *,
+    snr_gamma: float | None = None,
+) -> Tensor:
+    """‖ε − ε_θ(z_t, t, E_T(P))‖² of one record (Hollowed Net, Eq. 1; of a prior record Eq. 2), a scalar.
+
+    The mean over the latents (1, 4, height, width), in float32; under v-prediction of v in place of ε.
+    `snr_gamma` turns on `min_snr_weight`. The U-Net is hollowed if the record has an exit activation.
+    """
+    weight = unet.conv_in.weight
+    noisy, noise = record.noisy(schedule, latents)
+    exit_activation = {} if record.exit_activation is None else {"exit_activation": record.exit_activation}
+    prediction = unet(
+        noisy.to(weight.device, weight.dtype),
+        record.timestep,
+        **conditioning.to(weight.device, weight.dtype).kwargs(),
+        **exit_activation,
+    ).sample
+    target = training_target(schedule, record.timestep, latents.float(), noise)
+    loss = F.mse_loss(prediction.float(), target.to(weight.device))
+    return loss if snr_gamma is None else min_snr_weight(schedule, record.timestep, snr_gamma) * loss
+
+
+def training_target(schedule: DDPMScheduler, timestep: int, latents: Tensor, noise: Tensor) -> Tensor:
+    """What the U-Net is to predict for clean `latents` and their `noise`, both (1, 4, height, width)."""
+    if schedule.config.prediction_type == "v_prediction":
+        return schedule.get_velocity(latents, noise, torch.tensor([timestep]))
+    return noise if schedule.config.prediction_type == "epsilon" else latents
+
+
+def min_snr_weight(schedule: DDPMScheduler, timestep: int, gamma: float) -> float:
+    """The min-SNR-γ weight of a time step (Hang et al. 2023, arXiv 2303.09556, Sec. 3.4).
+
+    min(SNR, γ) for a U-Net that predicts the sample, over SNR for epsilon, over SNR + 1 for v.
+    """
+    alpha_cumprod = schedule.alphas_cumprod[timestep].item()
+    snr = alpha_cumprod / (1 - alpha_cumprod)
+    over = {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[schedule.config.prediction_type]
+    return min(snr, gamma) / over

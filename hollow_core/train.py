@@ -1,0 +1,246 @@
+"""Stage 2: train a LoRA on the records of a store; the loop reads top to bottom."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from .activations import Store, schedule_id
+from .checkpoint import Checkpoint
+from .errors import HollowError
+from .lora import ATTENTION, add_lora, load_lora_state, lora_parameters, lora_state
+from .progress import Clock, Stop, Watch
+from .steps import backpropagate, record_loss
+
+CHECKPOINT = "checkpoint.safetensors"
+
+Stopped = Literal["finished", "stop", "non-finite loss", "non-finite gradient"]
+
+# These may change when a run goes on: they do not change what a step does.
+FREE_TO_CHANGE = {"steps", "save_every", "gradient_checkpointing"}
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train; the defaults are the paper's (Hollowed Net, Sec. 5.1) but for the rank.
+
+    Raises HollowError for a value that cannot be.
+    """
+
+    rank: int = 16
+    """Rank of each LoRA; the paper compares 1, 4, 16 and 128."""
+    alpha: float | None = None
+    """The LoRA counts alpha / rank times; None means alpha = rank."""
+    targets: tuple[str, ...] = ATTENTION
+    """Ends of the names of the layers that get a LoRA; the attention projections by default."""
+    steps: int = 1000
+    """Optimizer steps in all."""
+    learning_rate: float = 1e-4
+    """AdamW's, constant."""
+    weight_decay: float = 1e-2
+    """AdamW's."""
+    batch: int = 1
+    """Image records a step; as many of the prior come on top. Costs time, not memory."""
+    prior_weight: float = 1.0
+    """How much the prior-preservation loss (Eq. 2) counts if the store has prior records; 0 leaves it out."""
+    snr_gamma: float | None = None
+    """γ of min-SNR weighting, 5 in its paper; None weighs all time steps alike."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm if it is longer; infinity never clips."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the arithmetic. Weights stay as they were loaded, the LoRA and its optimizer in fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = 0
+    """Of the LoRA's start and the order of the records."""
+    save_every: int = 0
+    """Steps from one checkpoint to the next; 0 writes one only at the end or when stopped."""
+
+    def __post_init__(self) -> None:
+        positive = "It must be above 0."
+        for name, possible, advice in [
+            ("rank", self.rank >= 1, "It must be at least 1."),
+            ("alpha", self.alpha is None or 0 < self.alpha < math.inf, positive),
+            ("targets", len(self.targets) > 0, f"Name at least one, such as {ATTENTION[0]}."),
+            ("steps", self.steps >= 1, "It must be at least 1."),
+            ("learning_rate", 0 < self.learning_rate < math.inf, positive),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "It must be 0 or more."),
+            ("batch", self.batch >= 1, "It must be at least 1."),
+            ("prior_weight", 0 <= self.prior_weight < math.inf, "It must be 0 or more."),
+            ("snr_gamma", self.snr_gamma is None or 0 < self.snr_gamma < math.inf, positive),
+            ("max_grad_norm", self.max_grad_norm > 0, positive),
+            ("precision", self.precision in ("fp32", "bf16", "fp16"), "Choose fp32, bf16 or fp16."),
+            ("seed", 0 <= self.seed < 2**63, "It must be from 0 to 2⁶³ - 1."),
+            ("save_every", self.save_every >= 0, "It must be 0 or more."),
+        ]:
+            if not possible:
+                raise HollowError(f"{name} is {getattr(self, name)!r}. {advice}")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out. After a non-finite loss or gradient, the LoRA of the last finite loss."""
+
+    state: dict[str, Tensor]  # as `lora_state` gives it
+    losses: list[float]  # one a step, from the first step on
+    stopped: Stopped
+
+    @property
+    def steps(self) -> int:
+        """Steps done, those of interrupted runs included."""
+        return len(self.losses)
+
+
+def train(
+    unet: UNet2DConditionModel,
+    schedule: DDPMScheduler,
+    store: Store,
+    settings: TrainSettings,
+    *,
+    folder: Path | str,
+    progress: Watch | None = None,
+    preview: Watch | None = None,
+    stop: Stop | None = None,
+) -> TrainResult:
+    """Train a fresh LoRA in `unet`, or go on from the checkpoint in `folder`, and leave it in there.
+
+    `unet` is hollowed at the cut of `store` (Hollowed Net, Sec. 4.3) or, for a store without a cut, whole;
+    drop the base before, nothing here needs it. A step minimises the mean loss of `batch` image records
+    (Eq. 1) plus `prior_weight` times that of `batch` prior records (Eq. 2). `progress` is called after each
+    step, `preview` after each checkpoint on the way, `stop` is asked before each step. Interrupted anywhere
+    and called again, it ends with the same LoRA bit by bit; called with more `steps`, it goes on.
+
+    Raises HollowError for a store that is unfinished or does not fit `unet` and `schedule`; for a checkpoint
+    that is damaged or of other settings, as going on would give a LoRA of neither and a fresh start would
+    overwrite what may have taken hours; and for a full disk.
+    """
+    _check(unet, schedule, store)
+    path = Path(folder) / CHECKPOINT
+    alpha = settings.rank if settings.alpha is None else settings.alpha
+    made_for = {"store": store.id} | {k: v for k, v in asdict(settings).items() if k not in FREE_TO_CHANGE}
+    begun = Checkpoint.load(path, made_for) if path.exists() else None
+    if begun is not None and len(begun.losses) > settings.steps:
+        raise HollowError(
+            f"{path} has {len(begun.losses)} steps already, more than the {settings.steps} asked. "
+            "Ask for more, or choose another folder."
+        )
+    seeds = torch.randint(2**32, (3,), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+
+    # a LoRA in the frozen U-Net, and its optimizer
+    unet.eval()  # the records, too, were made without dropout
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if begun is None:
+        generator = torch.Generator().manual_seed(seeds[0])
+        add_lora(unet, settings.rank, alpha, settings.targets, generator=generator)
+    else:
+        load_lora_state(unet, begun.lora, alpha)
+    parameters = lora_parameters(unet)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    if begun is not None:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": begun.optimizer})
+
+    # the records, in an order that only the seed decides: to go on is to skip ahead
+    losses = [] if begun is None else begun.losses
+    images = _shuffled(store.indices("image"), seeds[1], skip=len(losses) * settings.batch)
+    prior = store.indices("prior") if settings.prior_weight > 0 else []
+    priors = _shuffled(prior, seeds[2], skip=len(losses) * settings.batch)
+
+    def loss_of(index: int) -> Tensor:
+        record = store.record(index)
+        latents, conditioning = store.inputs(record.image)
+        with _arithmetic(unet.conv_in.weight.device.type, settings.precision):
+            return record_loss(unet, schedule, record, latents, conditioning, snr_gamma=settings.snr_gamma)
+
+    def save() -> None:
+        Checkpoint(lora_state(unet), optimizer.state_dict()["state"], losses, loss_scale, made_for).save(path)
+
+    good = lora_state(unet)
+    loss_scale = (2.0**16 if settings.precision == "fp16" else 1.0) if begun is None else begun.loss_scale
+    stopped: Stopped = "finished"
+    clock = Clock(len(losses), settings.steps)
+    while len(losses) < settings.steps:
+        if stop is not None and stop():
+            stopped = "stop"
+            break
+
+        # the gradient, one record at a time
+        weighted = [(next(images), 1 / settings.batch) for _ in range(settings.batch)]
+        if prior:
+            weighted += [
+                (next(priors), settings.prior_weight / settings.batch) for _ in range(settings.batch)
+            ]
+        optimizer.zero_grad()
+        loss = backpropagate(loss_of, weighted, loss_scale)
+        if not math.isfinite(loss):
+            stopped = "non-finite loss"
+            break
+        good = lora_state(unet)
+
+        # the update; fp16 gradients that overflow are left out, and the loss scaled less from then on
+        for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
+            gradient /= loss_scale
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        if norm.isfinite():
+            optimizer.step()
+        elif loss_scale > 1:
+            loss_scale /= 2
+        else:
+            stopped = "non-finite gradient"
+            break
+        losses.append(loss)
+
+        # save, then tell
+        done = clock(len(losses), loss)
+        if settings.save_every and done.step % settings.save_every == 0 and done.step < done.steps:
+            save()
+            if preview is not None:
+                preview(done)
+        if progress is not None:
+            progress(done)
+
+    if stopped in ("finished", "stop"):
+        save()
+    else:
+        load_lora_state(unet, good, alpha)
+    return TrainResult(lora_state(unet), losses, stopped)
+
+
+def _shuffled(indices: Sequence[int], seed: int, skip: int) -> Iterator[int]:
+    """`indices` for ever, each epoch in a new random order, without the first `skip`."""
+
+    def forever() -> Iterator[int]:
+        generator = torch.Generator().manual_seed(seed)
+        while indices:
+            yield from (
+                indices[place] for place in torch.randperm(len(indices), generator=generator).tolist()
+            )
+
+    return islice(forever(), skip, None)
+
+
+def _arithmetic(device: str, precision: str) -> AbstractContextManager[object]:
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def _check(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store) -> None:
+    if store.missing:
+        raise HollowError(f"The store in {store.folder} is not finished. Run precompute again: it goes on.")
+    if schedule_id(schedule) != store.fingerprint.schedule:
+        raise HollowError(
+            f"The store in {store.folder} was made with another noise schedule. Precompute anew."
+        )
+    if (cut := getattr(unet, "cut", None)) != store.cut:
+        raise HollowError(
+            f"The U-Net has cut {cut}, the store in {store.folder} has cut {store.cut} (None: not hollowed). "
+            "Hollow the U-Net at the cut of the store."
+        )
