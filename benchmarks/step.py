@@ -35,10 +35,9 @@ def main() -> None:
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        figures = measure(options, None if options.one == "plain" else options.cut)
-        print(json.dumps(figures))
+        print(json.dumps(measure(options, None if options.one == "plain" else options.cut)))
         return
-    figures = {}
+    figures: dict[str, dict[str, float]] = {}
     for kind in KINDS:
         command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--one", kind]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -18,7 +18,6 @@ from hollow_core.demo import run, scorers, world
 from hollow_core.files import read_json, write_json
 from hollow_core.lora_file import LoraFile
 from hollow_core.models import BaseModel
-from hollow_core.personalize import personalize
 from hollow_core.progress import Progress
 from hollow_core.sample import sample
 
@@ -48,15 +47,13 @@ def subject_scores(out: Path, number: int, subject: world.Subject) -> dict[str, 
     if not path.exists():
         references = out / f"subject-{number}"
         run.write_references(references, subject)
-        files = {}
-        for name, cut in (("plain", None), ("hollowed", run.CUT)):
-            asked = run.request(references, subject, cut)
-            outcome = personalize(run.model, asked, out / f"subject-{number}-{name}", progress=_say)
-            assert outcome.file is not None
-            files[name] = outcome.file
-        base = run.model()
-        judge = scorers.load(run.MODEL)
-        plain, hollowed = (lora_file.load(file, base.unet) for file in files.values())
+        base, judge = run.model(), scorers.load(run.MODEL)
+        plain, hollowed = (
+            lora_file.load(
+                run.train(out / f"subject-{number}-{name}", references, subject, cut, progress=_say).file, base.unet
+            )
+            for name, cut in (("plain", None), ("hollowed", run.CUT))
+        )
         scores = {
             "base model": _scores(judge, base, subject, None),
             "plain LoRA": _scores(judge, base, subject, plain),

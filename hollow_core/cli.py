@@ -49,18 +49,12 @@ class Prediction(str, Enum):
 
 PredictionType = Annotated[
     Prediction | None,
-    typer.Option(help="What the U-Net predicts, where the model does not tell. [default: as it tells]"),
+    typer.Option(help="What the U-Net predicts, where the model does not tell. (default: as it tells)"),
 ]
 
 
 def main() -> None:
     """Run the command; a HollowError is one sentence on stderr and exit status 1."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
     try:
         app()
     except HollowError as error:
@@ -70,36 +64,31 @@ def main() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the LoRA, the pictures and the report.")] = Path(
-        "hollow-demo"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for the LoRA, the pictures and the report.")] = Path("hollow-demo"),
     as_json: Json = False,
 ) -> None:
     """Personalise the embedded model offline on a subject it has never seen: minutes on two cores, no GPU."""
+    _quiet()
     from .demo import run
 
     with watching() as watch:
         report = run.run(out, progress=watch)
-    assert report is not None  # nothing here asks it to stop
     table = Table("", "subject score", "prompt score")
     for name, row in report["rows"].items():
         table.add_row(name, f"{row['subject_score']:.2f}", f"{row['prompt_score']:.2f}")
     console.print(table)
-    console.print(
-        Text(f"Look at {out / 'grid.png'}; the LoRA is {out / 'lora.safetensors'}."), soft_wrap=True
-    )
+    console.print(Text(f"Look at {out / 'grid.png'}; the LoRA is {out / 'lora.safetensors'}."), soft_wrap=True)
     if as_json:
         print(json.dumps(report, indent=1))
 
 
 @app.command()
 def cuts(
-    model: Annotated[
-        str, typer.Argument(help="sd15, sd21, sdxl, or a diffusers folder or .safetensors checkpoint.")
-    ],
+    model: Annotated[str, typer.Argument(help="sd15, sd21, sdxl, or a diffusers folder or .safetensors checkpoint.")],
     as_json: Json = False,
 ) -> None:
     """What each cut of a U-Net removes, and what it then costs to train."""
+    _quiet()
     from .blocks import LAYOUTS, layout_config
     from .cost import cuts_table
     from .models import load
@@ -130,25 +119,26 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for lora.safetensors, and for the work that lets a stopped run go on.")] = Path("hollow-lora"),
     identifier: Annotated[str, typer.Option(help="The rare word that will call the subject in prompts.")] = "sks",
     cut: Annotated[int, typer.Option(help="How much of the U-Net to hollow, see `hollow cuts`; -1 for an ordinary LoRA on all of it.")] = 3,
-    resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. [default: the model's own]")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. (default: the model's own)")] = None,
     samples: Annotated[int, typer.Option(help="Records to precompute; half are of the class where there are class images.")] = 200,
     class_images: Annotated[int, typer.Option(help="Pictures of the class that the base model draws for prior preservation; 0 does without.")] = 0,
     prior_weight: Annotated[float, typer.Option(help="Weight of the prior-preservation loss.")] = 1.0,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
-    alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA. [default: the rank]")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA. (default: the rank)")] = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
     learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-4,
     batch: Annotated[int, typer.Option(help="Records a step, one after the other: costs time, not memory.")] = 1,
-    snr_gamma: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, usually 5. [default: off]")] = None,
+    snr_gamma: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, usually 5. (default: off)")] = None,
     precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic; the LoRA stays fp32.")] = Precision.fp32,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, a third more time.")] = False,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints from which a killed run goes on; 0 for none.")] = 100,
     seed: Annotated[int, typer.Option(help="The same seed gives the same LoRA on the same machine.")] = 0,
     prediction_type: PredictionType = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the GPU if there is one]")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the GPU if there is one)")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Train a LoRA of a subject on a hollowed U-Net. Press Ctrl-C to stop; the same command goes on."""
+    _quiet()
     from .images import load_images
     from .personalize import Request, personalize
     from .prompts import personal_prompt
@@ -184,11 +174,7 @@ def train(
     stopped = outcome.result.stopped if outcome.result is not None else "stop"
     if as_json:
         stages = [vars(stage) for stage in outcome.meter.stages]
-        print(
-            json.dumps(
-                {"file": str(outcome.file) if outcome.file else None, "stopped": stopped, "stages": stages}
-            )
-        )
+        print(json.dumps({"file": str(outcome.file) if outcome.file else None, "stopped": stopped, "stages": stages}))
     if stopped == "stop":
         console.print("Stopped. The same command goes on from here.")
         raise typer.Exit(130)
@@ -213,16 +199,17 @@ def sample(
     negative: Annotated[str, typer.Option(help="The negative prompt.")] = "",
     strength: Annotated[float, typer.Option(help="Of the LoRA: 0 is none, 1 as trained.")] = 1.0,
     refresh: Annotated[int, typer.Option(help="Run the base path every n-th step only: faster, and a little less exact.")] = 1,
-    generic: Annotated[str | None, typer.Option(help="The prompt of the base path. [default: the prompt without the identifier]")] = None,
+    generic: Annotated[str | None, typer.Option(help="The prompt of the base path. (default: the prompt without the identifier)")] = None,
     single_path: Annotated[bool, typer.Option(help="Use the file as an ordinary LoRA, as other tools do.")] = False,
-    width: Annotated[int | None, typer.Option(help="In pixels. [default: the model's own]")] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels. [default: the model's own]")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")] = None,
     precision: Annotated[Precision, typer.Option(help="Of the model.")] = Precision.fp32,
     prediction_type: PredictionType = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the GPU if there is one]")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the GPU if there is one)")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Draw pictures with a LoRA."""
+    _quiet()
     import io
 
     from . import lora_file
@@ -274,6 +261,16 @@ def _device(asked: str | None) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _quiet() -> None:
+    """Say nothing of how libraries fetch their parts; ours are the only words on stderr."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What the embedded model must pass before it is shipped: `python -m hollow_core.demo.gates --model DIR`.
+"""What the embedded model must pass before it is shipped: `python -m hollow_core.demo.gates`.
 
 (a) The middle matters: at the demo's cut, a zeroed exit activation and one of another picture each raise the loss.
 (b) The identifier is heard: after personalisation "sks cup" and "cup" give different pictures.
@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from .. import lora_file
 from ..hollow import Conditioning, head, hollow
-from ..models import BaseModel, encode_prompt, load
-from ..personalize import personalize
+from ..models import BaseModel, encode_prompt
 from ..progress import Progress
 from ..sample import sample
 from . import pretrain, run, scorers, world
@@ -26,17 +25,16 @@ from . import pretrain, run, scorers, world
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=run.MODEL, help="the model's folder")
     parser.add_argument("--out", type=Path, help="folder for pictures to look at")
     parser.add_argument("--quick", action="store_true", help="without the gates that need personalisation")
     options = parser.parse_args()
-    figures: dict[str, Any] = middle_matters(load(options.model))
-    figures |= base_obeys(load(options.model), scorers.load(options.model), options.out)
+    figures: dict[str, Any] = middle_matters(run.model())
+    figures |= base_obeys(run.model(), scorers.load(run.MODEL), options.out)
     if not options.quick:
-        figures |= personalised_obeys(options.model, options.out)
+        figures |= personalised_obeys(options.out)
     for name, value in figures.items():
         print(name, value)
-    pretrain.note(options.model, "gates", figures)
+    pretrain.note(run.MODEL, "gates", figures)
 
 
 @torch.no_grad()
@@ -88,19 +86,17 @@ def base_obeys(base: BaseModel, judge: scorers.Scorers, out: Path | None) -> dic
     }
 
 
-def personalised_obeys(model: Path, out: Path | None) -> dict[str, Any]:
+def personalised_obeys(out: Path | None) -> dict[str, Any]:
     """Gates (b) and (c), second half, on the held-out subjects with the demo's settings."""
-    judge = scorers.load(model)
+    judge = scorers.load(run.MODEL)
     rows: list[dict[str, float]] = []
     for number, subject in enumerate(world.HELD_OUT):
         with tempfile.TemporaryDirectory() as folder:
             references = Path(folder) / "references"
             run.write_references(references, subject)
-            asked = run.request(references, subject, run.CUT)
-            outcome = personalize(lambda: load(model), asked, Path(folder), progress=_print)
-            base = load(model)
-            assert outcome.file is not None
-            lora = lora_file.load(outcome.file, base.unet)
+            trained = run.train(Path(folder) / "work", references, subject, run.CUT, progress=_print)
+            base = run.model()
+            lora = lora_file.load(trained.file, base.unet)
         scenes = list(world.NEW_SCENES) * 2
         seeds = range(len(scenes))
         heard, unheard = (

@@ -2,21 +2,24 @@
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from .. import lora_file
+from ..activations import Store
 from ..blocks import removed_fraction
+from ..errors import HollowError
 from ..files import write_bytes, write_json
 from ..images import load_images
 from ..lora_file import LoraFile
+from ..meter import Meter
 from ..models import BaseModel, load
-from ..personalize import LORA_FILE, Outcome, Request, personalize
-from ..progress import Progress, Stop
+from ..personalize import LORA_FILE, Request, personalize
+from ..progress import Progress
 from ..sample import SampleSettings, sample
 from ..train import TrainSettings
 from . import pictures, scorers, world
@@ -44,14 +47,23 @@ SETTINGS = TrainSettings(
     steps=400,
     batch=4,
     learning_rate=2e-3,
+    save_every=100,
 )
 SAMPLING = SampleSettings(steps=30, guidance=3.0)
 
 Watch = Callable[[str, Progress], object]
 
 
-@dataclass(frozen=True)
-class Row:
+class Trained(NamedTuple):
+    """A LoRA of the subject, and how it came about."""
+
+    file: Path
+    losses: list[float]
+    store: Store
+    meter: Meter
+
+
+class Row(NamedTuple):
     """One way of drawing the subject in new scenes."""
 
     name: str
@@ -63,54 +75,42 @@ class Row:
 def run(
     out: Path,
     subject: world.Subject = world.HELD_OUT[0],
-    *,
+    settings: TrainSettings = SETTINGS,
     progress: Watch | None = None,
-    stop: Stop | None = None,
-) -> dict[str, Any] | None:
-    """Do it all into `out`, and give the report that is written there too; None if `stop` ended it.
+) -> dict[str, Any]:
+    """Do it all into `out`, and give the report that is written there too.
 
     Called again after an interruption, it goes on. Raises HollowError where `out` cannot be written.
     """
-    write_references(out / "references", subject)
-    outcomes: dict[str, Outcome] = {}
-    for name, cut in (("plain LoRA", None), ("hollowed LoRA", CUT)):
-        watch = None if progress is None else _named(progress, name)
-        folder = out / "work" / ("plain" if cut is None else "hollowed")
-        outcome = personalize(model, request(out / "references", subject, cut), folder, progress=watch, stop=stop)
-        if outcome.result is None or outcome.result.stopped != "finished":
-            return None
-        outcomes[name] = outcome
-    plain, hollowed = (outcomes[name] for name in ("plain LoRA", "hollowed LoRA"))
-    assert hollowed.file is not None
+    references = out / "references"
+    write_references(references, subject)
+    plain = train(out / "work" / "plain", references, subject, None, settings, progress)
+    hollowed = train(out / "work" / "hollowed", references, subject, CUT, settings, progress)
     write_bytes(out / LORA_FILE, hollowed.file.read_bytes())
 
     base = model()
     with hollowed.meter.stage("sample"):
-        rows = draw_rows(base, subject, plain, hollowed, progress)
-    references = [image.picture for image in load_images(out / "references", world.SIZE)]
-    captions = [world.SCENES[scene] for scene in world.NEW_SCENES]
-    pictures.save_grid(out / "grid.png", references, {row.name: (row.pictures, _scores(row)) for row in rows}, captions)
-    losses = {name: outcome.result.losses for name, outcome in outcomes.items() if outcome.result is not None}
-    pictures.save_losses(out / "loss.png", losses)
+        rows = draw_rows(base, subject, plain.file, hollowed.file, progress)
+    pictures.save_grid(
+        out / "grid.png",
+        [image.picture for image in load_images(references, world.SIZE)],
+        {row.name: (row.pictures, f"subject {row.subject_score:.2f}\nprompt {row.prompt_score:.2f}") for row in rows},
+        [world.SCENES[scene] for scene in world.NEW_SCENES],
+    )
+    pictures.save_losses(out / "loss.png", {"plain LoRA": plain.losses, "hollowed LoRA": hollowed.losses})
     report = {
         "versions": {name: version(name) for name in ("hollow", "torch", "diffusers", "peft", "transformers")}
         | {"python": platform.python_version()},
         "subject": asdict(subject),
-        "settings": {
-            **asdict(SETTINGS),
-            "cut": CUT,
-            "samples": len(hollowed.store.records) if hollowed.store else 0,
-        },
+        "settings": asdict(settings) | {"cut": CUT},
         "sampling": asdict(SAMPLING),
-        "stages": {name: [asdict(stage) for stage in outcome.meter.stages] for name, outcome in outcomes.items()},
+        "plain_stages": [asdict(stage) for stage in plain.meter.stages],
+        "hollowed_stages": [asdict(stage) for stage in hollowed.meter.stages],
         "removed_percent": round(100 * removed_fraction(base.unet, CUT), 2),
-        "records": len(hollowed.store.records) if hollowed.store else 0,
-        "stored_bytes": hollowed.store.size_bytes if hollowed.store else 0,
+        "records": len(hollowed.store.records),
+        "stored_bytes": hollowed.store.size_bytes,
         "rows": {
-            row.name: {
-                "subject_score": round(row.subject_score, 4),
-                "prompt_score": round(row.prompt_score, 4),
-            }
+            row.name: {"subject_score": round(row.subject_score, 4), "prompt_score": round(row.prompt_score, 4)}
             for row in rows
         },
     }
@@ -118,15 +118,27 @@ def run(
     return report
 
 
+def train(
+    folder: Path,
+    references: Path,
+    subject: world.Subject,
+    cut: int | None,
+    settings: TrainSettings = SETTINGS,
+    progress: Watch | None = None,
+) -> Trained:
+    """A LoRA of the pictures in `references`, hollowed at `cut` or plain; goes on in `folder` if interrupted."""
+    name = "plain LoRA" if cut is None else "hollowed LoRA"
+    watch = None if progress is None else lambda stage, done: progress(f"{name}: {stage}", done)
+    request = Request(load_images(references, world.SIZE), subject.kind, IDENTIFIER, cut, settings=settings)
+    outcome = personalize(model, request, folder, progress=watch)
+    if outcome.file is None or outcome.result is None or outcome.store is None or outcome.result.stopped != "finished":
+        raise HollowError(f"The training in {folder} did not finish. Delete the folder and start again.")
+    return Trained(outcome.file, outcome.result.losses, outcome.store, outcome.meter)
+
+
 def model() -> BaseModel:
     """The embedded model."""
     return load(MODEL)
-
-
-def request(references: Path, subject: world.Subject, cut: int | None, seed: int = 0) -> Request:
-    """What the demo asks `personalize` for."""
-    images = load_images(references, world.SIZE)
-    return Request(images, subject.kind, IDENTIFIER, cut, settings=replace(SETTINGS, seed=seed))
 
 
 def write_references(folder: Path, subject: world.Subject) -> None:
@@ -141,16 +153,14 @@ def write_references(folder: Path, subject: world.Subject) -> None:
 
 
 def draw_rows(
-    base: BaseModel, subject: world.Subject, plain: Outcome, hollowed: Outcome, progress: Watch | None
+    base: BaseModel, subject: world.Subject, plain: Path, hollowed: Path, progress: Watch | None = None
 ) -> list[Row]:
     """The base model, plain LoRA, and the hollowed LoRA on two paths and on one, each in four new scenes."""
-    assert plain.file is not None
-    assert hollowed.file is not None
     ways: list[tuple[str, LoraFile | None, bool]] = [
         ("base model", None, True),
-        ("plain LoRA", lora_file.load(plain.file, base.unet), True),
-        ("hollowed LoRA, two paths", lora_file.load(hollowed.file, base.unet), False),
-        ("hollowed LoRA, single path", lora_file.load(hollowed.file, base.unet), True),
+        ("plain LoRA", lora_file.load(plain, base.unet), True),
+        ("hollowed LoRA, two paths", lora_file.load(hollowed, base.unet), False),
+        ("hollowed LoRA, single path", lora_file.load(hollowed, base.unet), True),
     ]
     scenes = world.NEW_SCENES
     prompts = [world.photo_caption(f"{IDENTIFIER} {subject.kind}", scene) for scene in scenes]
@@ -168,11 +178,3 @@ def score(drawn: Sequence[Image.Image], subject: world.Subject, scenes: Sequence
     judge = scorers.load(MODEL)
     references = [picture for _, picture in world.reference_pictures(subject)]
     return judge.subject_score(drawn, references), judge.prompt_score(drawn, scenes)
-
-
-def _named(progress: Watch, name: str) -> Watch:
-    return lambda stage, done: progress(f"{name}: {stage}", done)
-
-
-def _scores(row: Row) -> str:
-    return f"subject {row.subject_score:.2f}\nprompt {row.prompt_score:.2f}"

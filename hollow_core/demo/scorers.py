@@ -71,7 +71,7 @@ def load(folder: Path) -> Scorers:
     return scorers.eval().requires_grad_(False)
 
 
-def train(out: Path, steps: int = 2_000, batch: int = 64) -> dict[str, Any]:
+def train(out: Path, steps: int = 900, batch: int = 64) -> dict[str, Any]:
     """Contrastive for the subject (hard negatives: one attribute changed), cross-entropy for the reader."""
     torch.manual_seed(0)
     scorers = Scorers()

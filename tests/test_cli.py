@@ -1,0 +1,174 @@
+"""The command as a user types it: results on stdout, one sentence on stderr where something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tiny_pipelines import tiny_pipeline
+
+from hollow_core.cli import main
+
+Hollow = Callable[..., "Done"]
+
+
+class Done(NamedTuple):
+    status: object
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def hollow(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Run the command with these arguments."""
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["hollow", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return Done(end.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline("sd15").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "my photos"  # a space, as on users' disks
+    folder.mkdir()
+    for number in range(2):
+        Image.new("RGB", (150, 130), (90 * number, 60, 200)).save(folder / f"{number}.jpg")
+    return folder
+
+
+def test_cuts_prints_the_papers_seven_percentages(hollow: Hollow) -> None:
+    done = hollow("cuts", "sd21", "--json")
+    assert done.status == 0, done.stderr
+    rows = json.loads(done.stdout)
+    published = [11.5, 20.8, 30.1, 39.2, 56.6, 73.3, 84.3]
+    assert [row["k"] for row in rows[:7]] == list(range(7))
+    assert [row["removed_percent"] for row in rows[:7]] == pytest.approx(published, abs=0.1)
+    assert rows[3]["blocks"][0] == "3-3"
+    assert rows[3]["blocks"][-1] == "6-4"
+    assert rows[3]["exit_shape"] == [1280, 16, 16]
+    assert set(rows[3]["flops"]) == {"full", "precompute", "hollowed_forward", "training_step"}
+
+
+def test_cuts_of_a_model_are_a_table(hollow: Hollow, model_folder: Path) -> None:
+    done = hollow("cuts", model_folder)
+    assert done.status == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if "│" in line]
+    assert len(rows) == 12  # cuts 0 to 11
+    assert "3-3 … 6-4" in rows[3]
+
+
+def test_train_then_sample(hollow: Hollow, model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "my lora"
+    train = ["train", model_folder, "--images", photos, "--subject", "dog", "--out", out, "--device", "cpu"]
+    train += ["--steps", 3, "--samples", 4, "--rank", 2, "--resolution", 128]
+    done = hollow(*train, "--json")
+    assert done.status == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["file"] == str(out / "lora.safetensors")
+    assert result["stopped"] == "finished"
+    assert {stage["name"] for stage in result["stages"]} == {"encode", "precompute", "train"}
+
+    pictures = tmp_path / "pictures"
+    draw = [
+        "sample",
+        model_folder,
+        "--lora",
+        out / "lora.safetensors",
+        "--prompt",
+        "a sks dog in snow",
+        "--device",
+        "cpu",
+    ]
+    done = hollow(*draw, "--out", pictures, "--steps", 2, "--images", 2, "--json")
+    assert done.status == 0, done.stderr
+    drawn = json.loads(done.stdout)
+    assert [picture["seed"] for picture in drawn] == [0, 1]
+    for picture in drawn:
+        with Image.open(picture["file"]) as opened:
+            assert opened.size == (128, 128)
+
+
+def refusals(folder: Path, photos: Path, model_folder: Path) -> dict[str, tuple[list[object], str]]:
+    """{what is wrong: (arguments, part of the sentence)}"""
+    empty = folder / "empty"
+    empty.mkdir()
+    text = folder / "text"
+    text.mkdir()
+    (text / "photo.png").write_text("not a picture")
+    dot = folder / "dot"
+    dot.mkdir()
+    Image.new("RGB", (1, 1)).save(dot / "dot.png")
+    foreign = folder / "foreign.safetensors"
+    pipeline = tiny_pipeline("sdxl")
+    name = "lora_unet_down_blocks_2_attentions_0_transformer_blocks_0_attn1_to_q"
+    width = pipeline.unet.down_blocks[2].attentions[0].transformer_blocks[0].attn1.to_q.weight.shape[1] + 1
+    save_file(
+        {f"{name}.lora_down.weight": torch.ones(2, width), f"{name}.lora_up.weight": torch.ones(width, 2)}, foreign
+    )
+    cut_off = folder / "cut-off.safetensors"
+    cut_off.write_bytes(foreign.read_bytes()[:-10])
+
+    def train(**options: object) -> list[object]:
+        asked = {"images": photos, "subject": "dog", "out": folder / "out"} | options
+        return ["train", model_folder, *(part for name, value in asked.items() for part in (f"--{name}", value))]
+
+    def sample(lora: Path) -> list[object]:
+        return ["sample", model_folder, "--lora", lora, "--prompt", "a sks dog", "--out", folder / "out"]
+
+    return {
+        "an empty folder": (train(images=empty), "holds no pictures"),
+        "a text file named .png": (train(images=text), "cannot be read as a picture"),
+        "a picture of one pixel": (train(images=dot), "is only 1×1 pixels"),
+        "an empty class word": (train(subject=" "), "The class word is empty"),
+        "a cut that is not there": (train(cut=12), "Choose a cut from 0 to 11"),
+        "a rank of nothing": (train(rank=0), "rank is 0"),
+        "no model": (["train", folder / "nowhere", "--images", photos, "--subject", "dog"], "does not exist"),
+        "a LoRA of another architecture": (sample(foreign), "was made for another kind of model"),
+        "a truncated LoRA": (sample(cut_off), "is not a whole safetensors file"),
+        "a LoRA that is not there": (sample(folder / "nothing.safetensors"), "does not exist"),
+        "no such layout": (["cuts", "sd99"], "does not exist"),
+    }
+
+
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    hollow: Hollow, model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    before = None
+    for what, (arguments, sentence) in refusals(tmp_path, photos, model_folder).items():
+        before = before or sorted(tmp_path.rglob("*"))
+        done = hollow(*arguments)
+        assert done.status == 1, what
+        assert sentence in done.stderr, what
+        assert "Traceback" not in done.stderr, what
+        assert done.stdout == "", what
+        assert sorted(tmp_path.rglob("*")) == before, what
+
+
+def test_help_names_every_option_with_its_default() -> None:
+    command = [sys.executable, "-c", "from hollow_core.cli import main; main()", "train", "--help"]
+    environment = os.environ | {"COLUMNS": "250", "TERM": "dumb"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    options = [line.strip("│ ") for line in done.stdout.splitlines() if line.startswith("│") and "--" in line]
+    assert len(options) > 15
+    for option in options:
+        name, *explained = option.strip("* ").split("  ")
+        assert len(" ".join(explained).strip()) > 20, option
+        assert "--help" in name or "--json" in name or "default" in option or "required" in option, option
