@@ -73,8 +73,7 @@ class Fingerprint:
         """What differs, in words, where this one is stored and `other` is asked for."""
         stored, asked = asdict(self), asdict(other)
         named = {
-            name: f"{name} ({stored[name]} stored, {asked[name]} asked)"
-            for name in ("cut", "samples", "seed", "dtype")
+            name: f"{name} ({stored[name]} stored, {asked[name]} asked)" for name in ("cut", "samples", "seed", "dtype")
         }
         return [named.get(name, name) for name in stored if stored[name] != asked[name]]
 
@@ -138,9 +137,7 @@ class Store:
         index = read_json(path)
         try:
             if index["format"] != FORMAT:
-                raise HollowError(
-                    f"{path} has the unknown format {index['format']}. Precompute into a new folder."
-                )
+                raise HollowError(f"{path} has the unknown format {index['format']}. Precompute into a new folder.")
             fingerprint = Fingerprint(**index["fingerprint"])
             store = cls(path.parent, fingerprint, [Record(**record) for record in index["records"]])
             with store._open_inputs():

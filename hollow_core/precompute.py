@@ -14,6 +14,7 @@ from .activations import Fingerprint, Kind, Record, Store, digest, schedule_id
 from .blocks import check_cut
 from .errors import HollowError
 from .hollow import Conditioning, head
+from .lora import lora_parameters
 from .progress import Clock, Stop, Watch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -88,9 +89,7 @@ def precompute(
 
 
 @torch.no_grad()
-def run_to_exit(
-    base: UNet2DConditionModel, schedule: DDPMScheduler, record: Record, example: Example
-) -> torch.Tensor:
+def run_to_exit(base: UNet2DConditionModel, schedule: DDPMScheduler, record: Record, example: Example) -> torch.Tensor:
     """What `base`, a `head`, delivers for a record (1, channels, h, w), under the generic prompt."""
     weight = base.conv_in.weight
     noisy, _ = record.noisy(schedule, example.latents)
@@ -190,6 +189,8 @@ def _check(
 ) -> None:
     if cut is not None:
         check_cut(unet.config, cut)
+    if lora_parameters(unet):
+        raise HollowError("This U-Net carries a LoRA, but the base path runs without one. Take it out first.")
     if dtype not in DTYPES:
         names = ", ".join(_name(known) for known in DTYPES)
         raise HollowError(f"Records cannot be kept in {_name(dtype)}. Choose one of {names}.")
@@ -200,9 +201,7 @@ def _check(
         raise HollowError(f"{samples} records are too few. Ask for at least {len(kinds)}; 200 are usual.")
     prediction = schedule.config.prediction_type
     if prediction not in ("epsilon", "v_prediction", "sample"):
-        raise HollowError(
-            f"The prediction type {prediction!r} is unknown. Use epsilon, v_prediction or sample."
-        )
+        raise HollowError(f"The prediction type {prediction!r} is unknown. Use epsilon, v_prediction or sample.")
     if prediction == "epsilon" and schedule.alphas_cumprod[-1] < 1e-6:
         raise HollowError(
             "A schedule with zero terminal SNR cannot train on epsilon: at its last step the "

@@ -174,9 +174,7 @@ def train(
         # the gradient, one record at a time
         weighted = [(next(images), 1 / settings.batch) for _ in range(settings.batch)]
         if prior:
-            weighted += [
-                (next(priors), settings.prior_weight / settings.batch) for _ in range(settings.batch)
-            ]
+            weighted += [(next(priors), settings.prior_weight / settings.batch) for _ in range(settings.batch)]
         optimizer.zero_grad()
         loss = backpropagate(loss_of, weighted, loss_scale)
         if not math.isfinite(loss):
@@ -219,9 +217,7 @@ def _shuffled(indices: Sequence[int], seed: int, skip: int) -> Iterator[int]:
     def forever() -> Iterator[int]:
         generator = torch.Generator().manual_seed(seed)
         while indices:
-            yield from (
-                indices[place] for place in torch.randperm(len(indices), generator=generator).tolist()
-            )
+            yield from (indices[place] for place in torch.randperm(len(indices), generator=generator).tolist())
 
     return islice(forever(), skip, None)
 
@@ -236,9 +232,7 @@ def _check(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store) ->
     if store.missing:
         raise HollowError(f"The store in {store.folder} is not finished. Run precompute again: it goes on.")
     if schedule_id(schedule) != store.fingerprint.schedule:
-        raise HollowError(
-            f"The store in {store.folder} was made with another noise schedule. Precompute anew."
-        )
+        raise HollowError(f"The store in {store.folder} was made with another noise schedule. Precompute anew.")
     if (cut := getattr(unet, "cut", None)) != store.cut:
         raise HollowError(
             f"The U-Net has cut {cut}, the store in {store.folder} has cut {store.cut} (None: not hollowed). "

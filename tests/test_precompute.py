@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_training import BreakAt, Broken, content, full_disk, run_script, tiny_examples, tiny_schedule
@@ -15,9 +15,11 @@ from tiny_training import BreakAt, Broken, content, full_disk, run_script, tiny_
 from hollow_core.activations import SHARD, Store
 from hollow_core.blocks import max_cut
 from hollow_core.errors import HollowError
+from hollow_core.lora import add_lora, remove_lora
 from hollow_core.precompute import plan, precompute
 
 
+@settings(deadline=None)
 @given(
     images=st.integers(1, 7),
     priors=st.integers(0, 5),
@@ -294,6 +296,16 @@ def test_prompts_of_another_models_text_encoder_are_refused(tiny_unet, tmp_path)
     unet, other = tiny_unet("sd15"), tiny_unet("sd21")
     with pytest.raises(HollowError, match="example 0 are 16 wide, but this U-Net takes 12"):
         precompute(unet, tiny_schedule(), tiny_examples(other), tmp_path, cut=3)
+
+
+def test_a_unet_with_a_lora_is_refused_until_it_is_taken_out(tiny_unet, tmp_path):
+    unet, schedule = tiny_unet("sd15"), tiny_schedule()
+    plain = precompute(unet, schedule, tiny_examples(unet), tmp_path, cut=3, samples=2)
+    add_lora(unet, 2, generator=torch.Generator())
+    with pytest.raises(HollowError, match=r"carries a LoRA, .* Take it out first"):
+        precompute(unet, schedule, tiny_examples(unet), tmp_path, cut=3, samples=2)
+    remove_lora(unet)
+    assert precompute(unet, schedule, tiny_examples(unet), tmp_path, cut=3, samples=2).id == plain.id
 
 
 def test_an_activation_too_large_for_fp16_is_refused_and_fits_bf16(tiny_unet, tmp_path):
