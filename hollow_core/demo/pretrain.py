@@ -194,7 +194,7 @@ def train_unet(out: Path, pictures: int, steps: int, batch: int = 64, peak: floa
     """v-prediction on a zero-terminal-SNR schedule; `middle_needed` keeps the deep levels alive."""
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32).requires_grad_(False)
-    latents, subjects, scenes = drawn_latents(pictures)
+    latents, subjects, scenes = drawn_latents(out, pictures)
     schedule = noise_schedule()
     schedule.save_pretrained(out / "scheduler")
     with torch.no_grad():
@@ -223,8 +223,7 @@ def train_unet(out: Path, pictures: int, steps: int, batch: int = 64, peak: floa
         noise = torch.randn(clean.shape, generator=generator)
         noisy = schedule.add_noise(clean, noise, timesteps)
         velocity = schedule.get_velocity(clean, noise, timesteps)
-        share = 0.5 if step < 1_000 else 0.8
-        with torch.autocast("cpu", torch.bfloat16), middle_needed(unet, nothing, batch, generator, share):
+        with torch.autocast("cpu", torch.bfloat16), middle_needed(unet, nothing, batch, generator):
             predicted = unet(noisy, timesteps, states).sample
         loss = F.mse_loss(predicted.float(), velocity)
         loss.backward()
@@ -288,16 +287,16 @@ def noise_schedule() -> DDIMScheduler:
 
 @contextmanager
 def middle_needed(
-    unet: UNet2DConditionModel, nothing: torch.Tensor, batch: int, generator: torch.Generator, share: float
+    unet: UNet2DConditionModel, nothing: torch.Tensor, batch: int, generator: torch.Generator
 ) -> Iterator[None]:
     """While open, the outer levels lack what the middle could tell them.
 
-    A share of the samples has its prompt in the middle only, the layers around it see an empty one; a fifth as
-    many lose the skips into up_blocks.1 and .2. Without this the outer levels, which see all of so small a picture,
+    Half of the samples have their prompt in the middle only, the layers around it see an empty one; a tenth loses
+    the skips into up_blocks.1 and .2. Without this the outer levels, which see all of so small a picture,
     do everything, the middle dies, and hollowing it proves nothing. `nothing` is the empty prompt (1, 24, 96).
     """
-    told = (torch.rand(batch, 1, 1, generator=generator) >= share).float()
-    skipped = (torch.rand(batch, 1, 1, 1, generator=generator) >= share / 5).float()
+    told = (torch.rand(batch, 1, 1, generator=generator) >= 0.5).float()
+    skipped = (torch.rand(batch, 1, 1, 1, generator=generator) >= 0.1).float()
 
     def untell(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         states = torch.lerp(nothing, named["encoder_hidden_states"], told)
@@ -326,9 +325,10 @@ def drawn(number: int, choose: random.Random) -> tuple[torch.Tensor, list[world.
 
 
 @torch.no_grad()
-def drawn_latents(number: int) -> tuple[torch.Tensor, list[world.Subject], list[str]]:
-    """Latents (number, 8, 16, 16) in fp16 of drawn pictures; the encoder needs no training, so neither do they."""
-    autoencoder, choose = principal_autoencoder(), random.Random(5)
+def drawn_latents(out: Path, number: int) -> tuple[torch.Tensor, list[world.Subject], list[str]]:
+    """Latents (number, 8, 16, 16) in fp16 of drawn pictures, with their subjects and scenes."""
+    autoencoder = AutoencoderTiny.from_pretrained(out / "vae", torch_dtype=torch.float32)
+    choose = random.Random(5)
     latents, subjects, scenes = [], [], []
     for _ in range(0, number, 100):
         pictures, some_subjects, some_scenes = drawn(100, choose)

@@ -96,22 +96,17 @@ def photo_caption(noun: str, scene: str) -> str:
 
 
 def random_subject(choose: random.Random) -> Subject:
-    """A subject of the training world, never a held-out one."""
+    """A subject of the training world, never a held-out one; half are plain, half bear no emblem or accessory."""
     while True:
         kind = choose.choice(CLASSES)
         color, second = choose.sample(list(COLORS), 2)
         if (kind, color, second) not in {(s.kind, s.color, s.second) for s in HELD_OUT}:
             break
     accent = choose.choice([name for name in COLORS if name not in (color, second)])
-    return Subject(
-        kind,
-        color,
-        second,
-        choose.choice(PATTERNS),
-        choose.choice(EMBLEMS),
-        choose.choice(ACCESSORIES),
-        accent,
+    pattern, emblem, accessory = (
+        names[0] if choose.random() < 0.5 else choose.choice(names[1:]) for names in (PATTERNS, EMBLEMS, ACCESSORIES)
     )
+    return Subject(kind, color, second, pattern, emblem, accessory, accent)
 
 
 def draw(subject: Subject, scene: str, choose: random.Random) -> Image.Image:
