@@ -85,15 +85,31 @@ def set_strength(unet: nn.Module, strength: float) -> None:
 
 @contextmanager
 def lora_off(unet: nn.Module) -> Iterator[None]:
-    """While inside, `unet` and every view that shares its layers compute without the LoRA, at no cost."""
-    layers = [layer for _, layer in _lora_layers(unet)]
+    """While inside, `unet` and every view that shares its layers compute without any LoRA, at no cost."""
+    layers = _layers_of_any_lora(unet)
+    before = [layer._disable_adapters for layer in layers]
     for layer in layers:
-        layer.enable_adapters(False)
+        layer._disable_adapters = True  # peft's public switch would also change what is trainable
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+@contextmanager
+def lora_strength(unet: nn.Module, strength: float) -> Iterator[None]:
+    """`set_strength` of any LoRA, whoever put it in, and as before afterwards."""
+    layers = _layers_of_any_lora(unet)
+    before = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        for adapter in layer.active_adapters:
+            layer.set_scale(adapter, strength)
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
 
 
 def remove_lora(unet: nn.Module) -> None:
@@ -133,6 +149,10 @@ def _lora_layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in unet.named_modules():
         if isinstance(module, LoraLayer) and _ADAPTER in module.lora_A:
             yield path, module
+
+
+def _layers_of_any_lora(unet: nn.Module) -> list[Any]:
+    return [module for module in unet.modules() if isinstance(module, LoraLayer)]
 
 
 def _checked_rank(unet: nn.Module, path: str, state: Mapping[str, Tensor]) -> int:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -31,7 +33,7 @@ class BaseModel:
     """The parts of a base model; what is no longer needed may be set free (`free_encoders`)."""
 
     unet: UNet2DConditionModel
-    vae: AutoencoderKL | None
+    vae: AutoencoderKL | AutoencoderTiny | None
     text_encoders: tuple[nn.Module, ...]
     """One, or SDXL's two; empty once set free."""
     tokenizers: tuple[CLIPTokenizer, ...]
@@ -151,7 +153,7 @@ def encode_images(model: BaseModel, images: Sequence[TrainingImage]) -> list[Ten
         pixels = torch.frombuffer(bytearray(image.picture.tobytes()), dtype=torch.uint8)
         pixels = pixels.reshape(1, image.picture.height, image.picture.width, 3).permute(0, 3, 1, 2)
         scaled = (pixels / 127.5 - 1).to(vae.device, vae.dtype)
-        mean = vae.encode(scaled).latent_dist.mean
+        mean = retrieve_latents(vae.encode(scaled), sample_mode="argmax")
         latents.append(((mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor).to(dtype))
     vae.to(dtype)
     return latents
@@ -164,9 +166,7 @@ def free_encoders(model: BaseModel) -> None:
 
 def _load_folder(path: Path, dtype: torch.dtype) -> Pipeline:
     if not (path / "model_index.json").exists():
-        raise HollowError(
-            f"{path} is no diffusers folder: it has no model_index.json. Give the folder with it."
-        )
+        raise HollowError(f"{path} is no diffusers folder: it has no model_index.json. Give the folder with it.")
     kind = pipeline_class(path)
     weights = path / "unet" / "diffusion_pytorch_model.safetensors"
     only_half = not weights.exists() and weights.with_suffix(".fp16.safetensors").exists()

@@ -1,9 +1,8 @@
-"""Loading base models: folders and single files, tiny ones whole and the public ones by their shapes."""
+"""Loading base models: folders and single files, tiny ones whole and the public ones by their sizes."""
 
 import gc
-import json
 import pickle
-import struct
+import shutil
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +16,6 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
@@ -86,61 +83,55 @@ def test_a_file_in_half_precision_stays_so(tmp_path: Path) -> None:
     assert_is(model, pipeline)
 
 
-def write_mostly_zeros(
-    path: Path, shapes: Mapping[str, torch.Tensor], contents: Mapping[str, torch.Tensor]
-) -> None:
-    """An fp16 .safetensors file that takes no room on the disk but for `contents`."""
-    header: dict[str, Any] = {}
-    end = 0
-    for key, tensor in shapes.items():
-        start, end = end, end + 2 * tensor.numel()
-        header[key] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for key, tensor in contents.items():
-            file.seek(8 + len(text) + header[key]["data_offsets"][0])
-            file.write(tensor.half().numpy().tobytes())
-        file.truncate(8 + len(text) + end)
+# Parameters of the published models: U-Net, VAE, text encoders.
+PUBLISHED = {
+    "sd15": (859_520_964, 83_653_863, 123_060_480),
+    "sd21": (865_910_724, 83_653_863, 340_387_840),
+    "sdxl": (2_567_463_684, 83_653_863, 123_060_480, 694_659_840),
+}
 
 
-def public_checkpoint(layout: str) -> dict[str, torch.Tensor]:
-    """The names and shapes of a public checkpoint, without memory."""
+def test_the_layouts_are_those_of_the_published_models(layout: str) -> None:
     folder = LAYOUTS / layout
     with torch.device("meta"):
-        parts: dict[str, Any] = {
-            "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
-            "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
-            "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
-            "scheduler": DDIMScheduler.from_pretrained(folder / "scheduler"),
-            "tokenizer": None,
-        }
+        parts = [
+            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
+            AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
+            CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
+        ]
         if layout == "sdxl":
-            second = CLIPTextConfig.from_pretrained(folder / "text_encoder_2")
-            parts |= {"text_encoder_2": CLIPTextModelWithProjection(second), "tokenizer_2": None}
-            return original_checkpoint(StableDiffusionXLPipeline(**parts), layout)
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        return original_checkpoint(StableDiffusionPipeline(**parts), layout)
+            parts.append(CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / "text_encoder_2")))
+    assert tuple(sum(parameter.numel() for parameter in part.parameters()) for part in parts) == PUBLISHED[layout]
+    schedule = DDIMScheduler.from_pretrained(folder / "scheduler")
+    assert abs(float(schedule.alphas_cumprod[-1]) - 0.0047) < 1e-4
 
 
-PUBLIC_PARAMETERS = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}
+TEXT_WIDTHS = {"sd15": 768, "sd21": 1024, "sdxl": 2048}
 SD2_BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
-def test_a_public_checkpoint_by_itself(tmp_path: Path, layout: str) -> None:
-    """A file with the names and shapes of the public one loads without configs and without the network.
+def test_a_single_file_by_itself(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a word about its kind: known by its text width, with the tokenizers of that kind.
 
-    The one of SD 2.x stands for the 768-pixel model, which is known by a bias.
+    The layouts are tiny ones here; the file of SD 2.x is one of the 768-pixel model.
     """
-    path = tmp_path / "model.safetensors"
-    contents = {SD2_BIAS: torch.linspace(-0.3, 0.3, 320)} if layout == "sd21" else {}
-    write_mostly_zeros(path, public_checkpoint(layout), contents)
-    model = load(path, torch.float16)
+    for name, width in TEXT_WIDTHS.items():
+        pipeline = tiny_pipeline(name)
+        pipeline.unet = make_tiny_unet(name, cross_attention_dim=width)
+        save_folder(pipeline, tmp_path / "layouts" / name)
+        if name == layout:
+            original, tensors = pipeline, original_checkpoint(pipeline, layout)
+    if layout == "sd21":
+        tensors[SD2_BIAS].copy_(torch.linspace(-0.3, 0.3, len(tensors[SD2_BIAS])))
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copytree(LAYOUTS / "tokenizer", tmp_path / "layouts" / "tokenizer")
+    monkeypatch.setattr("hollow_core.single_file.LAYOUTS", tmp_path / "layouts")
+
+    model = load(tmp_path / "model.safetensors")
+    assert_is(model, original)
     assert model.layout == layout
-    assert sum(parameter.numel() for parameter in model.unet.parameters()) == PUBLIC_PARAMETERS[layout]
-    assert model.resolution == {"sd15": 512, "sd21": 768, "sdxl": 1024}[layout]
+    assert model.resolution == (768 if layout == "sd21" else 128)
     assert model.schedule.config.prediction_type == ("v_prediction" if layout == "sd21" else "epsilon")
-    assert abs(float(model.schedule.alphas_cumprod[-1]) - 0.0047) < 1e-4
     # What OpenAI's own tokenizer makes of this sentence; OpenCLIP pads with zeros.
     padding = {"sd15": [49407], "sd21": [0], "sdxl": [49407, 0]}[layout]
     for tokenizer, pad in zip(model.tokenizers, padding, strict=True):
@@ -179,9 +170,7 @@ def test_where_a_single_file_tells_its_schedule(
     pipeline = tiny_pipeline("sdxl")
     tensors = original_checkpoint(pipeline, "sdxl") | {key: torch.empty(0) for key in markers}
     save_file(tensors, tmp_path / "model.safetensors", metadata)
-    schedule = load(
-        tmp_path / "model.safetensors", config=save_folder(pipeline, tmp_path / "configs")
-    ).schedule
+    schedule = load(tmp_path / "model.safetensors", config=save_folder(pipeline, tmp_path / "configs")).schedule
     assert schedule.config.prediction_type == prediction_type
     assert (float(schedule.alphas_cumprod[-1]) < 1e-6) == ("ztsnr" in markers)
 
@@ -203,9 +192,7 @@ def test_the_pipeline_draws_what_the_original_draws(tmp_path: Path, layout: str)
     pipeline = load(save_folder(original, tmp_path)).pipeline()
     pipeline.set_progress_bar_config(disable=True)
     pictures = [
-        pipe(
-            "a photo of a dog", num_inference_steps=2, generator=torch.manual_seed(0), output_type="np"
-        ).images
+        pipe("a photo of a dog", num_inference_steps=2, generator=torch.manual_seed(0), output_type="np").images
         for pipe in (original, pipeline)
     ]
     np.testing.assert_array_equal(*pictures)
@@ -263,9 +250,7 @@ def refusal(path: Path, **options: Any) -> str:
 
 
 def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
-    assert "sd 1.5.safetensors does not exist. Give a .safetensors" in refusal(
-        tmp_path / "sd 1.5.safetensors"
-    )
+    assert "sd 1.5.safetensors does not exist. Give a .safetensors" in refusal(tmp_path / "sd 1.5.safetensors")
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
@@ -333,9 +318,7 @@ def test_a_file_that_is_not_the_plain_model(
 ) -> None:
     tensors = {
         "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, channels, 3, 3),
-        "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(
-            8, width
-        ),
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(8, width),
         "first_stage_model.a": torch.zeros(1),
         "cond_stage_model.b": torch.zeros(1),
     }

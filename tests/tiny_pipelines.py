@@ -127,7 +127,5 @@ def _open_clip(clip: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 tensors[f"{layer}.attn.in_proj_{kind}"] = torch.cat(parts)
             elif not re.match(r"self_attn\.[kv]_proj", inner):
                 inner = inner.replace("self_attn", "attn").replace("layer_norm", "ln_")
-                tensors[
-                    f"{layer}.{inner.replace('mlp.fc1', 'mlp.c_fc').replace('mlp.fc2', 'mlp.c_proj')}"
-                ] = tensor
+                tensors[f"{layer}.{inner.replace('mlp.fc1', 'mlp.c_fc').replace('mlp.fc2', 'mlp.c_proj')}"] = tensor
     return tensors
