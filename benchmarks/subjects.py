@@ -47,7 +47,7 @@ def subject_scores(out: Path, number: int, subject: world.Subject) -> dict[str, 
     if not path.exists():
         references = out / f"subject-{number}"
         run.write_references(references, subject)
-        base, judge = run.model(), scorers.load(run.MODEL)
+        base, judge = run.model(), scorers.load()
         plain, hollowed = (
             lora_file.load(
                 run.train(out / f"subject-{number}-{name}", references, subject, cut, progress=_say).file, base.unet

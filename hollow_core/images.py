@@ -38,9 +38,7 @@ def load_images(folder: Path, resolution: int) -> list[TrainingImage]:
         raise HollowError(f"{folder} {what}. Give the folder that holds your pictures.")
     paths = sorted(path for path in folder.iterdir() if _is_picture(path))
     if not paths:
-        raise HollowError(
-            f"{folder} holds no pictures. Put four or five of your subject there, .png or .jpg."
-        )
+        raise HollowError(f"{folder} holds no pictures. Put four or five of your subject there, .png or .jpg.")
     return [_load(path, resolution) for path in paths]
 
 
@@ -92,6 +90,4 @@ def _caption(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise HollowError(
-            f"The caption {path} is no readable text. Save it as UTF-8, or remove it."
-        ) from error
+        raise HollowError(f"The caption {path} is no readable text. Save it as UTF-8, or remove it.") from error

@@ -84,9 +84,7 @@ def save(
     described = _standard_metadata(path.stem, layout, rank, alpha, recipe) | dict(metadata or {})
     write_safetensors(path, tensors, described)
     written, _ = read_safetensors(path)
-    if written.keys() != tensors.keys() or any(
-        not torch.equal(written[key], tensors[key]) for key in tensors
-    ):
+    if written.keys() != tensors.keys() or any(not torch.equal(written[key], tensors[key]) for key in tensors):
         raise HollowError(f"{path} does not read back as it was written. Check the disk and save again.")
 
 
@@ -161,9 +159,7 @@ def _check_finite(tensors: Mapping[str, Tensor], what: str, next_step: str) -> N
 
 
 def _other_model(path: Path, key: str, why: str) -> HollowError:
-    return HollowError(
-        f"{path} was made for another kind of model: {key} {why}. Use it with its own base model."
-    )
+    return HollowError(f"{path} was made for another kind of model: {key} {why}. Use it with its own base model.")
 
 
 def _standard_metadata(title: str, layout: str, rank: int, alpha: float, recipe: Recipe) -> dict[str, str]:

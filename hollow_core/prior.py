@@ -39,16 +39,12 @@ def class_latents(
                 break
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
             size = {"height": resolution, "width": resolution}
-            drawn = pipeline(
-                prompt, **size, num_inference_steps=steps, generator=generator, output_type="latent"
-            )
+            drawn = pipeline(prompt, **size, num_inference_steps=steps, generator=generator, output_type="latent")
             write_safetensors(path, {"latents": drawn.images.cpu()}, made_for)
             if progress is not None:
                 progress(clock(index + 1))
         tensors, metadata = read_safetensors(path)
         if metadata != made_for:
-            raise HollowError(
-                f"{path} was drawn for something else ({metadata}). Delete {folder}, or choose another."
-            )
+            raise HollowError(f"{path} was drawn for something else ({metadata}). Delete {folder}, or choose another.")
         latents.append(tensors["latents"])
     return latents

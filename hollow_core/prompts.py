@@ -17,8 +17,7 @@ def personal_prompt(identifier: str, class_word: str) -> str:
         raise HollowError("The class word is empty. Name your subject by a common word, such as dog or cup.")
     if identifier.lower() == class_word.lower():
         raise HollowError(
-            f"The identifier and the class word are both {class_word!r}. "
-            "Give a rare word as identifier, such as sks."
+            f"The identifier and the class word are both {class_word!r}. Give a rare word as identifier, such as sks."
         )
     return f"a photo of a {identifier} {class_word}"
 

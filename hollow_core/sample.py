@@ -58,12 +58,7 @@ def sample(
     with _lora(model, lora, settings.strength):
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True), start=1):
             paths: Any = nullcontext()
-            if (
-                lora is not None
-                and not single_path
-                and lora.recipe is not None
-                and lora.recipe.cut is not None
-            ):
+            if lora is not None and not single_path and lora.recipe is not None and lora.recipe.cut is not None:
                 text = generic_prompt(prompt, lora.recipe.identifier) if generic is None else generic
                 paths = two_path(
                     pipeline,

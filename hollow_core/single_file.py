@@ -69,9 +69,7 @@ def pipeline_class(folder: Path) -> type[Pipeline]:
     name = read_json(folder / "model_index.json").get("_class_name")
     known = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
     if name not in known:
-        raise HollowError(
-            f"{folder} holds a {name}. Hollow takes text-to-image models: SD 1.x, SD 2.x and SDXL."
-        )
+        raise HollowError(f"{folder} holds a {name}. Hollow takes text-to-image models: SD 1.x, SD 2.x and SDXL.")
     return known[name]
 
 
@@ -104,9 +102,7 @@ def quiet() -> Iterator[None]:
 def unloadable(path: Path, error: Exception) -> HollowError:
     """What is said where diffusers fails, with the beginning of its reason."""
     reason = " ".join(str(error).split())[:200]
-    return HollowError(
-        f"{path} does not load: {reason} … Check that it is whole, and of SD 1.x, 2.x or SDXL."
-    )
+    return HollowError(f"{path} does not load: {reason} … Check that it is whole, and of SD 1.x, 2.x or SDXL.")
 
 
 def _layout(path: Path, file: Any) -> str:
@@ -167,6 +163,4 @@ def _check_whole(path: Path, name: str, part: nn.Module) -> None:
     """diffusers leaves some weights that a file lacks without memory, and says nothing."""
     missing = [key for key, parameter in part.named_parameters() if parameter.is_meta]
     if missing:
-        raise HollowError(
-            f"{path} lacks weights of its {name}, such as {missing[0]}. Get the full checkpoint."
-        )
+        raise HollowError(f"{path} lacks weights of its {name}, such as {missing[0]}. Get the full checkpoint.")

@@ -10,6 +10,8 @@ from diffusers import UNet2DConditionModel
 from hollow_core.blocks import LAYOUTS, layout_config
 from hollow_core.hollow import Conditioning
 
+torch.set_num_threads(1)  # on tensors this small threads only wait for one another
+
 SMALL: dict[str, dict[str, Any]] = {
     "sd15": {"block_out_channels": [8, 16, 24, 24], "cross_attention_dim": 12, "attention_head_dim": 2},
     "sd21": {

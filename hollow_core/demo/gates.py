@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="without the gates that need personalisation")
     options = parser.parse_args()
     figures: dict[str, Any] = middle_matters(run.model())
-    figures |= base_obeys(run.model(), scorers.load(run.MODEL), options.out)
+    figures |= base_obeys(run.model(), scorers.load(), options.out)
     if not options.quick:
         figures |= personalised_obeys(options.out)
     for name, value in figures.items():
@@ -88,7 +88,7 @@ def base_obeys(base: BaseModel, judge: scorers.Scorers, out: Path | None) -> dic
 
 def personalised_obeys(out: Path | None) -> dict[str, Any]:
     """Gates (b) and (c), second half, on the held-out subjects with the demo's settings."""
-    judge = scorers.load(run.MODEL)
+    judge = scorers.load()
     rows: list[dict[str, float]] = []
     for number, subject in enumerate(world.HELD_OUT):
         with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from .. import lora_file
+from .. import __version__, lora_file
 from ..activations import Store
 from ..blocks import removed_fraction
 from ..errors import HollowError
@@ -99,10 +99,13 @@ def run(
     )
     pictures.save_losses(out / "loss.png", {"plain LoRA": plain.losses, "hollowed LoRA": hollowed.losses})
     report = {
-        "versions": {name: version(name) for name in ("hollow", "torch", "diffusers", "peft", "transformers")}
-        | {"python": platform.python_version()},
+        "versions": {
+            "hollow": __version__,
+            **{name: version(name) for name in ("torch", "diffusers", "peft", "transformers")},
+            "python": platform.python_version(),
+        },
         "subject": asdict(subject),
-        "settings": asdict(settings) | {"cut": CUT},
+        "settings": {**asdict(settings), "targets": list(settings.targets), "cut": CUT},
         "sampling": asdict(SAMPLING),
         "plain_stages": [asdict(stage) for stage in plain.meter.stages],
         "hollowed_stages": [asdict(stage) for stage in hollowed.meter.stages],
@@ -175,6 +178,6 @@ def draw_rows(
 
 def score(drawn: Sequence[Image.Image], subject: world.Subject, scenes: Sequence[str]) -> tuple[float, float]:
     """Subject and prompt score, from 0 or less to 1, by the embedded scorers."""
-    judge = scorers.load(MODEL)
+    judge = scorers.load()
     references = [picture for _, picture in world.reference_pictures(subject)]
     return judge.subject_score(drawn, references), judge.prompt_score(drawn, scenes)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..files import read_safetensors, write_safetensors
 from . import world
 
-FILE = "scorers.safetensors"
+FILE = "scorers.safetensors"  # beside this module; they are no part of the model that they judge
 
 
 class Encoder(nn.Sequential):
@@ -63,8 +63,8 @@ class Scorers(nn.Module):
         return readings[torch.arange(len(asked)), asked].mean().item()
 
 
-def load(folder: Path) -> Scorers:
-    """The trained scorers of a model folder."""
+def load(folder: Path = Path(__file__).parent) -> Scorers:
+    """The trained scorers."""
     state, _ = read_safetensors(folder / FILE)
     scorers = Scorers()
     scorers.load_state_dict(state)
