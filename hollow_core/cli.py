@@ -158,8 +158,8 @@ def train(
         seed=seed,
         save_every=save_every,
     )
-    load = _loader(model, precision, prediction_type)
-    side = load().resolution if resolution is None else resolution
+    loaded = [_load(model, precision, prediction_type)]  # its pop hands over the only reference
+    side = loaded[0].resolution if resolution is None else resolution
     request = Request(
         images=load_images(images, side),
         class_word=subject,
@@ -170,7 +170,7 @@ def train(
         settings=settings,
     )
     with watching() as watch, stopping() as stop:
-        outcome = personalize(load, request, out, device=_device(device), progress=watch, stop=stop)
+        outcome = personalize(loaded.pop, request, out, device=_device(device), progress=watch, stop=stop)
     stopped = outcome.result.stopped if outcome.result is not None else "stop"
     if as_json:
         stages = [vars(stage) for stage in outcome.meter.stages]
@@ -218,7 +218,7 @@ def sample(
     from .sample import SampleSettings
     from .sample import sample as draw
 
-    base = _loader(model, precision, prediction_type)()
+    base = _load(model, precision, prediction_type)
     file = lora_file.load(lora, base.unet)
     move(base, _device(device))
     size = (height or base.resolution, width or base.resolution)
@@ -244,13 +244,13 @@ def sample(
     console.print(Text(f"{len(files)} pictures are in {out}."), soft_wrap=True)
 
 
-def _loader(path: Path, precision: Precision, prediction_type: Prediction | None) -> Any:
+def _load(path: Path, precision: Precision, prediction_type: Prediction | None) -> Any:
     import torch
 
     from .models import load
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.value]
-    return lambda: load(path, dtype, prediction_type=prediction_type.value if prediction_type else None)
+    return load(path, dtype, prediction_type=prediction_type.value if prediction_type else None)
 
 
 def _device(asked: str | None) -> str:
