@@ -9,12 +9,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from hollow_core import lora_file
 from hollow_core.blocks import layout_config
 from hollow_core.cost import cuts_table
-from hollow_core.demo import run, scorers, world
+from hollow_core.demo import run, world
 from hollow_core.files import read_json, write_json
 from hollow_core.lora_file import LoraFile
 from hollow_core.models import BaseModel
@@ -47,7 +46,7 @@ def subject_scores(out: Path, number: int, subject: world.Subject) -> dict[str, 
     if not path.exists():
         references = out / f"subject-{number}"
         run.write_references(references, subject)
-        base, judge = run.model(), scorers.load()
+        base = run.model()
         plain, hollowed = (
             lora_file.load(
                 run.train(out / f"subject-{number}-{name}", references, subject, cut, progress=_say).file, base.unet
@@ -55,13 +54,13 @@ def subject_scores(out: Path, number: int, subject: world.Subject) -> dict[str, 
             for name, cut in (("plain", None), ("hollowed", run.CUT))
         )
         scores = {
-            "base model": _scores(judge, base, subject, None),
-            "plain LoRA": _scores(judge, base, subject, plain),
-            "hollowed LoRA, single path": _scores(judge, base, subject, hollowed, single_path=True),
+            "base model": _scores(base, subject, None),
+            "plain LoRA": _scores(base, subject, plain),
+            "hollowed LoRA, single path": _scores(base, subject, hollowed, single_path=True),
         }
         for refresh in REFRESH:
             way = f"hollowed LoRA, two paths, refresh {refresh}"
-            scores[way] = _scores(judge, base, subject, hollowed, refresh=refresh)
+            scores[way] = _scores(base, subject, hollowed, refresh=refresh)
         write_json(path, scores)
     scores = read_json(path)
     print(subject.describe(), scores, flush=True)
@@ -75,7 +74,6 @@ def two_path_flops() -> dict[int, float]:
 
 
 def _scores(
-    judge: scorers.Scorers,
     base: BaseModel,
     subject: world.Subject,
     lora: LoraFile | None,
@@ -87,11 +85,8 @@ def _scores(
     prompts = [world.photo_caption(f"{run.IDENTIFIER} {subject.kind}", scene) for scene in scenes]
     settings = replace(run.SAMPLING, refresh=refresh)
     drawn = sample(base, prompts, range(len(prompts)), settings, lora=lora, single_path=single_path)
-    references: list[Any] = [picture for _, picture in world.reference_pictures(subject)]
-    return {
-        "subject": round(judge.subject_score(drawn, references), 4),
-        "prompt": round(judge.prompt_score(drawn, scenes), 4),
-    }
+    subject_score, prompt_score = run.score(drawn, subject, scenes)
+    return {"subject": round(subject_score, 4), "prompt": round(prompt_score, 4)}
 
 
 def _say(stage: str, done: Progress) -> None:

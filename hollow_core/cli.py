@@ -210,10 +210,8 @@ def sample(
 ) -> None:  # fmt: skip
     """Draw pictures with a LoRA."""
     _quiet()
-    import io
-
     from . import lora_file
-    from .files import write_bytes
+    from .files import write_png
     from .personalize import move
     from .sample import SampleSettings
     from .sample import sample as draw
@@ -235,10 +233,8 @@ def sample(
         )  # fmt: skip
     files = []
     for number, picture in enumerate(drawn):
-        data = io.BytesIO()
-        picture.save(data, "PNG")
         files.append(out / f"{number:03}-seed{seeds[number]}.png")
-        write_bytes(files[-1], data.getvalue())
+        write_png(files[-1], picture)
     if as_json:
         print(json.dumps([{"file": str(file), "prompt": text, "seed": seed} for file, text, seed in zip(files, prompts, seeds, strict=True)]))  # fmt: skip
     console.print(Text(f"{len(files)} pictures are in {out}."), soft_wrap=True)

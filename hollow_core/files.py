@@ -1,5 +1,6 @@
 """Reading and writing the two formats that Hollow knows, safetensors and JSON, without half-written files."""
 
+import io
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -30,6 +32,13 @@ def write_safetensors(
 def write_bytes(path: Path, data: bytes) -> None:
     """Write bytes; `path` appears whole or not at all. Raises HollowError if it cannot."""
     _write_beside(path, lambda part: part.write_bytes(data))
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Write a picture; `path` appears whole or not at all. Raises HollowError if it cannot."""
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    write_bytes(path, data.getvalue())
 
 
 def read_json(path: Path) -> Any:

@@ -118,7 +118,6 @@ def personalize(
         del model  # here the middle leaves memory
         result = train(unet, schedule, store, request.settings, folder=folder, progress=watch("train"), stop=stop)
 
-    settings = request.settings
     personal = _prompt(request, None)
     recipe = Recipe(
         cut=request.cut,
@@ -128,8 +127,8 @@ def personalize(
         generic_prompt=generic_prompt(personal, request.identifier),
         prediction_type=schedule.config.prediction_type,
     )
-    file, alpha = folder / LORA_FILE, settings.rank if settings.alpha is None else settings.alpha
-    lora_file.save(file, result.state, config, alpha=alpha, layout=layout, recipe=recipe)
+    file = folder / LORA_FILE
+    lora_file.save(file, result.state, config, alpha=request.settings.lora_alpha, layout=layout, recipe=recipe)
     return Outcome(file, result, store, meter)
 
 

@@ -63,6 +63,11 @@ class TrainSettings:
     save_every: int = 0
     """Steps from one checkpoint to the next; 0 writes one only at the end or when stopped."""
 
+    @property
+    def lora_alpha(self) -> float:
+        """`alpha`, or the rank where it is None."""
+        return self.rank if self.alpha is None else self.alpha
+
     def __post_init__(self) -> None:
         positive = "It must be above 0."
         for name, possible, advice in [
@@ -123,7 +128,6 @@ def train(
     """
     _check(unet, schedule, store)
     path = Path(folder) / CHECKPOINT
-    alpha = settings.rank if settings.alpha is None else settings.alpha
     made_for = {"store": store.id} | {k: v for k, v in asdict(settings).items() if k not in FREE_TO_CHANGE}
     begun = Checkpoint.load(path, made_for) if path.exists() else None
     if begun is not None and len(begun.losses) > settings.steps:
@@ -139,9 +143,9 @@ def train(
         unet.enable_gradient_checkpointing()
     if begun is None:
         generator = torch.Generator().manual_seed(seeds[0])
-        add_lora(unet, settings.rank, alpha, settings.targets, generator=generator)
+        add_lora(unet, settings.rank, settings.lora_alpha, settings.targets, generator=generator)
     else:
-        load_lora_state(unet, begun.lora, alpha)
+        load_lora_state(unet, begun.lora, settings.lora_alpha)
     parameters = lora_parameters(unet)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     if begun is not None:
@@ -207,7 +211,7 @@ def train(
     if stopped in ("finished", "stop"):
         save()
     else:
-        load_lora_state(unet, good, alpha)
+        load_lora_state(unet, good, settings.lora_alpha)
     return TrainResult(lora_state(unet), losses, stopped)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files import write_bytes
+from ..files import write_bytes, write_png
 
 CELL = 128  # pixels
 MARGIN = 6
@@ -41,9 +41,7 @@ def save_grid(
         pen.text((LABEL + column * height + CELL // 2, height + 12), name, (60, 60, 60), small, anchor="mm")
     for row, (name, (drawn, note)) in enumerate(rows.items(), start=1):
         put(row * height + 26, name, note, drawn)
-    data = io.BytesIO()
-    sheet.save(data, "PNG")
-    write_bytes(path, data.getvalue())
+    write_png(path, sheet)
 
 
 def save_losses(path: Path, losses: Mapping[str, Sequence[float]]) -> None:

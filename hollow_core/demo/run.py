@@ -159,11 +159,12 @@ def draw_rows(
     base: BaseModel, subject: world.Subject, plain: Path, hollowed: Path, progress: Watch | None = None
 ) -> list[Row]:
     """The base model, plain LoRA, and the hollowed LoRA on two paths and on one, each in four new scenes."""
+    plain_lora, hollowed_lora = (lora_file.load(file, base.unet) for file in (plain, hollowed))
     ways: list[tuple[str, LoraFile | None, bool]] = [
         ("base model", None, True),
-        ("plain LoRA", lora_file.load(plain, base.unet), True),
-        ("hollowed LoRA, two paths", lora_file.load(hollowed, base.unet), False),
-        ("hollowed LoRA, single path", lora_file.load(hollowed, base.unet), True),
+        ("plain LoRA", plain_lora, True),
+        ("hollowed LoRA, two paths", hollowed_lora, False),
+        ("hollowed LoRA, single path", hollowed_lora, True),
     ]
     scenes = world.NEW_SCENES
     prompts = [world.photo_caption(f"{IDENTIFIER} {subject.kind}", scene) for scene in scenes]
