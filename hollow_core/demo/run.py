@@ -1,7 +1,7 @@
 """`hollow demo`: five pictures of a subject the embedded model has never seen, a LoRA, and four ways to use it."""
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -144,15 +144,21 @@ def model() -> BaseModel:
     return load(MODEL)
 
 
-def write_references(folder: Path, subject: world.Subject) -> None:
-    """The subject's five pictures, each with a caption beside it that names its background.
+def captioned_references(subject: world.Subject) -> Iterator[tuple[str, Image.Image, str]]:
+    """The subject's five pictures: scene, picture, and a caption that names identifier, class and background.
 
     Without the caption the background is learned with the subject, and no new scene is heard.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     for scene, picture in world.reference_pictures(subject):
+        yield scene, picture, world.photo_caption(f"{IDENTIFIER} {subject.kind}", scene)
+
+
+def write_references(folder: Path, subject: world.Subject) -> None:
+    """Write `captioned_references`, each caption beside its picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for scene, picture, caption in captioned_references(subject):
         picture.save(folder / f"{scene}.png")
-        (folder / f"{scene}.txt").write_text(world.photo_caption(f"{IDENTIFIER} {subject.kind}", scene))
+        (folder / f"{scene}.txt").write_text(caption)
 
 
 def draw_rows(
