@@ -1,0 +1,108 @@
+"""A LoRA on ComfyUI's U-Net that takes effect within a `with` only, and row by row if need be.
+
+Weights stay as they are: while it is on, a layer's forward adds what the LoRA computes from the same input. So it
+fits weights of any storage type, wherever ComfyUI keeps them, and under patches of other nodes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import comfy.lora
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...hollow_core.errors import HollowError
+
+_DOWN, _UP, _ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+_ADVICE = "Use it with the kind of model on which it was trained."
+
+
+class LoraLayer(NamedTuple):
+    """What the LoRA adds to one Linear or Conv2d: scale · up(down(x))."""
+
+    path: str
+    """Of the layer, from the U-Net: "input_blocks.4.1.proj_in"."""
+    down: Tensor  # (rank, in) or (rank, in, height, width)
+    up: Tensor  # (out, rank) or (out, rank, 1, 1)
+    scale: float  # alpha / rank
+
+
+def lora_layers(model: ModelPatcher, state: Mapping[str, Tensor]) -> list[LoraLayer]:
+    """The layers of a LoRA in kohya's spelling (as in `HollowLora.state`) for the MODEL's U-Net.
+
+    Raises HollowError, naming the first key, where it is no plain LoRA or does not fit this U-Net.
+    """
+    unet, paths = model.model.diffusion_model, comfy.lora.model_lora_keys_unet(model.model, {})
+    for key in state:
+        if key.partition(".")[2] not in (_DOWN, _UP, _ALPHA):
+            raise HollowError(f"This is no plain LoRA: it holds {key}. Choose one that Hollow has trained.")
+    return [_layer(unet, paths, name, state) for name in dict.fromkeys(key.partition(".")[0] for key in state)]
+
+
+def _layer(unet: nn.Module, paths: Mapping[str, str], name: str, state: Mapping[str, Tensor]) -> LoraLayer:
+    if name not in paths:
+        raise HollowError(f"The LoRA changes {name}, which this MODEL has not. {_ADVICE}")
+    path = paths[name].removeprefix("diffusion_model.").removesuffix(".weight")
+    down, up = state.get(f"{name}.{_DOWN}"), state.get(f"{name}.{_UP}")
+    if down is None or up is None:
+        raise HollowError(f"The LoRA has only one of two matrices for {name}. Get or make the file again.")
+    weight = unet.get_submodule(path).weight
+    needed = (len(down), *weight.shape[1:]), (len(weight), len(down), *[1] * (weight.dim() - 2))
+    if (tuple(down.shape), tuple(up.shape)) != needed:
+        raise HollowError(
+            f"The LoRA for {name} has shapes {tuple(down.shape)} and {tuple(up.shape)}, but this MODEL needs "
+            f"{needed[0]} and {needed[1]}. {_ADVICE}"
+        )
+    alpha = float(state.get(f"{name}.{_ALPHA}", 0.0)) or len(down)  # kohya takes a missing or zero alpha for the rank
+    return LoraLayer(path, down, up, alpha / len(down))
+
+
+class ScopedLora:
+    """LoRA layers for the time of one run, in which their matrices stay on the devices where they are used."""
+
+    def __init__(self, layers: Sequence[LoraLayer], strength: float) -> None:
+        self.layers, self.strength = layers, strength
+        self._matrices: dict[tuple[str, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    @contextmanager
+    def on(self, unet: nn.Module, rows: Tensor | None = None) -> Iterator[None]:
+        """While inside, `unet` computes with the LoRA; `rows` (batch,) scales it for each row, None is 1 for all."""
+        before: dict[nn.Module, Any] = {}
+        try:
+            for layer in self.layers:
+                module = unet.get_submodule(layer.path)
+                own = vars(module).get("forward")  # another extension's
+                module.forward = self._with_lora(layer, module, module.forward, rows)
+                before[module] = own
+            yield
+        finally:
+            for module, own in before.items():
+                if own is None:
+                    del module.forward
+                else:
+                    module.forward = own
+
+    def _with_lora(
+        self, layer: LoraLayer, module: Any, forward: Callable[..., Tensor], rows: Tensor | None
+    ) -> Callable[..., Tensor]:
+        def with_lora(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            down, up = self._on_device(layer, x)
+            if isinstance(module, nn.Conv2d):
+                added = F.conv2d(module._conv_forward(x, down, None), up)  # stride and padding are the layer's
+            else:
+                added = F.linear(F.linear(x, down), up)
+            if rows is not None:  # patches may have cut the pictures of a batch into tiles
+                of_each = rows.repeat_interleave(len(added) // len(rows))
+                added = added * of_each.view(-1, *[1] * (added.dim() - 1))
+            return torch.add(forward(x, *args, **kwargs), added, alpha=self.strength * layer.scale)
+
+        return with_lora
+
+    def _on_device(self, layer: LoraLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+        key = layer.path, x.device, x.dtype
+        if key not in self._matrices:
+            self._matrices[key] = layer.down.to(x.device, x.dtype), layer.up.to(x.device, x.dtype)
+        return self._matrices[key]
