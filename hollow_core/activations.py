@@ -91,6 +91,12 @@ def schedule_id(schedule: DDPMScheduler) -> str:
     return f"{schedule.config.prediction_type} {digest(schedule.alphas_cumprod)}"
 
 
+def store_id(fingerprint: Fingerprint, records: Sequence[Record]) -> str:
+    """A name for a store that is made from this and holds these records."""
+    content = [asdict(fingerprint), [record[:4] for record in records]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
 class Store:
     """A folder of records, whole or with shards still missing."""
 
@@ -159,8 +165,7 @@ class Store:
     @property
     def id(self) -> str:
         """A name for what the store was made from and what is planned to be in it."""
-        content = [asdict(self.fingerprint), [record[:4] for record in self.records]]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+        return store_id(self.fingerprint, self.records)
 
     @property
     def missing(self) -> list[int]:

@@ -69,20 +69,33 @@ def save(
     Raises HollowError where the name does not end in .safetensors, where a value is not finite in fp16, and
     where the file cannot be written; then nothing is left at `path` that was not there before.
     """
-    if path.suffix != ".safetensors":
-        raise HollowError(f"The name {path.name!r} does not end in .safetensors. Choose one that does.")
+    tensors = to_kohya(state, config, alpha=alpha, layout=layout)
+    rank = max(len(tensor) for key, tensor in state.items() if key.endswith("lora_A.weight"))
+    described = describe(path.stem, layout, rank, alpha, recipe) | dict(metadata or {})
+    write(path, tensors, described)
+
+
+def to_kohya(state: Mapping[str, Tensor], config: Mapping[str, Any], *, alpha: float, layout: str) -> dict[str, Tensor]:
+    """What a file holds: `lora_unet_….lora_down.weight`, `.lora_up.weight` and `.alpha` of each layer, in fp16.
+
+    Raises HollowError where a value is not finite in fp16.
+    """
     tensors: dict[str, Tensor] = {}
-    modules = sorted({key.rsplit(".lora_", 1)[0] for key in state})
-    for module in modules:
+    for module in sorted({key.rsplit(".lora_", 1)[0] for key in state}):
         name = kohya_name(to_ldm(config, module) if layout == "sdxl" else module)
         tensors[f"{name}.lora_down.weight"] = state[f"{module}.lora_A.weight"]
         tensors[f"{name}.lora_up.weight"] = state[f"{module}.lora_B.weight"]
         tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
     tensors = {key: tensor.detach().to("cpu", torch.float16) for key, tensor in tensors.items()}
     _check_finite(tensors, "The LoRA", "Lower the learning rate and train again.")
-    rank = max(len(state[f"{module}.lora_A.weight"]) for module in modules)
-    described = _standard_metadata(path.stem, layout, rank, alpha, recipe) | dict(metadata or {})
-    write_safetensors(path, tensors, described)
+    return tensors
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write what `to_kohya` and `describe` give, and read it back to compare. Raises HollowError as `save` does."""
+    if path.suffix != ".safetensors":
+        raise HollowError(f"The name {path.name!r} does not end in .safetensors. Choose one that does.")
+    write_safetensors(path, tensors, metadata)
     written, _ = read_safetensors(path)
     if written.keys() != tensors.keys() or any(not torch.equal(written[key], tensors[key]) for key in tensors):
         raise HollowError(f"{path} does not read back as it was written. Check the disk and save again.")
@@ -124,7 +137,7 @@ def load(path: Path, unet: UNet2DConditionModel) -> LoraFile:
     alpha = next(iter(alphas.values()))
     for module in alphas:
         state[f"{module}.lora_B.weight"] *= alphas[module] / alpha
-    return LoraFile(state, alpha, _recipe(metadata), metadata)
+    return LoraFile(state, alpha, recipe_of(metadata), metadata)
 
 
 def kohya_name(module: str) -> str:
@@ -162,7 +175,7 @@ def _other_model(path: Path, key: str, why: str) -> HollowError:
     return HollowError(f"{path} was made for another kind of model: {key} {why}. Use it with its own base model.")
 
 
-def _standard_metadata(title: str, layout: str, rank: int, alpha: float, recipe: Recipe) -> dict[str, str]:
+def describe(title: str, layout: str, rank: int, alpha: float, recipe: Recipe) -> dict[str, str]:
     """What kohya's trainer and the modelspec standard write, as far as tools read it, and our own."""
     trigger = f"{recipe.identifier} {recipe.class_word}".strip()
     velocity = recipe.prediction_type == "v_prediction"
@@ -187,7 +200,17 @@ def _standard_metadata(title: str, layout: str, rank: int, alpha: float, recipe:
     return described
 
 
-def _recipe(metadata: Mapping[str, str]) -> Recipe | None:
+def layout_of(metadata: Mapping[str, str]) -> str:
+    """ "sd15", "sd21" or "sdxl", as the metadata of a file tell. Raises HollowError where they do not."""
+    version = metadata.get("ss_base_model_version", "")
+    layout = next((name for name, written in _BASE_VERSION.items() if version.startswith(written)), None)
+    if layout is None:
+        raise HollowError(f"The LoRA's base model is {version or 'not named'}. Connect the model that it belongs to.")
+    return layout
+
+
+def recipe_of(metadata: Mapping[str, str]) -> Recipe | None:
+    """The recipe that `describe` wrote; None in another tool's file."""
     try:
         return Recipe(**{field: json.loads(metadata[f"hollow.{field}"]) for field in Recipe._fields})
     except (KeyError, ValueError):

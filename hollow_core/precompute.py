@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from .activations import Fingerprint, Kind, Record, Store, digest, schedule_id
+from .activations import Fingerprint, Kind, Record, Store, digest, schedule_id, store_id
 from .blocks import check_cut
 from .errors import HollowError
 from .hollow import Conditioning, head
@@ -45,6 +45,7 @@ def precompute(
     samples: int = 200,
     seed: int = 0,
     dtype: torch.dtype = torch.float16,
+    apart: bool = False,
     progress: Watch | None = None,
     stop: Stop | None = None,
 ) -> Store:
@@ -52,8 +53,9 @@ def precompute(
 
     `samples` is the number of records, half of them (rounded down) for the prior if it has examples; see
     `plan`. Exit activations are kept in `dtype`: float16, bfloat16 or float32. With `cut` None nothing is to
-    be hollowed, and the records, for an ordinary LoRA, have no activation. `progress` is called after each
-    record, `stop` asked before each; a stopped run gives back a store with shards missing.
+    be hollowed, and the records, for an ordinary LoRA, have no activation. `apart` keeps the store in a folder
+    of its own inside `folder`, named by what it is made from, so that other inputs never meet it. `progress` is
+    called after each record, `stop` asked before each; a stopped run gives back a store with shards missing.
 
     Raises HollowError for wrong arguments, for a store in `folder` that is damaged or was made from something
     else, for an activation that overflows, and where the disk is full. What is written by then stays good.
@@ -61,6 +63,8 @@ def precompute(
     _check(unet, schedule, examples, cut=cut, samples=samples, dtype=dtype)
     fingerprint, inputs = _fingerprint(unet, schedule, examples, cut, samples, seed, dtype)
     records = plan(fingerprint.kinds, samples, len(schedule.alphas_cumprod), seed)
+    if apart:
+        folder = Path(folder) / store_id(fingerprint, records)[:12]
     store = Store.open_or_create(folder, fingerprint, records, inputs)
     if cut is None:
         return store

@@ -7,7 +7,6 @@
 
 import argparse
 import random
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from . import pretrain, run, scorers, world
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder for pictures to look at")
+    parser.add_argument("--out", type=Path, default=Path("hollow-gates"), help="folder for pictures and trainings")
     parser.add_argument("--quick", action="store_true", help="without the gates that need personalisation")
     options = parser.parse_args()
     figures: dict[str, Any] = middle_matters(run.model())
@@ -69,7 +68,7 @@ def middle_matters(base: BaseModel, pictures: int = 512, batch: int = 64) -> dic
     }
 
 
-def base_obeys(base: BaseModel, judge: scorers.Scorers, out: Path | None) -> dict[str, float]:
+def base_obeys(base: BaseModel, judge: scorers.Scorers, out: Path) -> dict[str, float]:
     """Gate (c), first half: every class on every background, by class word; scene and class as the reader sees them."""
     asked = [(kind, scene) for scene in world.SCENES for kind in world.CLASSES]
     prompts = [world.photo_caption(kind, scene) for kind, scene in asked]
@@ -77,34 +76,35 @@ def base_obeys(base: BaseModel, judge: scorers.Scorers, out: Path | None) -> dic
     described = [world.random_subject(random.Random(seed)) for seed in range(24)]
     scenes = list(world.SCENES)
     detailed = [world.photo_caption(s.describe(), scenes[i % len(scenes)]) for i, s in enumerate(described)]
-    if out is not None:
-        _sheet(drawn, len(world.CLASSES)).save(_made(out) / "base.png")
-        _sheet(sample(base, detailed, range(24), run.SAMPLING), 12).save(out / "described.png")
+    out.mkdir(parents=True, exist_ok=True)
+    _sheet(drawn, len(world.CLASSES)).save(out / "base.png")
+    _sheet(sample(base, detailed, range(24), run.SAMPLING), 12).save(out / "described.png")
     return {
         "base_scene_score": round(judge.prompt_score(drawn, [scene for _, scene in asked]), 3),
         "base_class_score": round(judge.class_score(drawn, [kind for kind, _ in asked]), 3),
     }
 
 
-def personalised_obeys(out: Path | None) -> dict[str, Any]:
-    """Gates (b) and (c), second half, on the held-out subjects with the demo's settings."""
+def personalised_obeys(out: Path) -> dict[str, Any]:
+    """Gates (b) and (c), second half, on the held-out subjects with the demo's settings.
+
+    Trainings are kept in `out` where `benchmarks.subjects` keeps its own, so that each need not repeat the other's.
+    """
     judge = scorers.load()
     rows: list[dict[str, float]] = []
     for number, subject in enumerate(world.HELD_OUT):
-        with tempfile.TemporaryDirectory() as folder:
-            references = Path(folder) / "references"
-            run.write_references(references, subject)
-            trained = run.train(Path(folder) / "work", references, subject, run.CUT, progress=_print)
-            base = run.model()
-            lora = lora_file.load(trained.file, base.unet)
+        references = out / f"subject-{number}"
+        run.write_references(references, subject)
+        trained = run.train(out / f"subject-{number}-hollowed", references, subject, run.CUT, progress=_print)
+        base = run.model()
+        lora = lora_file.load(trained.file, base.unet)
         scenes = list(world.NEW_SCENES) * 2
         seeds = range(len(scenes))
         heard, unheard = (
             sample(base, [world.photo_caption(noun, scene) for scene in scenes], seeds, run.SAMPLING, lora=lora)
             for noun in (f"{run.IDENTIFIER} {subject.kind}", subject.kind)
         )
-        if out is not None:
-            _sheet([*heard, *unheard], len(scenes)).save(_made(out) / f"subject-{number}.png")
+        _sheet([*heard, *unheard], len(scenes)).save(out / f"subject-{number}.png")
         real = [picture for _, picture in world.reference_pictures(subject)]
         difference = (world.to_tensor(heard) - world.to_tensor(unheard)).abs().mean().item()
         rows.append(
@@ -124,11 +124,6 @@ def personalised_obeys(out: Path | None) -> dict[str, Any]:
 def _print(stage: str, done: Progress) -> None:
     if done.step % 100 == 0:
         print(stage, done.step, done.loss, flush=True)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _sheet(drawn: list[Any], columns: int) -> Any:

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("hollow-pretrain"), help="folder for the model")
     parser.add_argument("--pictures", type=int, default=50_000, help="drawn pictures to train on (default 50000)")
     parser.add_argument("--steps", type=int, default=15_000, help="U-Net steps of 128 pictures (default 15000)")
+    parser.add_argument("--device", default="cpu", help="where the U-Net trains: cpu or cuda (default cpu)")
     parser.add_argument("--only", nargs="*", help="parts to make: text autoencoder scorers unet (default all)")
     options = parser.parse_args()
     out: Path = options.out
@@ -40,7 +41,7 @@ def main() -> None:
         "text": lambda: train_text_encoder(out),
         "autoencoder": lambda: train_autoencoder(out),
         "scorers": lambda: scorers.train(out),
-        "unet": lambda: train_unet(out, options.pictures, options.steps),
+        "unet": lambda: train_unet(out, options.pictures, options.steps, options.device),
     }
     for name in options.only or parts:
         started = time.monotonic()
@@ -189,24 +190,28 @@ def principal_autoencoder() -> AutoencoderTiny:
 # U-Net
 
 
-def train_unet(out: Path, pictures: int, steps: int, batch: int = 128, peak: float = 1e-3) -> dict[str, Any]:
+def train_unet(
+    out: Path, pictures: int, steps: int, device: str = "cpu", batch: int = 128, peak: float = 1e-3
+) -> dict[str, Any]:
     """v-prediction on a zero-terminal-SNR schedule; `middle_needed` keeps the deep levels alive."""
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32).requires_grad_(False)
+    text_encoder = CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32)
+    text_encoder.requires_grad_(False).to(device)
     latents, subjects, scenes = drawn_latents(out, pictures)
     schedule = noise_schedule()
     schedule.save_pretrained(out / "scheduler")
-    with torch.no_grad():
-        nothing = text_encoder(tokenize(tokenizer, [""])).last_hidden_state
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    # min-SNR-5, plus a little: at the last time step there is no signal, and yet the scene is decided there
+    weights = (snr.clamp(max=5) + 0.25) / (snr + 1)
     torch.manual_seed(0)
-    unet = new_unet()
-    unet.set_attn_processor(AttnProcessor())  # on a CPU its backward is three times as fast as the fused one's
-    average = copy.deepcopy(unet).requires_grad_(False)
+    unet = new_unet().to(device)
+    if device == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # there its backward is three times as fast as the fused one's
     optimizer = torch.optim.AdamW(unet.parameters(), lr=peak, weight_decay=0.01, fused=True)
     start, losses = 0, []
     checkpoint = out / "unet-training.safetensors"
     if checkpoint.exists():
-        start = restore(checkpoint, unet, average, optimizer)
+        start = restore(checkpoint, unet, optimizer)
         losses = read_json(out / "unet-losses.json")
     generator, choose = torch.Generator(), random.Random()
     started, recent = time.monotonic(), []
@@ -216,23 +221,23 @@ def train_unet(out: Path, pictures: int, steps: int, batch: int = 128, peak: flo
         chosen = torch.randint(len(latents), (batch,), generator=generator)
         clean = latents[chosen].float()
         texts = [language.caption(subjects[i], scenes[i], choose) for i in chosen]
+        elsewhere = [misplaced(text, scenes[i], choose) for text, i in zip(texts, chosen, strict=True)]
         with torch.no_grad():
-            states = text_encoder(tokenize(tokenizer, texts)).last_hidden_state
+            states = text_encoder(tokenize(tokenizer, texts).to(device)).last_hidden_state
+            outer_states = text_encoder(tokenize(tokenizer, elsewhere).to(device)).last_hidden_state
         timesteps = torch.randint(1000, (batch,), generator=generator)
-        timesteps[::2] = timesteps[::2] // 2 + 500  # what a prompt decides is decided early: half lie in that half
         noise = torch.randn(clean.shape, generator=generator)
-        noisy = schedule.add_noise(clean, noise, timesteps)
-        velocity = schedule.get_velocity(clean, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16), middle_needed(unet, nothing, batch, generator):
-            predicted = unet(noisy, timesteps, states).sample
-        loss = F.mse_loss(predicted.float(), velocity)
+        noisy = schedule.add_noise(clean, noise, timesteps).to(device)
+        velocity = schedule.get_velocity(clean, noise, timesteps).to(device)
+        with torch.autocast(device, torch.bfloat16), middle_needed(unet, outer_states):
+            predicted = unet(noisy, timesteps.to(device), states).sample
+        errors = (predicted.float() - velocity).square().mean((1, 2, 3))
+        loss = (weights[timesteps].to(device) * errors).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         decay(optimizer, peak, step, steps)
         optimizer.step()
         optimizer.zero_grad()
-        momentum = min(0.999, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - momentum)
         recent.append(loss.item())
         if (step + 1) % 100 == 0:
             losses.append({"step": step + 1, "loss": round(sum(recent) / len(recent), 5)})
@@ -243,8 +248,8 @@ def train_unet(out: Path, pictures: int, steps: int, batch: int = 128, peak: flo
             recent = []
         if (step + 1) % 500 == 0 or step + 1 == steps:
             write_json(out / "unet-losses.json", losses)
-            keep(checkpoint, step + 1, unet, average, optimizer)
-            save_pipeline(out, average)
+            keep(checkpoint, step + 1, unet, optimizer)
+            save_pipeline(out, unet)
     return {"steps": steps, "pictures": steps * batch, "losses": losses, "parameters": count(unet)}
 
 
@@ -285,30 +290,26 @@ def noise_schedule() -> DDIMScheduler:
     )
 
 
+def misplaced(text: str, scene: str, choose: random.Random) -> str:
+    """The caption as the layers around the middle see it: in a scene at random, or, 3 in 10, empty."""
+    if choose.random() < 0.3:
+        return ""
+    return text.replace(world.SCENES[scene], choose.choice(list(world.SCENES.values())))
+
+
 @contextmanager
-def middle_needed(
-    unet: UNet2DConditionModel, nothing: torch.Tensor, batch: int, generator: torch.Generator
-) -> Iterator[None]:
-    """While open, the outer levels lack what the middle could tell them.
+def middle_needed(unet: UNet2DConditionModel, states: torch.Tensor) -> Iterator[None]:
+    """While open, the levels around the middle see the prompts `states` (batch, 24, 96) in place of their own.
 
-    85 % of the samples have their prompt in the middle only, the layers around it see an empty one; 10 % lose
-    the skips into up_blocks.1 and .2. Without this the outer levels, which see all of so small a picture,
-    do everything, the middle dies, and hollowing it proves nothing. `nothing` is the empty prompt (1, 24, 96).
+    With `misplaced` prompts there, only the middle can tell the scene. Without this the outer levels, which see
+    all of so small a picture, do everything, the middle dies, and hollowing it proves nothing.
     """
-    told = (torch.rand(batch, 1, 1, generator=generator) >= 0.85).float()
-    skipped = (torch.rand(batch, 1, 1, 1, generator=generator) >= 0.1).float()
 
-    def untell(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        states = torch.lerp(nothing, named["encoder_hidden_states"], told)
+    def mislead(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return positional, {**named, "encoder_hidden_states": states}
 
-    def drop(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        skips = tuple(skip * skipped.to(skip.dtype) for skip in named["res_hidden_states_tuple"])
-        return positional, {**named, "res_hidden_states_tuple": skips}
-
     around = [*unet.down_blocks[1:3], *unet.up_blocks[1:3]]
-    hooks = [block.register_forward_pre_hook(untell, with_kwargs=True) for block in around]
-    hooks += [block.register_forward_pre_hook(drop, with_kwargs=True) for block in unet.up_blocks[1:3]]
+    hooks = [block.register_forward_pre_hook(mislead, with_kwargs=True) for block in around]
     try:
         yield
     finally:
@@ -345,16 +346,15 @@ def decay(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) 
         group["lr"] = peak * share
 
 
-def keep(path: Path, step: int, unet: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def keep(path: Path, step: int, unet: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write all that resuming needs."""
     state = {f"unet.{name}": value for name, value in unet.state_dict().items()}
-    state |= {f"average.{name}": value for name, value in average.state_dict().items()}
     for number, moments in optimizer.state_dict()["state"].items():
         state |= {f"optimizer.{number}.{name}": value for name, value in moments.items()}
     write_safetensors(path, state, {"step": str(step)})
 
 
-def restore(path: Path, unet: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def restore(path: Path, unet: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Read what `keep` wrote; the step to go on from."""
     state, metadata = read_safetensors(path)
 
@@ -362,7 +362,6 @@ def restore(path: Path, unet: nn.Module, average: nn.Module, optimizer: torch.op
         return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
     unet.load_state_dict(part("unet."))
-    average.load_state_dict(part("average."))
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in part("optimizer.").items():
         number, key = name.split(".")
