@@ -42,7 +42,7 @@ def lora_layers(model: ModelPatcher, state: Mapping[str, Tensor]) -> list[LoraLa
     return [_layer(unet, paths, name, state) for name in dict.fromkeys(key.partition(".")[0] for key in state)]
 
 
-def _layer(unet: nn.Module, paths: Mapping[str, str], name: str, state: Mapping[str, Tensor]) -> LoraLayer:
+def _layer(unet: Any, paths: Mapping[str, str], name: str, state: Mapping[str, Tensor]) -> LoraLayer:
     if name not in paths:
         raise HollowError(f"The LoRA changes {name}, which this MODEL has not. {_ADVICE}")
     path = paths[name].removeprefix("diffusion_model.").removesuffix(".weight")

@@ -10,6 +10,7 @@ casts and batches like its own, so that guidance, areas, masks and time ranges a
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import comfy.conds
@@ -96,7 +97,7 @@ class _TwoPaths(NamedTuple):
             guider.conds = self._with_base(conds, guider.model_patcher.model, noise, latent_image)
             guider.model_options = create_model_options_clone(options)
             # Added last, they are innermost: to other wrappers both paths are one prediction.
-            wrappers = {WrappersMP.DIFFUSION_MODEL: run.predict}
+            wrappers: dict[str, Callable[..., Tensor]] = {WrappersMP.DIFFUSION_MODEL: run.predict}
             if self.refresh > 1:
                 wrappers[WrappersMP.PREDICT_NOISE] = run.begin_evaluation
             for kind, wrapper in wrappers.items():

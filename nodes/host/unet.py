@@ -1,0 +1,132 @@
+"""ComfyUI's MODEL as a diffusers U-Net with its noise schedule, sharing memory wherever it can."""
+
+from typing import Any
+
+import comfy.lora
+import comfy.model_base
+import comfy.model_sampling
+import comfy.utils
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...hollow_core.errors import HollowError
+
+PREFIX = "diffusion_model."
+
+
+def check_unet(model: ModelPatcher) -> UNetModel:
+    """The MODEL's network. Raises HollowError unless it is a U-Net of Stable Diffusion 1, 2 or XL."""
+    network = model.model.diffusion_model
+    name = type(model.model).__name__
+    if not isinstance(network, UNetModel):
+        raise HollowError(f"This MODEL is a {name}, which has no U-Net to hollow. Load an SD1.5, SD2.1 or SDXL one.")
+    inside, outside = network.in_channels, network.out_channels
+    if inside != outside:
+        raise HollowError(
+            f"This U-Net takes {inside} channels and gives {outside}. Use a model that is not for inpainting."
+        )
+    if (pooled := getattr(model.model, "adm_channels", 0)) and not isinstance(model.model, comfy.model_base.SDXL):
+        raise HollowError(f"A {name} is told {pooled} numbers that training has not. Use an SD1.5, SD2.1 or SDXL base.")
+    return network
+
+
+def unet_config(model: ModelPatcher) -> dict[str, Any]:
+    """The config that diffusers would write for the MODEL's U-Net. Raises HollowError as `check_unet` does."""
+    network, config = check_unet(model), model.model.model_config.unet_config
+    channels = [int(config["model_channels"] * multiple) for multiple in config["channel_mult"]]
+    layers = list(config["num_res_blocks"])
+    depths = [config["transformer_depth"][sum(layers[:level])] for level in range(len(layers))]
+    per_head = config.get("num_head_channels", -1)
+    heads = [config["num_heads"] if per_head == -1 else width // per_head for width in channels]
+    described: dict[str, Any] = {
+        "in_channels": network.in_channels,
+        "out_channels": network.out_channels,
+        "block_out_channels": channels,
+        "layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
+        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
+        "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)],
+        "transformer_layers_per_block": [depth or 1 for depth in depths],
+        "attention_head_dim": heads,  # diffusers' name for the number of heads
+        "cross_attention_dim": config["context_dim"],
+        "use_linear_projection": bool(config.get("use_linear_in_transformer")),
+        "norm_num_groups": network.out[0].num_groups,
+        "sample_size": {768: 64, 1024: 64}.get(config["context_dim"], 128),
+    }
+    if model.model.adm_channels:
+        described |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": model.model.adm_channels,
+        }
+    return described
+
+
+@torch.no_grad()
+def diffusers_unet(model: ModelPatcher) -> Any:
+    """A `UNet2DConditionModel` of the MODEL's weights, as the graph's patches leave them, on the CPU or wherever
+    ComfyUI keeps them. Patched and 8-bit weights are copies, all others share ComfyUI's memory.
+
+    The weights are ordinary tensors even where ComfyUI loaded them in inference mode, so that a LoRA on them can
+    be trained. Raises HollowError for anything but a U-Net of SD1, SD2 or SDXL.
+    """
+    from diffusers import UNet2DConditionModel
+
+    from ...hollow_core.blocks import from_ldm
+
+    config = unet_config(model)
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    weights: dict[str, Tensor] = {}
+    for key, ((weight, convert), *patches) in model.get_key_patches(PREFIX).items():
+        if key.endswith((".scale_weight", ".scale_input", ".scaled_fp8")):
+            continue
+        whole = convert(weight, inplace=False) if convert is not None else weight
+        if patches:
+            whole = comfy.lora.calculate_weight(patches, whole.to(torch.float32, copy=True), key)
+        weights[from_ldm(config, key.removeprefix(PREFIX))] = _ordinary(whole.to(dtype))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    unet.load_state_dict(weights, assign=True)
+    return unet.eval().requires_grad_(False)
+
+
+def noise_schedule(model: ModelPatcher) -> Any:
+    """The `DDPMScheduler` on which the MODEL samples: epsilon or v-prediction, zero terminal SNR or not.
+
+    Raises HollowError for a MODEL that samples in another way (EDM, flow).
+    """
+    from diffusers import DDPMScheduler
+
+    sampling = model.get_model_object("model_sampling")
+    kinds = {comfy.model_sampling.V_PREDICTION: "v_prediction", comfy.model_sampling.EPS: "epsilon"}
+    kind = next(
+        (
+            base
+            for base in type(sampling).__mro__
+            if base.__module__ == "comfy.model_sampling" and not issubclass(base, torch.nn.Module)
+        ),
+        None,
+    )
+    if kind not in kinds or not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
+        raise HollowError("This MODEL predicts neither noise nor velocity. Take the sampling patch before it out.")
+    alphas_cumprod = 1 / (sampling.sigmas.double().cpu() ** 2 + 1)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    betas = (1 - alphas_cumprod / before).float()
+    return DDPMScheduler(num_train_timesteps=len(betas), trained_betas=betas.tolist(), prediction_type=kinds[kind])
+
+
+def layout(model: ModelPatcher) -> str:
+    """ "sd15", "sd21", "sdxl" or "other", as hollow_core.models names them."""
+    from ...hollow_core.models import layout_name
+
+    return layout_name(unet_config(model))
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor that autograd may save, which one made in inference mode may not be."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        shared = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return shared.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())

@@ -1,0 +1,137 @@
+"""Train Hollowed LoRA: the training itself, with progress, preview and Cancel."""
+
+from typing import Any
+
+from comfy_api.v0_0_2 import io
+
+from .types import CATEGORY, HollowActivationsType, HollowLoraType, HollowUNetType, LoraModel, LossMap
+
+LAYERS = ("attention", "attention, convolutions and feed-forward")
+PRECISIONS = ("bf16", "fp16", "fp32")
+
+
+class HollowTrainLoRA(io.ComfyNode):
+    """Stage 2 of Hollowed Net."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs, outputs and what they are for."""
+        return io.Schema(
+            node_id="HollowTrainLoRA",
+            display_name="Train Hollowed LoRA",
+            category=CATEGORY,
+            description="Trains a LoRA on the hollowed U-Net, which alone is in memory meanwhile. Cancel stops within "
+            "a step and keeps what is done; the same settings again go on from there.",
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                HollowUNetType.Input("hollow_unet", tooltip="The one that went into Precompute Activations."),
+                HollowActivationsType.Input("activations", tooltip="From Precompute Activations."),
+                io.Int.Input(
+                    "rank",
+                    default=16,
+                    min=1,
+                    max=1024,
+                    tooltip="Size of the LoRA. 4 is small and stiff, 128 the paper's; 16 suits most subjects.",
+                ),
+                io.Float.Input(
+                    "alpha",
+                    default=0.0,
+                    min=0.0,
+                    max=4096.0,
+                    step=0.5,
+                    tooltip="The LoRA counts alpha / rank times. 0 means as much as the rank, which is usual here.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=1000,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="1000 is the paper's for four or five pictures. With more, a finished training goes on.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=1e-4,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-6,
+                    round=1e-8,
+                    tooltip="1e-4 is the paper's. Lower it where pictures burn, raise it where nothing is learned.",
+                ),
+                io.Float.Input(
+                    "prior_weight",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="How much the class pictures count, if there are any. 0 leaves them out.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="bf16",
+                    tooltip="Of the arithmetic. bf16 for RTX 30 and newer, fp16 for older cards, fp32 for a CPU.",
+                ),
+                io.Boolean.Input(
+                    "gradient_checkpointing",
+                    default=False,
+                    tooltip="Needs much less memory and about a third more time. Turn it on when memory runs out.",
+                ),
+                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, tooltip="Of the LoRA's start and the order."),
+                io.Int.Input(
+                    "save_every",
+                    default=100,
+                    min=0,
+                    max=100_000,
+                    tooltip="Steps from one checkpoint to the next, in case the power fails. 0 saves at the end only.",
+                ),
+                io.Int.Input(
+                    "preview_every",
+                    default=50,
+                    min=0,
+                    max=100_000,
+                    tooltip="Steps from one preview to the next: what the U-Net now makes of one noisy training "
+                    "picture. 0 shows the loss only.",
+                ),
+                io.Int.Input(
+                    "batch",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    tooltip="Records a step. Costs time, not memory.",
+                ),
+                io.Combo.Input(
+                    "layers",
+                    options=list(LAYERS),
+                    default=LAYERS[0],
+                    optional=True,
+                    tooltip="Which layers get a LoRA. Attention only is the paper's and gives a small file.",
+                ),
+            ],
+            outputs=[
+                HollowLoraType.Output("hollow_lora", display_name="hollow LoRA"),
+                LoraModel.Output("lora_model", display_name="LoRA", tooltip="For ComfyUI's own LoRA nodes."),
+                LossMap.Output("loss_map", display_name="loss", tooltip="For ComfyUI's own Plot Loss Graph."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        hollow_unet: Any,
+        activations: Any,
+        alpha: float,
+        preview_every: int,
+        layers: str = LAYERS[0],
+        **settings: Any,
+    ) -> io.NodeOutput:
+        """The LoRA in both spellings of the graph, and its losses."""
+        from ..hollow_core.demo.run import SETTINGS
+        from ..hollow_core.lora import ATTENTION
+        from ..hollow_core.train import TrainSettings
+        from .host.train import train
+
+        targets = ATTENTION if layers == LAYERS[0] else SETTINGS.targets
+        chosen = TrainSettings(alpha=alpha or None, targets=targets, **settings)
+        lora, losses = train(hollow_unet, activations, chosen, preview_every, node_id=cls.hidden.unique_id)
+        return io.NodeOutput(lora, lora.state, {"loss": losses})

@@ -1,0 +1,11 @@
+"""The types of Hollow's own wires."""
+
+from comfy_api.v0_0_2 import io
+
+CATEGORY = "Hollow"
+
+HollowUNetType = io.Custom("HOLLOW_UNET")
+HollowActivationsType = io.Custom("HOLLOW_ACTIVATIONS")
+HollowLoraType = io.Custom("HOLLOW_LORA")
+LoraModel = io.Custom("LORA_MODEL")  # ComfyUI's own: a LoRA as a dict of tensors
+LossMap = io.Custom("LOSS_MAP")  # ComfyUI's own: {"loss": […]}

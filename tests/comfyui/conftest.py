@@ -1,0 +1,49 @@
+"""Lets tests use a real ComfyUI: the checkout that COMFYUI_DIR names, on the CPU, and the pack as ComfyUI loads it.
+
+Test modules begin with `pytest.importorskip("comfy", reason=…)`: without COMFYUI_DIR they are skipped.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def _load_comfyui(checkout: str) -> None:
+    sys.path.insert(0, checkout)
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    # As main.py does, utils comes first: ComfyUI's nodes put another module of that name in its way.
+    for name in ("utils.extra_config", "nodes", "server"):
+        importlib.import_module(name)
+
+
+def _load_pack() -> None:
+    """As package `hollow_pack`: ComfyUI, too, loads the folder under a name of its own."""
+    spec = importlib.util.spec_from_file_location("hollow_pack", ROOT / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["hollow_pack"] = module
+    spec.loader.exec_module(module)
+
+
+if "COMFYUI_DIR" in os.environ:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _load_comfyui(os.environ["COMFYUI_DIR"])
+        _load_pack()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Warnings of ComfyUI are not ours to mend."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.filterwarnings("default"))
