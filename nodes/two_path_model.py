@@ -48,7 +48,7 @@ class HollowTwoPathModel(io.ComfyNode):
                     "the same prompt as the personal one.",
                 ),
             ],
-            outputs=[io.Model.Output("model", display_name="MODEL")],
+            outputs=[io.Model.Output("two_path_model", display_name="MODEL")],
         )
 
     @classmethod
