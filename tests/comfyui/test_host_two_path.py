@@ -117,8 +117,7 @@ def test_the_same_prompt_at_strength_0_is_the_native_model(layout: str, cuts: ra
     lora, expected = trained(layout, cuts[-1]), draw(native(layout), GENERIC)
     for cut in cuts:
         at_cut = lora._replace(recipe=lora.recipe._replace(cut=cut))
-        for generic in (GENERIC, None):
-            assert torch.equal(draw(two_path_model(native(layout), at_cut, generic, strength=0.0), GENERIC), expected)
+        assert torch.equal(draw(two_path_model(native(layout), at_cut, GENERIC, strength=0.0), GENERIC), expected)
 
 
 @pytest.mark.parametrize(("layout", "cut"), CUTS)
