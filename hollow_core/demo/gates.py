@@ -42,13 +42,14 @@ def middle_matters(base: BaseModel, pictures: int = 512, batch: int = 64) -> dic
     choose, generator = random.Random(11), torch.Generator().manual_seed(11)
     path_to_exit, personal = head(base.unet, run.CUT), hollow(base.unet, run.CUT, None)
     totals = {"true": 0.0, "zeroed": 0.0, "foreign": 0.0}
-    for _ in range(pictures // batch):
+    batches = pictures // batch
+    for number in range(batches):
         drawn, subjects, scenes = pretrain.drawn(batch, choose)
         clean = base.vae.encode(drawn).latents if base.vae is not None else drawn
         texts = [world.photo_caption(s.describe(), scene) for s, scene in zip(subjects, scenes, strict=True)]
         states = torch.cat([encode_prompt(base, text).encoder_hidden_states for text in texts])
         # one time step for a whole batch, so that a neighbour's activation is of the same noise level
-        timestep = torch.randint(1000, (1,), generator=generator).expand(batch)
+        timestep = torch.tensor([(2 * number + 1) * 500 // batches]).expand(batch)
         noise = torch.randn(clean.shape, generator=generator)
         noisy = base.schedule.add_noise(clean, noise, timestep)
         target = base.schedule.get_velocity(clean, noise, timestep)
@@ -60,9 +61,9 @@ def middle_matters(base: BaseModel, pictures: int = 512, batch: int = 64) -> dic
             "foreign": exit_activation.roll(1, 0),
         }.items():
             predicted: Tensor = personal(noisy, timestep, exit_activation=handed, **told).sample
-            totals[name] += F.mse_loss(predicted, target).item()
+            totals[name] += F.mse_loss(predicted, target).item() / batches
     return {
-        "base_loss": round(totals["true"] * batch / pictures, 5),
+        "base_loss": round(totals["true"], 5),
         "zeroed_exit_raises_loss_percent": round(100 * (totals["zeroed"] / totals["true"] - 1), 1),
         "foreign_exit_raises_loss_percent": round(100 * (totals["foreign"] / totals["true"] - 1), 1),
     }
