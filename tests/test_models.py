@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_unet
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -21,6 +20,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_pipelines import Pipeline, original_checkpoint, tiny_pipeline
+from tiny_unets import make_tiny_unet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from hollow_core.errors import HollowError

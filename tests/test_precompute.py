@@ -133,7 +133,7 @@ def test_broken_off_in_every_shard_and_run_again_gives_the_same_bytes(tiny_unet,
 
 KILLED = """
 import os, signal, sys
-from conftest import make_tiny_unet
+from tiny_unets import make_tiny_unet
 from tiny_training import tiny_examples, tiny_schedule
 from hollow_core.precompute import precompute
 

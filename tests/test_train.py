@@ -141,7 +141,7 @@ def test_broken_off_at_any_step_and_gone_on_gives_the_same_lora(begin, tmp_path)
 
 KILLED = """
 import os, signal, sys
-from conftest import make_tiny_unet
+from tiny_unets import make_tiny_unet
 from tiny_training import tiny_schedule
 from hollow_core.activations import Store
 from hollow_core.hollow import hollow

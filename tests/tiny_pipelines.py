@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 
 import torch
-from conftest import make_tiny_unet
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from tiny_unets import make_tiny_unet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from hollow_core.blocks import to_ldm

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from conftest import make_tiny_conditioning
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from tiny_unets import make_tiny_conditioning
 
 from hollow_core.precompute import Example
 
