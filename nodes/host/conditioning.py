@@ -38,11 +38,9 @@ def to_conditioning(what: str, given: Conditionings, *, pooled_width: int, heigh
 
 def only(what: str, given: Conditionings) -> tuple[Tensor, dict[str, Any]]:
     """The one embedding (1, tokens, width) of a CONDITIONING, and its values."""
-    if len(given) != 1 or len(given[0][0]) != 1:
-        raise HollowError(
-            f"The {what} prompt is a combination of {max(len(given), *(len(part[0]) for part in given))} prompts. "
-            "Connect one that comes straight from a text encoder."
-        )
+    number = sum(len(embedding) for embedding, _ in given)
+    if number != 1:
+        raise HollowError(f"The {what} prompt holds {number} prompts. Connect one straight from a text encoder.")
     return given[0][0], given[0][1]
 
 

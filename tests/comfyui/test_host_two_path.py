@@ -468,7 +468,7 @@ def test_what_cannot_run_is_refused(trained: Trained) -> None:
     assert "which this MODEL has not. Use it with the kind" in refusal(native("sdxl"), lora)
     assert "two paths already. Connect the MODEL" in refusal(two_path_model(native(), lora, GENERIC), lora)
     assert "is compiled, and two paths cannot" in refusal(compiled(native()), lora)
-    assert "The generic prompt is a combination of 2 prompts" in refusal(native(), lora, GENERIC + PERSONAL)
+    assert "The generic prompt holds 2 prompts" in refusal(native(), lora, GENERIC + PERSONAL)
     assert "prompt is 20 wide, but this MODEL reads 16. Encode it" in refusal(native(), lora, prompt(2, width=20))
     assert "no pooled embedding, which SDXL needs" in refusal(native("sdxl"), xl, [[GENERIC[0][0], {}]])
     with pytest.raises(HollowError, match="is compiled"):

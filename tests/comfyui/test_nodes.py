@@ -175,7 +175,7 @@ def test_wrong_wires_are_refused(demo: Any) -> None:
         run([hollowed], demo.latents, demo.personal[:2], demo.generic, *rest)
     with pytest.raises(Exception, match=r"latents of example 0 have shape \(1, 4, 16, 16\)"):
         run([hollowed], [{"samples": torch.zeros(1, 4, 16, 16)}], demo.personal[:1], demo.generic[:1], *rest)
-    with pytest.raises(Exception, match="combination of 2 prompts"):
+    with pytest.raises(Exception, match="personal prompt holds 2 prompts"):
         run([hollowed], demo.latents, [demo.personal[0] * 2], demo.generic, *rest)
     with pytest.raises(Exception, match="does not stay inside"):
         run([hollowed], demo.latents, demo.personal, demo.generic, [6], [0], ["float32"], ["../away"])
