@@ -129,8 +129,8 @@ def load(path: Path, unet: UNet2DConditionModel) -> LoraFile:
             if tuple(found) != needed:
                 key = f"{name}.lora_{side}.weight"
                 raise _other_model(path, key, f"has shape {tuple(found)}, but this U-Net needs {needed}")
-        # kohya takes a missing or zero alpha for the rank.
-        alphas[module] = float(tensors.pop(f"{name}.alpha", torch.tensor(0.0))) or float(len(down))
+        alphas[module] = alpha_of(tensors, name, len(down))
+        tensors.pop(f"{name}.alpha", None)
         state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"] = down.float(), up.float()
     if tensors:
         raise HollowError(f"{path} is no plain LoRA: it holds {min(tensors)} too. Choose one without.")
@@ -138,6 +138,11 @@ def load(path: Path, unet: UNet2DConditionModel) -> LoraFile:
     for module in alphas:
         state[f"{module}.lora_B.weight"] *= alphas[module] / alpha
     return LoraFile(state, alpha, recipe_of(metadata), metadata)
+
+
+def alpha_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> float:
+    """The alpha of a layer in kohya's spelling: missing or zero, it is the rank."""
+    return float(tensors.get(f"{name}.alpha", 0.0)) or float(rank)
 
 
 def kohya_name(module: str) -> str:

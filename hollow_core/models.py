@@ -155,7 +155,8 @@ def encode_images(model: BaseModel, images: Sequence[TrainingImage]) -> list[Ten
         scaled = (pixels / 127.5 - 1).to(vae.device, vae.dtype)
         mean = retrieve_latents(vae.encode(scaled), sample_mode="argmax")
         latents.append(((mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor).to(dtype))
-    vae.to(dtype)
+    if vae.dtype != dtype:
+        vae.to(dtype)
     return latents
 
 

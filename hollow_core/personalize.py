@@ -70,6 +70,8 @@ def personalize(
     before precomputing, its middle before training. `progress` is called with the name of the stage, "class
     pictures", "precompute" or "train". Raises HollowError as the stages do.
     """
+    if not request.images:
+        raise HollowError("There are no pictures to learn from. Give four or five of your subject.")
     meter = Meter(torch.device(device))
 
     def watch(stage: str) -> Watch | None:
@@ -82,8 +84,7 @@ def personalize(
         if request.class_images:
             drawn = class_latents(
                 model,
-                generic_prompt(_prompt(request, None), request.identifier),
-                request.class_images,
+                class_prompts(request),
                 folder / "class",
                 resolution=request.images[0].picture.width,
                 seed=request.settings.seed,
@@ -135,10 +136,8 @@ def personalize(
 def make_examples(model: BaseModel, request: Request, class_latents: Sequence[torch.Tensor]) -> list[Example]:
     """The subject's pictures with their prompts, then those of the class with the generic one.
 
-    Raises HollowError for an empty class word, a caption that lacks the identifier, and no pictures at all.
+    Raises HollowError for an empty class word and for a caption that lacks the identifier.
     """
-    if not request.images:
-        raise HollowError("There are no pictures to learn from. Give four or five of your subject.")
     encoded: dict[tuple[str, int], Conditioning] = {}
 
     def encode(prompt: str, side: int) -> Conditioning:
@@ -152,11 +151,19 @@ def make_examples(model: BaseModel, request: Request, class_latents: Sequence[to
         generic = generic_prompt(personal, request.identifier)
         side = image.picture.width
         examples.append(Example(latents, encode(personal, side), encode(generic, side), personal, generic))
-    prompt = generic_prompt(_prompt(request, None), request.identifier)
-    for latents in class_latents:
+    for latents, prompt in zip(class_latents, class_prompts(request), strict=True):
         conditioning = encode(prompt, request.images[0].picture.width)
         examples.append(Example(latents, conditioning, conditioning, prompt, prompt, "prior"))
     return examples
+
+
+def class_prompts(request: Request) -> list[str]:
+    """One for each picture of the class: the generic prompts of the subject's pictures, in turn.
+
+    So the two differ by the identifier alone, and the LoRA must listen to it to tell them apart.
+    """
+    own = [generic_prompt(_prompt(request, image), request.identifier) for image in request.images]
+    return [own[number % len(own)] for number in range(request.class_images)]
 
 
 def move(model: BaseModel, device: torch.device | str) -> None:

@@ -1,5 +1,6 @@
 """Pictures of the subject's class for prior preservation, drawn by the base model itself and kept as latents."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +13,7 @@ from .progress import Clock, Stop, Watch
 
 def class_latents(
     model: BaseModel,
-    prompt: str,
-    number: int,
+    prompts: Sequence[str],
     folder: Path,
     *,
     resolution: int,
@@ -22,18 +22,18 @@ def class_latents(
     progress: Watch | None = None,
     stop: Stop | None = None,
 ) -> list[torch.Tensor]:
-    """`number` scaled latents (1, channels, height/8, width/8) sampled for the generic `prompt`.
+    """Scaled latents (1, channels, height/8, width/8), one sampled for each of the generic `prompts`.
 
     Each is a file in `folder`, so that an interrupted run goes on; fewer come back when `stop` says so. Raises
     HollowError where `folder` holds latents of another prompt, seed or size.
     """
-    made_for = {"prompt": prompt, "seed": str(seed), "resolution": str(resolution), "steps": str(steps)}
     pipeline = model.pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    paths = [folder / f"class-{index:05}.safetensors" for index in range(number)]
+    paths = [folder / f"class-{index:05}.safetensors" for index in range(len(prompts))]
     todo = [path for path in paths if not path.exists()]
-    clock, latents = Clock(number - len(todo), number), []
-    for index, path in enumerate(paths):
+    clock, latents = Clock(len(prompts) - len(todo), len(prompts)), []
+    for index, (path, prompt) in enumerate(zip(paths, prompts, strict=True)):
+        made_for = {"prompt": prompt, "seed": str(seed), "resolution": str(resolution), "steps": str(steps)}
         if path in todo:
             if stop is not None and stop():
                 break

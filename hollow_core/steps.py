@@ -46,18 +46,24 @@ def record_loss(
     The mean over the latents (1, 4, height, width), in float32; under v-prediction of v in place of ε.
     `snr_gamma` turns on `min_snr_weight`. The U-Net is hollowed if the record has an exit activation.
     """
-    weight = unet.conv_in.weight
     noisy, noise = record.noisy(schedule, latents)
+    prediction = predict(unet, record, noisy, conditioning)
+    target = training_target(schedule, record.timestep, latents.float(), noise)
+    loss = F.mse_loss(prediction, target.to(prediction.device))
+    return loss if snr_gamma is None else min_snr_weight(schedule, record.timestep, snr_gamma) * loss
+
+
+def predict(unet: UNet2DConditionModel, record: Record, noisy: Tensor, conditioning: Conditioning) -> Tensor:
+    """What the U-Net makes of `noisy` latents (1, 4, height, width) at a record's time step and exit; in float32."""
+    weight = unet.conv_in.weight
     exit_activation = {} if record.exit_activation is None else {"exit_activation": record.exit_activation}
-    prediction = unet(
+    prediction: Tensor = unet(
         noisy.to(weight.device, weight.dtype),
         record.timestep,
         **conditioning.to(weight.device, weight.dtype).kwargs(),
         **exit_activation,
     ).sample
-    target = training_target(schedule, record.timestep, latents.float(), noise)
-    loss = F.mse_loss(prediction.float(), target.to(weight.device))
-    return loss if snr_gamma is None else min_snr_weight(schedule, record.timestep, snr_gamma) * loss
+    return prediction.float()
 
 
 def training_target(schedule: DDPMScheduler, timestep: int, latents: Tensor, noise: Tensor) -> Tensor:

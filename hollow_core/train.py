@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -22,9 +22,6 @@ from .steps import backpropagate, record_loss
 CHECKPOINT = "checkpoint.safetensors"
 
 Stopped = Literal["finished", "stop", "non-finite loss", "non-finite gradient"]
-
-# These may change when a run goes on: they do not change what a step does.
-FREE_TO_CHANGE = {"steps", "save_every", "gradient_checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,12 @@ class TrainSettings:
     def lora_alpha(self) -> float:
         """`alpha`, or the rank where it is None."""
         return self.rank if self.alpha is None else self.alpha
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """Those that may not change when a run goes on; the others do not change what a step does."""
+        free = {"steps", "save_every", "gradient_checkpointing"}
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
     def __post_init__(self) -> None:
         positive = "It must be above 0."
@@ -128,7 +131,7 @@ def train(
     """
     _check(unet, schedule, store)
     path = Path(folder) / CHECKPOINT
-    made_for = {"store": store.id} | {k: v for k, v in asdict(settings).items() if k not in FREE_TO_CHANGE}
+    made_for = {"store": store.id} | settings.fixed
     begun = Checkpoint.load(path, made_for) if path.exists() else None
     if begun is not None and len(begun.losses) > settings.steps:
         raise HollowError(

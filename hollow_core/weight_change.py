@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from .blocks import Config, Layer, hollowed_layers, layers, max_cut
 from .errors import HollowError
-from .lora_file import kohya_name
+from .lora_file import alpha_of, kohya_name
 
 SMALL_SHARE = 0.1  # of all change: what a suggested cut may leave out
 
@@ -81,5 +80,4 @@ def _change(state: Mapping[str, Tensor], layer: Layer) -> Change:
 def _difference(state: Mapping[str, Tensor], name: str) -> Tensor:
     """(alpha / rank) B A, as a matrix."""
     down, up = state[f"{name}.lora_down.weight"].float(), state[f"{name}.lora_up.weight"].float()
-    alpha = state.get(f"{name}.alpha", torch.tensor(float(len(down)))).item()
-    return alpha / len(down) * up.flatten(1) @ down.flatten(1)
+    return alpha_of(state, name, len(down)) / len(down) * up.flatten(1) @ down.flatten(1)

@@ -126,12 +126,11 @@ class HollowTrainLoRA(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         """The LoRA in both spellings of the graph, and its losses."""
-        from ..hollow_core.demo.run import SETTINGS
-        from ..hollow_core.lora import ATTENTION
+        from ..hollow_core.lora import ALL_LAYERS, ATTENTION
         from ..hollow_core.train import TrainSettings
         from .host.train import train
 
-        targets = ATTENTION if layers == LAYERS[0] else SETTINGS.targets
+        targets = ATTENTION if layers == LAYERS[0] else ALL_LAYERS
         chosen = TrainSettings(alpha=alpha or None, targets=targets, **settings)
         lora, losses = train(hollow_unet, activations, chosen, preview_every, node_id=cls.hidden.unique_id)
         return io.NodeOutput(lora, lora.state, {"loss": losses})

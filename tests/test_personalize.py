@@ -116,6 +116,27 @@ def test_a_caption_without_the_identifier_is_refused(model_folder: Path, photos:
         personalize(lambda: load(model_folder), ask(photos), tmp_path / "out")
 
 
+def test_no_pictures_are_refused_before_the_model_loads(tmp_path: Path, photos: Path) -> None:
+    def load_nothing() -> BaseModel:
+        raise AssertionError
+
+    with pytest.raises(HollowError, match="no pictures to learn from"):
+        personalize(load_nothing, ask(photos, images=[], class_images=2), tmp_path / "out")
+
+
+def test_class_pictures_differ_from_the_subjects_by_the_identifier_alone(
+    model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    """Otherwise the LoRA can tell them apart without listening to the identifier."""
+    for number, scene in enumerate(("the moon", "a beach", "a street")):
+        (photos / f"{number}.txt").write_text(f"a sks dog on {scene}")
+    personalize(lambda: load(model_folder), ask(photos, class_images=4), tmp_path / "out")
+    fingerprint = json.loads((tmp_path / "out" / "store" / "store.json").read_text())["fingerprint"]
+    generic = ["a dog on the moon", "a dog on a beach", "a dog on a street"]
+    of_class = [prompt["generic"] for prompt in fingerprint["prompts"][len(generic) :]]
+    assert of_class == [*generic, generic[0]]
+
+
 def test_the_middle_is_out_of_memory_while_training(model_folder: Path, photos: Path, tmp_path: Path) -> None:
     import gc
     import weakref

@@ -15,6 +15,7 @@ from ..blocks import removed_fraction
 from ..errors import HollowError
 from ..files import write_bytes, write_json
 from ..images import load_images
+from ..lora import ALL_LAYERS
 from ..lora_file import LoraFile
 from ..meter import Meter
 from ..models import BaseModel, load
@@ -32,18 +33,7 @@ SEEDS = (0, 1, 2, 3)
 # So small a model wants LoRA on more than attention, and a higher learning rate; the library keeps the paper's.
 SETTINGS = TrainSettings(
     rank=16,
-    targets=(
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "conv1",
-        "conv2",
-        "proj_in",
-        "proj_out",
-        "ff.net.0.proj",
-        "ff.net.2",
-    ),
+    targets=ALL_LAYERS,
     steps=400,
     batch=4,
     learning_rate=2e-3,

@@ -26,9 +26,7 @@ def to_conditioning(what: str, given: Conditionings, *, pooled_width: int, heigh
     embedding, values = only(what, given)
     if not pooled_width:
         return Conditioning(_ordinary(embedding))
-    pooled = values.get("pooled_output")
-    if pooled is None:
-        raise HollowError(f"The {what} prompt has no pooled embedding, which SDXL needs. Encode it with SDXL's CLIP.")
+    pooled = pooled_embedding(what, values)
     original = (values.get("height", height), values.get("width", width))
     crop = (values.get("crop_h", 0), values.get("crop_w", 0))
     target = (values.get("target_height", original[0]), values.get("target_width", original[1]))
@@ -42,6 +40,14 @@ def only(what: str, given: Conditionings) -> tuple[Tensor, dict[str, Any]]:
     if number != 1:
         raise HollowError(f"The {what} prompt holds {number} prompts. Connect one straight from a text encoder.")
     return given[0][0], given[0][1]
+
+
+def pooled_embedding(what: str, values: dict[str, Any]) -> Tensor:
+    """The pooled embedding (1, width) that SDXL needs. Raises HollowError where the prompt has none."""
+    pooled: Tensor | None = values.get("pooled_output")
+    if pooled is None:
+        raise HollowError(f"The {what} prompt has no pooled embedding, which SDXL needs. Encode it with SDXL's CLIP.")
+    return pooled
 
 
 def encode(clip: Any, text: str, identifier: str) -> Conditionings:

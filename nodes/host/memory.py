@@ -20,12 +20,11 @@ class _Held(nn.Module):
 
 @contextmanager
 def alone_on_device(network: nn.Module) -> Iterator[torch.device]:
-    """While inside, ComfyUI's own models are off the device, and `network` is on it and counted by ComfyUI.
+    """While inside, `network` is on the device and counted by ComfyUI, whose own models `clear_device` took off it.
 
     Afterwards all of it is given back: ComfyUI loads what it needs when it needs it.
     """
     device = comfy.model_management.get_torch_device()
-    clear_device()
     patcher = ModelPatcher(_Held(network), load_device=device, offload_device=torch.device("cpu"))
     try:
         comfy.model_management.load_models_gpu([patcher], force_full_load=True)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import comfy.model_management
 import torch
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from ...hollow_core.errors import HollowError
 from ..handles import HollowActivations, HollowedModel
 from .conditioning import Conditionings, identifier_of, text_of, to_conditioning
 from .files import store_folder
-from .memory import alone_on_device
+from .memory import alone_on_device, clear_device
 from .progress import NodeProgress
 from .unet import diffusers_unet, noise_schedule
 
@@ -44,7 +43,7 @@ def precompute(
     examples = _examples(hollowed, pictures, personal, generic, class_pictures, class_prompt or generic[0])
     schedule = noise_schedule(hollowed.model)
     watch = NodeProgress(node_id, "Precompute")
-    comfy.model_management.unload_all_models()
+    clear_device()
     unet = diffusers_unet(hollowed.model)
     with alone_on_device(head(unet, hollowed.cut)):
         store = stage.precompute(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...hollow_core.errors import HollowError
+from ...hollow_core.lora_file import alpha_of
 
 _DOWN, _UP, _ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 _ADVICE = "Use it with the kind of model on which it was trained."
@@ -56,8 +57,7 @@ def _layer(unet: Any, paths: Mapping[str, str], name: str, state: Mapping[str, T
             f"The LoRA for {name} has shapes {tuple(down.shape)} and {tuple(up.shape)}, but this MODEL needs "
             f"{needed[0]} and {needed[1]}. {_ADVICE}"
         )
-    alpha = float(state.get(f"{name}.{_ALPHA}", 0.0)) or len(down)  # kohya takes a missing or zero alpha for the rank
-    return LoraLayer(path, down, up, alpha / len(down))
+    return LoraLayer(path, down, up, alpha_of(state, name, len(down)) / len(down))
 
 
 class ScopedLora:

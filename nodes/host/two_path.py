@@ -25,9 +25,10 @@ from torch import Tensor
 
 from ...hollow_core.errors import HollowError
 from ..handles import HollowLora
-from .conditioning import Conditionings, only
+from .conditioning import Conditionings, only, pooled_embedding
 from .paths import Inputs, max_cut, run_from_exit, run_to_exit
 from .scoped_lora import LoraLayer, ScopedLora, lora_layers
+from .unet import unet_of
 
 Cond = dict[str, Any]  # a prompt as a guider holds it
 
@@ -56,10 +57,7 @@ def two_path_model(
     if refresh < 1:
         raise HollowError(f"The base path cannot run every {refresh} steps. Choose a refresh of at least 1.")
     _refuse_compiled(model)
-    unet = model.get_model_object("diffusion_model")
-    if not isinstance(unet, UNetModel):
-        name = type(model.model).__name__
-        raise HollowError(f"This MODEL is a {name}, which has no U-Net to hollow. Load an SD1.5, SD2.1 or SDXL one.")
+    unet = unet_of(model)
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
         raise HollowError("This MODEL has two paths already. Connect the MODEL as it was before them.")
     cut = lora.recipe.cut
@@ -207,9 +205,8 @@ def _check_generic(model: ModelPatcher, generic: Conditionings) -> None:
             f"The generic prompt is {embedding.shape[-1]} wide, but this MODEL reads {width}. "
             "Encode it with this model's CLIP."
         )
-    xl = isinstance(model.model, comfy.model_base.SDXL | comfy.model_base.SDXLRefiner)
-    if xl and values.get("pooled_output") is None:
-        raise HollowError("The generic prompt has no pooled embedding, which SDXL needs. Encode it with SDXL's CLIP.")
+    if isinstance(model.model, comfy.model_base.SDXL | comfy.model_base.SDXLRefiner):
+        pooled_embedding("generic", values)
 
 
 def _as_cond(generic: Conditionings) -> Cond:

@@ -16,12 +16,18 @@ from ...hollow_core.errors import HollowError
 PREFIX = "diffusion_model."
 
 
-def check_unet(model: ModelPatcher) -> UNetModel:
-    """The MODEL's network. Raises HollowError unless it is a U-Net of Stable Diffusion 1, 2 or XL."""
-    network = model.model.diffusion_model
-    name = type(model.model).__name__
+def unet_of(model: ModelPatcher) -> UNetModel:
+    """The MODEL's network, patched in or its own. Raises HollowError where it is no U-Net."""
+    network = model.get_model_object("diffusion_model")
     if not isinstance(network, UNetModel):
+        name = type(model.model).__name__
         raise HollowError(f"This MODEL is a {name}, which has no U-Net to hollow. Load an SD1.5, SD2.1 or SDXL one.")
+    return network
+
+
+def check_unet(model: ModelPatcher) -> UNetModel:
+    """The MODEL's network. Raises HollowError unless it is one that training knows, of Stable Diffusion 1, 2 or XL."""
+    network, name = unet_of(model), type(model.model).__name__
     inside, outside = network.in_channels, network.out_channels
     if inside != outside:
         raise HollowError(

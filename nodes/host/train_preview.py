@@ -1,0 +1,86 @@
+"""What the training node shows while it runs: the course of the loss, and what the U-Net has learned so far."""
+
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ...hollow_core.activations import Store
+
+SIDE = 256  # of a picture, in pixels
+MARGIN = 8
+TIMESTEP = 600  # noisy enough that the LoRA shows, not so much that nothing can be seen
+
+
+class LossCurve:
+    """The losses of a run, drawn smoothed: one step's says little, as each has another time step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def add(self, loss: float) -> None:
+        """One more step's."""
+        self.losses.append(loss)
+
+    def draw(self) -> Image.Image:
+        """The moving mean over a twentieth of the run, SIDE × SIDE, its last value below."""
+        window = max(1, len(self.losses) // 20)
+        sums = [0.0, *accumulate(self.losses)]
+        starts = [max(0, end - window) for end in range(1, len(sums))]
+        smooth = [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, 1)]
+        low, high = min(smooth), max(smooth)
+        reach, span = SIDE - 2 * MARGIN, (high - low) or 1.0
+        points = [
+            (MARGIN + i * reach / max(1, len(smooth) - 1), MARGIN + (high - value) * reach / span)
+            for i, value in enumerate(smooth)
+        ]
+        picture = Image.new("RGB", (SIDE, SIDE), "white")
+        draw = ImageDraw.Draw(picture)
+        if len(points) > 1:
+            draw.line(points, fill="#2a6fdb", width=2)
+        draw.text((MARGIN, SIDE - 2 * MARGIN), f"loss {smooth[-1]:.4f}", fill="black")
+        return picture
+
+
+class Preview:
+    """The training record nearest to TIMESTEP, as the U-Net would now denoise it in one step."""
+
+    def __init__(self, model: ModelPatcher, unet: Any, schedule: Any, store: "Store") -> None:
+        self.latent_format, self.unet, self.schedule = model.model.latent_format, unet, schedule
+        index = min(store.indices("image"), key=lambda index: abs(store.records[index].timestep - TIMESTEP))
+        self.record = store.record(index)
+        self.latents, self.conditioning = store.inputs(self.record.image)
+
+    @torch.no_grad()
+    def draw(self) -> Image.Image:
+        """SIDE × SIDE, in the colours by which ComfyUI previews latents."""
+        from ...hollow_core.steps import predict
+
+        noisy, _ = self.record.noisy(self.schedule, self.latents)
+        predicted = predict(self.unet, self.record, noisy, self.conditioning).cpu()
+        clean = _clean(self.schedule, noisy, predicted, self.record.timestep)
+        factors = torch.tensor(self.latent_format.latent_rgb_factors)
+        bias = torch.tensor(self.latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
+        colors = torch.einsum("chw,cr->hwr", clean[0], factors) + bias
+        pixels = ((colors + 1) / 2).clamp(0, 1).mul(255).byte().numpy()
+        return Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+
+
+def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two pictures of SIDE × SIDE as one."""
+    both = Image.new("RGB", (2 * SIDE, SIDE))
+    both.paste(left, (0, 0))
+    both.paste(right, (SIDE, 0))
+    return both
+
+
+def _clean(schedule: Any, noisy: Tensor, predicted: Tensor, timestep: int) -> Tensor:
+    """z_0 as the prediction has it; `noise_schedule` gives epsilon or v-prediction."""
+    alpha, sigma = schedule.alphas_cumprod[timestep].sqrt(), (1 - schedule.alphas_cumprod[timestep]).sqrt()
+    if schedule.config.prediction_type == "v_prediction":
+        return alpha * noisy - sigma * predicted
+    return (noisy - sigma * predicted) / alpha
