@@ -46,7 +46,14 @@ class HollowPrecompute(io.ComfyNode):
                     max=100_000,
                     tooltip="Records to store, 0.6 MB each for SD at 512 pixels, cut 3. 200 do nearly as well as 1000.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, tooltip="Of the noise in the records."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,  # left out, the front end would draw a new one, and precompute anew
+                    tooltip="Of the noise in the records.",
+                ),
                 io.Combo.Input(
                     "storage",
                     options=list(STORAGE),
@@ -61,13 +68,14 @@ class HollowPrecompute(io.ComfyNode):
                 io.Latent.Input(
                     "class_latents",
                     optional=True,
-                    tooltip="Pictures of any such thing ('a photo of a dog'), straight from a KSampler: they keep "
+                    tooltip="Pictures of any such thing, straight from a KSampler with the generic prompts: they keep "
                     "the model from forgetting what a dog is. The paper uses about 1000, some tens help already.",
                 ),
                 io.Conditioning.Input(
                     "class_prompt",
                     optional=True,
-                    tooltip="The prompt that made the class pictures; not connected, the generic one counts.",
+                    tooltip="The prompts that made the class pictures, a batch each in turn; not connected, the "
+                    "generic ones count.",
                 ),
             ],
             outputs=[HollowActivationsType.Output("activations", display_name="activations")],
@@ -96,7 +104,7 @@ class HollowPrecompute(io.ComfyNode):
             personal,
             generic,
             class_latents or [],
-            class_prompt[0] if class_prompt else None,
+            class_prompt or generic,
             samples=samples[0],
             seed=seed[0],
             storage=storage[0],

@@ -76,7 +76,14 @@ class HollowTrainLoRA(io.ComfyNode):
                     default=False,
                     tooltip="Needs much less memory and about a third more time. Turn it on when memory runs out.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, tooltip="Of the LoRA's start and the order."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,  # left out, the front end would draw a new one, and train anew
+                    tooltip="Of the LoRA's start and the order of the records.",
+                ),
                 io.Int.Input(
                     "save_every",
                     default=100,

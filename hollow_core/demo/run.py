@@ -35,10 +35,13 @@ SETTINGS = TrainSettings(
     rank=16,
     targets=ALL_LAYERS,
     steps=400,
-    batch=4,
+    batch=2,
     learning_rate=2e-3,
+    prior_weight=0.25,
     save_every=100,
 )
+SAMPLES = 300  # half of them are the prior's
+CLASS_IMAGES = 24
 SAMPLING = SampleSettings(steps=30, guidance=3.0)
 
 Watch = Callable[[str, Progress], object]
@@ -95,7 +98,7 @@ def run(
             "python": platform.python_version(),
         },
         "subject": asdict(subject),
-        "settings": {**asdict(settings), "targets": list(settings.targets), "cut": CUT},
+        "settings": {**asdict(settings), "targets": list(settings.targets), "cut": CUT, "class_images": CLASS_IMAGES},
         "sampling": asdict(SAMPLING),
         "plain_stages": [asdict(stage) for stage in plain.meter.stages],
         "hollowed_stages": [asdict(stage) for stage in hollowed.meter.stages],
@@ -122,7 +125,15 @@ def train(
     """A LoRA of the pictures in `references`, hollowed at `cut` or plain; goes on in `folder` if interrupted."""
     name = "plain LoRA" if cut is None else "hollowed LoRA"
     watch = None if progress is None else lambda stage, done: progress(f"{name}: {stage}", done)
-    request = Request(load_images(references, world.SIZE), subject.kind, IDENTIFIER, cut, settings=settings)
+    request = Request(
+        load_images(references, world.SIZE),
+        subject.kind,
+        IDENTIFIER,
+        cut,
+        samples=SAMPLES,
+        class_images=CLASS_IMAGES,
+        settings=settings,
+    )
     outcome = personalize(model, request, folder, progress=watch)
     if outcome.file is None or outcome.result is None or outcome.store is None or outcome.result.stopped != "finished":
         raise HollowError(f"The training in {folder} did not finish. Delete the folder and start again.")

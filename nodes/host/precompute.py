@@ -1,6 +1,7 @@
 """Stage 1 in ComfyUI: LATENT and CONDITIONING in, a finished store out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def precompute(
     personal: Sequence[Conditionings],
     generic: Sequence[Conditionings],
     class_latents: Sequence[dict[str, Any]],
-    class_prompt: Conditionings | None,
+    class_prompts: Sequence[Conditionings],
     *,
     samples: int,
     seed: int,
@@ -33,14 +34,18 @@ def precompute(
 ) -> HollowActivations:
     """Run the base to the exit for each record that is not stored yet.
 
+    `personal` and `generic` hold one prompt for all pictures or one for each, `class_prompts` one for each batch of
+    `class_latents`, in turn.
     Raises HollowError as `hollow_core.precompute.precompute` does, and ComfyUI's exception on Cancel.
     """
     from ...hollow_core import precompute as stage
     from ...hollow_core.hollow import head
 
     folder = store_folder(name)
-    pictures, class_pictures = _scaled(hollowed, latents), _scaled(hollowed, class_latents)
-    examples = _examples(hollowed, pictures, personal, generic, class_pictures, class_prompt or generic[0])
+    examples = [
+        *_personal_examples(hollowed, latents, personal, generic),
+        *_class_examples(hollowed, class_latents, class_prompts),
+    ]
     schedule = noise_schedule(hollowed.model)
     watch = NodeProgress(node_id, "Precompute")
     clear_device()
@@ -63,46 +68,53 @@ def precompute(
     return HollowActivations(store.folder, text_of(personal[0]), text_of(generic[0]), identifier_of(personal[0]))
 
 
-def _scaled(hollowed: HollowedModel, given: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """Each picture's latents (1, channels, height, width) as the U-Net expects them, as ordinary tensors."""
-    pictures = [picture for batch in given for picture in batch["samples"].split(1)]
-    with torch.inference_mode(False):
-        return [hollowed.model.model.process_latent_in(picture.detach().cpu().float().clone()) for picture in pictures]
-
-
-def _examples(
+def _personal_examples(
     hollowed: HollowedModel,
-    pictures: Sequence[Tensor],
+    latents: Sequence[dict[str, Any]],
     personal: Sequence[Conditionings],
     generic: Sequence[Conditionings],
-    class_pictures: Sequence[Tensor],
-    class_prompt: Conditionings,
 ) -> list[Any]:
-    from ...hollow_core.precompute import Example
-
-    pairs = {"personal": personal, "generic": generic}
-    for name, prompts in pairs.items():
+    pictures = [picture for batch in latents for picture in batch["samples"].split(1)]
+    for name, prompts in (("personal", personal), ("generic", generic)):
         if len(prompts) not in (1, len(pictures)):
             raise HollowError(
                 f"There are {len(prompts)} {name} prompts for {len(pictures)} pictures. "
                 "Connect one for all of them, or as many as there are pictures."
             )
-    pooled_width = hollowed.model.model.adm_channels
-
-    def example(latents: Tensor, prompts: Mapping[str, Conditionings], kind: str) -> Any:
-        height, width = (PIXELS * size for size in latents.shape[-2:])
-        encoded = {
-            name: to_conditioning(name, prompt, pooled_width=pooled_width, height=height, width=width)
-            for name, prompt in prompts.items()
-        }
-        texts = {f"{name}_prompt": text_of(prompt) for name, prompt in prompts.items()}
-        return Example(latents, encoded["personal"], encoded["generic"], **texts, kind=kind)
-
-    of_class = {"personal": class_prompt, "generic": class_prompt}
     return [
-        *(
-            example(latents, {name: given[number % len(given)] for name, given in pairs.items()}, "image")
-            for number, latents in enumerate(pictures)
-        ),
-        *(example(latents, of_class, "prior") for latents in class_pictures),
+        _example(hollowed, picture, personal[number % len(personal)], generic[number % len(generic)], "image")
+        for number, picture in enumerate(pictures)
     ]
+
+
+def _class_examples(
+    hollowed: HollowedModel, latents: Sequence[dict[str, Any]], prompts: Sequence[Conditionings]
+) -> list[Any]:
+    return [
+        _example(hollowed, picture, prompt, prompt, "prior")
+        for batch, prompt in zip(latents, cycle(prompts), strict=False)
+        for picture in batch["samples"].split(1)
+    ]
+
+
+def _example(
+    hollowed: HollowedModel, picture: Tensor, personal: Conditionings, generic: Conditionings, kind: str
+) -> Any:
+    """One picture's `Example`, of ordinary tensors; its latents (1, channels, height, width) as the U-Net expects."""
+    from ...hollow_core.precompute import Example
+
+    height, width = (PIXELS * size for size in picture.shape[-2:])
+    pooled_width = hollowed.model.model.adm_channels
+    encoded = {
+        what: to_conditioning(what, prompt, pooled_width=pooled_width, height=height, width=width)
+        for what, prompt in (("personal", personal), ("generic", generic))
+    }
+    with torch.inference_mode(False):
+        latents = hollowed.model.model.process_latent_in(picture.detach().cpu().float().clone())
+    return Example(
+        latents,
+        **encoded,
+        personal_prompt=text_of(personal),
+        generic_prompt=text_of(generic),
+        kind=kind,
+    )

@@ -6,11 +6,16 @@ Test modules begin with `pytest.importorskip("comfy", reason=…)`: without COMF
 import importlib
 import importlib.util
 import os
+import socket
+import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from comfyui_server import Server
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,3 +52,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A ComfyUI of its own, on the CPU and with empty folders, that has this pack among its custom nodes."""
+    folder = tmp_path_factory.mktemp("comfyui")
+    for name in ("custom_nodes", "input", "models", "user"):
+        (folder / name).mkdir()
+    (folder / "custom_nodes" / "hollow").symlink_to(ROOT, target_is_directory=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / "server.log"
+    command = [sys.executable, "main.py", "--cpu", "--port", str(port), "--base-directory", str(folder)]
+    with log.open("w") as written:
+        process = subprocess.Popen(
+            [*command, "--database-url", "sqlite://"],
+            cwd=os.environ["COMFYUI_DIR"],
+            stdout=written,
+            stderr=subprocess.STDOUT,
+        )
+    running = Server(f"http://127.0.0.1:{port}", log, folder)
+    try:
+        while "To see the GUI" not in log.read_text():
+            assert process.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.2)
+        yield running
+    finally:
+        process.terminate()
+        process.wait()

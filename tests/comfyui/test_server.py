@@ -1,0 +1,64 @@
+"""The pack in a running ComfyUI: what it costs at the start, what it shows, and the quickstart from end to end."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("comfy", reason="COMFYUI_DIR names no checkout of ComfyUI")
+
+from comfyui_server import Server
+from PIL import Image
+
+from hollow_core.demo import run, world
+
+ROOT = Path(__file__).parents[2]
+GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
+QUICKSTART = ROOT / "tests" / "workflows" / "Hollow quickstart.json"
+
+
+def test_the_pack_costs_less_than_a_third_of_a_second_at_the_start(server: Server) -> None:
+    seconds = re.search(r"([\d.]+) seconds: .*custom_nodes.hollow", server.log.read_text())  # by ComfyUI's own count
+    assert seconds is not None
+    assert float(seconds[1]) < 0.3
+    assert "IMPORT FAILED): " not in server.log.read_text()
+
+
+def test_the_template_browser_offers_every_graph_with_its_picture(server: Server) -> None:
+    offered = json.loads(server.get("workflow_templates"))["hollow"]
+    assert sorted(offered) == [path.stem for path in GRAPHS]
+    for path in GRAPHS:
+        name = path.stem.replace(" ", "%20")
+        assert json.loads(server.get(f"api/workflow_templates/hollow/{name}.json"))["nodes"]
+        with Image.open(path.with_suffix(".jpg")) as thumbnail:
+            assert max(thumbnail.size) <= 800
+
+
+def test_every_node_has_its_help_page_with_a_picture(server: Server) -> None:
+    nodes = [name for name, node in json.loads(server.get("object_info")).items() if node["category"] == "Hollow"]
+    assert len(nodes) == 10
+    for name in nodes:
+        page = server.get(f"extensions/hollow/docs/{name}.md").decode()
+        [picture] = re.findall(r"!\[.+\]\((.+)\)", page)
+        assert server.get(f"extensions/hollow/docs/{picture}")[:3] == b"\xff\xd8\xff"  # JPEG
+
+
+def test_the_quickstart_draws_the_subject(server: Server) -> None:
+    graph = json.loads(QUICKSTART.read_text())
+    ran = server.run(graph)
+    subject = world.HELD_OUT[0]
+    for node in ("13", "17"):  # on two paths, and as an ordinary LoRA
+        drawn = server.pictures(ran, node)
+        assert {picture.size for picture in drawn} == {(64, 64)}
+        subject_score, prompt_score = run.score(drawn, subject, ["night"] * len(drawn))
+        assert subject_score > 0.5  # as `hollow demo`; the base model has about 0
+        assert prompt_score > 0.9
+    assert (server.folder / "models" / "loras" / "hollow" / "quickstart.safetensors").exists()
+
+    # one step more: nothing is precomputed again, and training goes on where it ended
+    graph["6"]["inputs"]["steps"] += 1
+    graph = {node: graph[node] for node in ["1", "2", "3", "4", "5", "6", "7", "9", "18", "19"]}
+    again = server.run(graph)
+    assert {"2", "3", "5", "19"} <= set(again.messages["execution_cached"]["nodes"])
+    assert "6" not in again.messages["execution_cached"]["nodes"]
