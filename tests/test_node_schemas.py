@@ -20,10 +20,10 @@ class _Type:
     def __init__(self, io_type: str) -> None:
         self.io_type = io_type
 
-    def Input(self, name: str, **told: Any) -> SimpleNamespace:  # noqa: N802
+    def Input(self, name: str, **told: Any) -> SimpleNamespace:
         return SimpleNamespace(**{"id": name, "io_type": self.io_type, "optional": False} | told)
 
-    def Output(self, name: str, **told: Any) -> SimpleNamespace:  # noqa: N802
+    def Output(self, name: str, **told: Any) -> SimpleNamespace:
         return SimpleNamespace(id=name, io_type=self.io_type, **told)
 
 

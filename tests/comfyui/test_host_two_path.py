@@ -124,7 +124,7 @@ def test_the_same_prompt_at_strength_0_is_the_native_model(layout: str, cuts: ra
 def test_it_is_what_the_library_predicts(layout: str, cut: int, trained: Trained, tmp_path: Path) -> None:
     lora = trained(layout, cut)
     ours = draw(two_path_model(native(layout), lora, GENERIC))
-    assert_same(ours, draw(Reference(layout, lora, tmp_path, GENERIC).patched(native(layout))))
+    assert_same(ours, draw(Reference(tiny_unet(layout), lora, tmp_path, GENERIC).patched(native(layout))))
     assert_different(ours, draw(native(layout)))
     assert_different(ours, draw(two_path_model(native(layout), lora, None)))  # the generic prompt matters
 
@@ -133,7 +133,7 @@ def test_it_is_what_the_library_predicts(layout: str, cut: int, trained: Trained
 def test_a_lora_on_every_kind_of_layer(layout: str, trained: Trained, tmp_path: Path) -> None:
     lora = trained(layout, 3, EVERY_KIND)
     ours = draw(two_path_model(native(layout), lora, GENERIC, strength=0.5))
-    assert_same(ours, draw(Reference(layout, lora, tmp_path, GENERIC, strength=0.5).patched(native(layout))))
+    assert_same(ours, draw(Reference(tiny_unet(layout), lora, tmp_path, GENERIC, strength=0.5).patched(native(layout))))
 
 
 def box(*sides: int) -> dict[str, Any]:
@@ -168,7 +168,7 @@ RUNS: dict[str, dict[str, Any]] = {
 def test_what_comfyui_does_with_prompts(run: str, settings: Any, trained: Trained, tmp_path: Path) -> None:
     layout = "sdxl" if settings else "sd15"
     lora, drawing = trained(layout, 2), RUNS[run]
-    reference = Reference(layout, lora, tmp_path, GENERIC, **settings).patched(native(layout))
+    reference = Reference(tiny_unet(layout), lora, tmp_path, GENERIC, **settings).patched(native(layout))
     assert_same(draw(two_path_model(native(layout), lora, GENERIC, **settings), **drawing), draw(reference, **drawing))
 
 
@@ -195,7 +195,7 @@ def test_other_guiders_have_other_negatives(trained: Trained, tmp_path: Path) ->
         noise, sampler = comfy.sample.prepare_noise(latents, 0), comfy.samplers.sampler_object("euler")
         return guider.sample(noise, latents, sampler, sigmas, disable_pbar=True, seed=0)
 
-    reference = Reference("sd15", lora, tmp_path, GENERIC, **settings)
+    reference = Reference(tiny_unet("sd15"), lora, tmp_path, GENERIC, **settings)
     assert_same(guided(two_path_model(native(), lora, GENERIC, **settings)), guided(reference.patched(native())))
 
 

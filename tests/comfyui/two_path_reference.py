@@ -7,7 +7,8 @@ from typing import Any
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
-from tiny_models import POOLED_WIDTH, SIZE, tiny_unet
+from diffusers import UNet2DConditionModel
+from tiny_models import POOLED_WIDTH, SIZE
 from torch import Tensor
 
 from hollow_core import lora_file
@@ -20,7 +21,7 @@ class Reference:
 
     def __init__(
         self,
-        layout: str,
+        unet: UNet2DConditionModel,
         lora: Any,
         folder: Path,
         generic: list[list[Any]],
@@ -31,7 +32,6 @@ class Reference:
     ) -> None:
         path = folder / "reference.safetensors"
         comfy.utils.save_torch_file(lora.state, str(path), metadata=lora.metadata)
-        unet = tiny_unet(layout)
         loaded = lora_file.load(path, unet)
         load_lora_state(unet, loaded.state, loaded.alpha)
         set_strength(unet, strength)
