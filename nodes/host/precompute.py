@@ -74,7 +74,9 @@ def _personal_examples(
     personal: Sequence[Conditionings],
     generic: Sequence[Conditionings],
 ) -> list[Any]:
-    pictures = [picture for batch in latents for picture in batch["samples"].split(1)]
+    pictures = [picture[None] for batch in latents for picture in batch["samples"]]
+    if not pictures:
+        raise HollowError("There are no pictures to learn from. Connect four or five of your subject.")
     for name, prompts in (("personal", personal), ("generic", generic)):
         if len(prompts) not in (1, len(pictures)):
             raise HollowError(
@@ -91,9 +93,9 @@ def _class_examples(
     hollowed: HollowedModel, latents: Sequence[dict[str, Any]], prompts: Sequence[Conditionings]
 ) -> list[Any]:
     return [
-        _example(hollowed, picture, prompt, prompt, "prior")
+        _example(hollowed, picture[None], prompt, prompt, "prior")
         for batch, prompt in zip(latents, cycle(prompts), strict=False)
-        for picture in batch["samples"].split(1)
+        for picture in batch["samples"]
     ]
 
 

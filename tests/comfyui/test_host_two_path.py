@@ -30,7 +30,7 @@ from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from hollow_pack.hollow_core.errors import HollowError
 from hollow_pack.nodes.handles import HollowLora
 from hollow_pack.nodes.host.two_path import two_path_model
-from tiny_models import CPU, POOLED_WIDTH, SIZE, TOKEN_WIDTH, tiny_model, tiny_unet
+from tiny_models import POOLED_WIDTH, SIZE, TOKEN_WIDTH, tiny_flux, tiny_model, tiny_unet
 from two_path_reference import Reference
 
 from hollow_core import lora_file
@@ -432,17 +432,6 @@ def test_layers_in_the_hollow_are_left_out(trained: Trained, caplog: pytest.LogC
     assert not [path for path in there if path.startswith(("input_blocks.9.", "middle_block", "output_blocks.2."))]
 
 
-def flux() -> ModelPatcher:
-    config = comfy.supported_models.Flux(
-        {
-            **{"image_model": "flux", "guidance_embed": True, "in_channels": 16, "out_channels": 16, "patch_size": 2},
-            **{"vec_in_dim": 8, "context_in_dim": 8, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1},
-            **{"depth_single_blocks": 1, "axes_dim": [4, 6, 6], "theta": 10000, "qkv_bias": True},
-        }
-    )
-    return ModelPatcher(config.get_model({}, device=CPU), CPU, CPU)
-
-
 def compiled(model: ModelPatcher) -> ModelPatcher:
     patched = model.clone()
     set_torch_compile_wrapper(patched, backend="eager")
@@ -457,7 +446,7 @@ def refusal(model: ModelPatcher, lora: HollowLora, generic: Conditionings | None
 
 def test_what_cannot_run_is_refused(trained: Trained) -> None:
     lora, xl = trained("sd15", 3), trained("sdxl", 3)
-    assert "is a Flux, which has no U-Net to hollow. Load an" in refusal(flux(), lora)
+    assert "is a Flux, which has no U-Net to hollow. Load an" in refusal(tiny_flux(), lora)
     assert "cannot run every 0 steps. Choose a refresh" in refusal(native(), lora, refresh=0)
     deep = lora._replace(recipe=lora.recipe._replace(cut=12))
     assert "with cut 12, but this MODEL has cuts from 0 to 11. Use it" in refusal(native(), deep)

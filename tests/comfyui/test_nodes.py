@@ -24,6 +24,7 @@ from hollow_pack.nodes import (
     two_path_model,
     two_path_sampler,
 )
+from tiny_models import tiny_flux
 
 SETTINGS: dict[str, Any] = {
     "rank": 2,
@@ -179,5 +180,10 @@ def test_wrong_wires_are_refused(demo: Any) -> None:
         run([hollowed], demo.latents, [demo.personal[0] * 2], demo.generic, *rest)
     with pytest.raises(Exception, match="does not stay inside"):
         run([hollowed], demo.latents, demo.personal, demo.generic, [6], [0], ["float32"], ["../away"])
+    nothing = [{"samples": torch.zeros(0, 8, 16, 16)}]
+    with pytest.raises(Exception, match=r"There are no pictures to learn from\. Connect four or five"):
+        run([hollowed], nothing, demo.personal, demo.generic, *rest)
     with pytest.raises(Exception, match="no cut 12"):
         hollow_unet.HollowUNet.execute(demo.model, 12)
+    with pytest.raises(Exception, match="This MODEL is a Flux, which has no U-Net to hollow"):
+        hollow_unet.HollowUNet.execute(tiny_flux(), 3)

@@ -77,3 +77,15 @@ def tiny_model(
     model = config.get_model({}, device=CPU)
     model.diffusion_model.load_state_dict({key: weight.to(storage) for key, weight in weights.items()})
     return patcher(model.eval(), CPU, CPU)
+
+
+def tiny_flux() -> ModelPatcher:
+    """A MODEL that is no U-Net."""
+    config = comfy.supported_models.Flux(
+        {
+            **{"image_model": "flux", "guidance_embed": True, "in_channels": 16, "out_channels": 16, "patch_size": 2},
+            **{"vec_in_dim": 8, "context_in_dim": 8, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1},
+            **{"depth_single_blocks": 1, "axes_dim": [4, 6, 6], "theta": 10000, "qkv_bias": True},
+        }
+    )
+    return ModelPatcher(config.get_model({}, device=CPU), CPU, CPU)
