@@ -77,7 +77,7 @@ def test_the_demo_leaves_all_that_it_names(tmp_path: Path) -> None:
     report = run.run(tmp_path, settings=settings, progress=lambda stage, done: steps.append((stage, done.step)))
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert ("hollowed LoRA: train", 40) in steps
-    assert report["records"] == 200
+    assert report["records"] == 300
     assert report["stored_bytes"] > 0
     assert set(report["rows"]) == {
         "base model",
