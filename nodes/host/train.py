@@ -11,7 +11,7 @@ from ...hollow_core.progress import Progress
 from ..handles import HollowActivations, HollowedModel, HollowLora
 from .memory import alone_on_device, clear_device
 from .progress import NodeProgress
-from .train_preview import LossCurve, Preview, side_by_side
+from .train_preview import LossCurve, Preview, beside
 from .unet import diffusers_unet, layout, noise_schedule
 
 if TYPE_CHECKING:
@@ -53,14 +53,15 @@ def train(
         clear_device()
         unet = hollow(diffusers_unet(hollowed.model), hollowed.cut, {record.timestep for record in store.records})
         preview = Preview(hollowed.model, unet, schedule, store) if preview_every else None
-        curve = LossCurve()
+        curve, learned = LossCurve(), None
 
         def tell(done: Progress) -> None:
+            nonlocal learned
             curve.add(done.loss or 0.0)
             if preview is not None and done.step % preview_every == 0:
-                watch.picture = side_by_side(curve.draw(), preview.draw())
-            elif done.step % PICTURE_EVERY == 0:
-                watch.picture = curve.draw()
+                learned = preview.draw()
+            if done.step % PICTURE_EVERY == 0:
+                watch.picture = beside(curve.draw(), learned)
             watch.tell(done)
             watch.picture = None
 

@@ -70,8 +70,10 @@ class Preview:
         return Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
 
-def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two pictures of SIDE × SIDE as one."""
+def beside(left: Image.Image, right: Image.Image | None) -> Image.Image:
+    """Two pictures of SIDE × SIDE as one, or the left one alone."""
+    if right is None:
+        return left
     both = Image.new("RGB", (2 * SIDE, SIDE))
     both.paste(left, (0, 0))
     both.paste(right, (SIDE, 0))
