@@ -62,6 +62,8 @@ def chart(changes: Sequence[Change]) -> Image.Image:
     if untrained:
         axes.legend(loc="lower right")
     axes.invert_yaxis()
+    axes.xaxis.set_major_formatter("{x:.1e}")
+    axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel("mean |ΔW| (size of the change, which is not its influence)")
     canvas.draw()
     return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")

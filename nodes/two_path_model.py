@@ -6,6 +6,8 @@ from comfy_api.v0_0_2 import io
 
 from .types import CATEGORY, HollowLoraType
 
+MODEL = io.Model.Input("model", tooltip="The model that the LoRA was trained on, or one like it.")
+HOLLOW_LORA = HollowLoraType.Input("hollow_lora", tooltip="From Train Hollowed LoRA or Load Hollowed LoRA.")
 STRENGTH = io.Float.Input(
     "strength", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="How strongly the LoRA counts; 1 is as trained."
 )
@@ -32,8 +34,8 @@ class HollowTwoPathModel(io.ComfyNode):
             description="Applies a hollowed LoRA the way it was trained: the base path under the generic prompt up "
             "to the hollow's end, the personal path with the LoRA from there. Works with every sampler.",
             inputs=[
-                io.Model.Input("model", tooltip="The model that the LoRA was trained on, or one like it."),
-                HollowLoraType.Input("hollow_lora", tooltip="From Train Hollowed LoRA or Load Hollowed LoRA."),
+                MODEL,
+                HOLLOW_LORA,
                 STRENGTH,
                 REFRESH,
                 io.Boolean.Input(

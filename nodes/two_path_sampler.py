@@ -4,8 +4,8 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from .two_path_model import REFRESH, STRENGTH
-from .types import CATEGORY, HollowLoraType
+from .two_path_model import HOLLOW_LORA, MODEL, REFRESH, STRENGTH
+from .types import CATEGORY
 
 
 class HollowTwoPathSampler(io.ComfyNode):
@@ -22,8 +22,8 @@ class HollowTwoPathSampler(io.ComfyNode):
             category=CATEGORY,
             description="Draws with a hollowed LoRA the way it was trained, on two paths. A KSampler in all else.",
             inputs=[
-                io.Model.Input("model", tooltip="The model that the LoRA was trained on, or one like it."),
-                HollowLoraType.Input("hollow_lora", tooltip="From Train Hollowed LoRA or Load Hollowed LoRA."),
+                MODEL,
+                HOLLOW_LORA,
                 io.Conditioning.Input("positive", tooltip="Your prompt with the identifier: 'a sks dog on the moon'."),
                 io.Conditioning.Input("generic", tooltip="The same without it: 'a dog on the moon' (Split Prompt)."),
                 io.Conditioning.Input("negative", tooltip="What you do not want to see."),
