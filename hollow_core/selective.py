@@ -119,8 +119,8 @@ def count_by_time(steps: Sequence[Taken], timesteps: int = 1000, stretches: int 
 
 
 def heat_map(probability: Probability, across: int = 51) -> list[list[float]]:
-    """p(t, s): a row for each t from 0 to 1, in it a value for each s from 0 to 1."""
-    places = [place / (across - 1) for place in range(across)]
+    """p(t, s): a row for each t from 0 to 1, in it a value for each s, at the middles of `across` equal cells."""
+    places = [(place + 0.5) / across for place in range(across)]
     return [[_checked(probability, t, s) for s in places] for t in places]
 
 
@@ -143,7 +143,7 @@ def save_schedule(path: Path, probability: Probability, steps: Sequence[Taken], 
         found = [row[kind] for row in rows]
         right.barh([row["from"] for row in rows], found, heights, below, align="edge", color=color, label=kind)
         below = [one + other for one, other in zip(below, found, strict=True)]
-    right.set(xlabel="steps", ylabel="time step t", ylim=(0, timesteps))
+    right.set(xlabel="image records", ylabel="time step t", ylim=(0, timesteps))
     right.legend()
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=120)
