@@ -80,7 +80,7 @@ class HollowPrecompute(io.ComfyNode):
                 io.Latent.Input(
                     "low_latents",
                     optional=True,
-                    tooltip="For the strategy selective: the same pictures in the same order, scaled to half their size "
+                    tooltip="For the strategy selective: the same pictures in the same order, scaled to half size "
                     "before VAE Encode.",
                 ),
                 io.Latent.Input(
