@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shutil import copytree
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -100,15 +101,15 @@ def subject_scores(options: argparse.Namespace, number: int, subject: world.Subj
     folder = options.out / f"subject-{number}"
     run.write_references(folder / "references", subject)
     measured: dict[str, Any] = {"same steps": {}, "same time": {}}
-    for name, way in WAYS.items():
-        row = _once(folder, f"{name}, same steps", partial(train_and_score, options, folder, subject, name, way))
-        measured["same steps"][name] = row
-        seconds = measured["same steps"]["BP at full size"]["seconds_a_step"] * options.steps
-        steps = max(round(seconds / row["seconds_a_step"]), 1)
-        if name != "BP at full size":
-            again = partial(train_and_score, options, folder, subject, name, way, steps=steps)
-            row = _once(folder, f"{name}, same time", again)
-        measured["same time"][name] = row
+    seconds = 0.0
+    for budget, rows in measured.items():
+        for name, way in WAYS.items():
+            steps = options.steps
+            if budget == "same time":
+                steps = max(round(seconds / measured["same steps"][name]["seconds_a_step"]), 1)
+            measure = partial(train_and_score, options, folder, subject, name, way, steps)
+            rows[name] = _once(folder, f"{name}, {budget}", measure)
+        seconds = rows["BP at full size"]["seconds"]
     return measured
 
 
@@ -118,12 +119,12 @@ def train_and_score(
     subject: world.Subject,
     name: str,
     way: Way,
-    steps: int | None = None,
+    steps: int,
 ) -> dict[str, Any]:
     """Scores of one training, its time, and its steps of each kind by time step."""
     settings = replace(
         run.SETTINGS,
-        steps=steps or options.steps,
+        steps=steps,
         save_every=0,
         strategy=way.strategy,
         selective_gamma=way.gamma,
@@ -134,7 +135,12 @@ def train_and_score(
     request = Request(
         images, subject.kind, run.IDENTIFIER, way.cut, run.SAMPLES, run.CLASS_IMAGES, settings=settings
     )  # fmt: skip
-    outcome = personalize(run.model, request, folder / f"{name}, {settings.steps} steps")
+    work = folder / f"{name}, {steps} steps"
+    if (folder / "class").exists() and not work.exists():
+        copytree(folder / "class", work / "class")  # the same pictures of the class for all
+    outcome = personalize(run.model, request, work)
+    if not (folder / "class").exists():
+        copytree(work / "class", folder / "class")
     assert outcome.file is not None
     assert outcome.result is not None
     base, judge = run.model(), scorers.load()
@@ -147,9 +153,9 @@ def train_and_score(
         "subject": round(subject_score, 4),
         "scene": round(scene_score, 4),
         "structure": round(judge.class_score(drawn, [subject.kind] * len(drawn)), 4),
-        "steps": settings.steps,
+        "steps": steps,
         "seconds": round(seconds, 1),
-        "seconds_a_step": seconds / settings.steps,
+        "seconds_a_step": seconds / steps,
         "steps_by_time": count_by_time(outcome.result.taken),
     }
 
