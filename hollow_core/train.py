@@ -159,7 +159,8 @@ def train(
     (Eq. 1) plus `prior_weight` times that of `batch` prior records (Eq. 2), in the way that the strategy
     chooses; "selective" needs a store with low examples. `progress` is called after each
     step, `preview` after each checkpoint on the way, `stop` is asked before each step. Interrupted anywhere
-    and called again, it ends with the same LoRA bit by bit; called with more `steps`, it goes on.
+    and called again, it ends with the same LoRA bit by bit; called with more `steps`, it goes on, but for
+    "selective", whose schedule ends with the last of them.
 
     Raises HollowError for a store that is unfinished or does not fit `unet` and `schedule`; for a checkpoint
     that is damaged or of other settings, as going on would give a LoRA of neither and a fresh start would

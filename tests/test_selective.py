@@ -14,7 +14,7 @@ from tiny_training import content, tiny_examples, tiny_schedule
 from hollow_core.errors import HollowError
 from hollow_core.hollow import hollow
 from hollow_core.images import load_images
-from hollow_core.models import load
+from hollow_core.models import decode_images, load
 from hollow_core.personalize import Request, low_examples, make_examples, personalize
 from hollow_core.precompute import precompute
 from hollow_core.selective import choices, count_by_time, falling, heat_map, taken
@@ -285,6 +285,20 @@ def test_sdxl_is_told_the_size_of_each_picture(sdxl_request):
         assert (one.personal_prompt, one.generic_prompt) == (other.personal_prompt, other.generic_prompt)
     picture = low_examples(model, replace(request, low_resolution=32), of_class)[0]
     assert tuple(picture.latents.shape) == (1, 4, 4, 4)
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+def test_class_pictures_are_decoded_as_the_pipeline_does(tmp_path, layout):
+    tiny_pipeline(layout).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    latents, pictures = (
+        model.pipeline()(
+            "a dog", num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type=kind
+        ).images
+        for kind in ("latent", "pil")
+    )
+    decoded = decode_images(model, [latents])
+    assert [picture.tobytes() for picture in decoded] == [picture.tobytes() for picture in pictures]
 
 
 @pytest.mark.parametrize(("side", "said"), [(128, "low resolution 128 is not below"), (60, "60 is no multiple of 8")])
