@@ -29,7 +29,8 @@ FORMAT = 1
 SHARD = 8  # records a file: no more than these are lost when a run is killed
 SHARD_FILES = "records-*.safetensors"
 
-Kind = Literal["image", "prior"]
+Kind = Literal["image", "prior", "low image", "low prior"]
+"""Whether a record is of the subject or of its class, and "low" if at a lower resolution, as the twin of another."""
 
 
 class Record(NamedTuple):
@@ -179,7 +180,7 @@ class Store:
         return sum(path.stat().st_size for path in files)
 
     def indices(self, kind: Kind) -> list[int]:
-        """Which records are of this kind."""
+        """Which records are of this kind; a low kind's are the twins of the other's, in the same order."""
         return [index for index, record in enumerate(self.records) if record.kind == kind]
 
     def shard(self, shard: int) -> range:
@@ -209,7 +210,7 @@ class Store:
             return file.get_tensor(self.fingerprint.latents[image]), Conditioning(**embedding)
 
     def _embedding(self, image: int) -> dict[str, str]:
-        prompt = "personal" if self.fingerprint.kinds[image] == "image" else "generic"
+        prompt = "personal" if self.fingerprint.kinds[image].endswith("image") else "generic"
         return self.fingerprint.embeddings[image][prompt]
 
     def _shards(self) -> range:

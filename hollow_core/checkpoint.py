@@ -1,6 +1,7 @@
 """The state of a training run in one safetensors file: all that going on, as if never interrupted, needs."""
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ class Checkpoint(NamedTuple):
     """A training run after so many steps as it has losses."""
 
     lora: dict[str, Tensor]  # as `lora_state` gives it
-    optimizer: dict[int, dict[str, Tensor]]  # "state" of its state_dict
+    optimizers: dict[str, dict[int, dict[str, Tensor]]]  # of each way to step the "state" of its state_dict
     losses: list[float]
     loss_scale: float
     made_for: Mapping[str, Any]  # what a run must have in common with this one to go on from it
@@ -26,8 +27,9 @@ class Checkpoint(NamedTuple):
     def save(self, path: Path) -> None:
         """Write it to `path`; an older file there is replaced whole. Raises HollowError where it cannot."""
         tensors = {f"lora {name}": tensor for name, tensor in self.lora.items()}
-        for index, parts in self.optimizer.items():
-            tensors |= {f"optimizer {index} {part}": tensor for part, tensor in parts.items()}
+        for way, state in self.optimizers.items():
+            for index, parts in state.items():
+                tensors |= {f"optimizer {way} {index} {part}": tensor for part, tensor in parts.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         about = {"loss_scale": self.loss_scale, "made_for": self.made_for}
         write_safetensors(path, tensors, {_KEY: json.dumps(about)})
@@ -53,11 +55,12 @@ class Checkpoint(NamedTuple):
                 f"{path} is of a training that differs: {', '.join(differences)}. "
                 "Go back to what it was, choose another folder, or delete the file to start anew."
             )
-        lora, optimizer = {}, dict[int, dict[str, Tensor]]()
+        lora = {}
+        optimizers = defaultdict[str, dict[int, dict[str, Tensor]]](dict)
         for name, tensor in tensors.items():
             match name.split(" "):
                 case ["lora", key]:
                     lora[key] = tensor
-                case ["optimizer", index, part]:
-                    optimizer.setdefault(int(index), {})[part] = tensor
-        return cls(lora, optimizer, tensors["losses"].tolist(), about["loss_scale"], stored)
+                case ["optimizer", way, index, part]:
+                    optimizers[way].setdefault(int(index), {})[part] = tensor
+        return cls(lora, optimizers, tensors["losses"].tolist(), about["loss_scale"], stored)

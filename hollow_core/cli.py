@@ -39,6 +39,14 @@ class Precision(str, Enum):
     fp16 = "fp16"
 
 
+class Strategy(str, Enum):
+    """How training steps find the gradient."""
+
+    bp = "bp"
+    zo = "zo"
+    selective = "selective"
+
+
 class Prediction(str, Enum):
     """What a model's U-Net predicts."""
 
@@ -131,6 +139,13 @@ def train(
     snr_gamma: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, usually 5. (default: off)")] = None,
     precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic; the LoRA stays fp32.")] = Precision.fp32,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, a third more time.")] = False,
+    strategy: Annotated[Strategy, typer.Option(help="bp: backpropagation. zo: MeZO, forward passes only, at an inference's memory, slow to learn. selective: bp on small pictures, by and by zo on large ones.")] = Strategy.bp,
+    low_resolution: Annotated[int | None, typer.Option(help="selective: side of the small pictures in pixels. (default: half the resolution)")] = None,
+    gamma: Annotated[float, typer.Option(help="selective: how soon zo takes over; bp has the probability (1 - t/T)^(gamma s) at time step t and progress s.")] = 1.0,
+    zo_learning_rate: Annotated[float | None, typer.Option(help="AdamW's at zo steps. (default: the learning rate)")] = None,
+    zo_epsilon: Annotated[float, typer.Option(help="How far a zo step moves the LoRA to look at the loss.")] = 1e-3,
+    zo_queries: Annotated[int, typer.Option(help="Directions a zo step looks in, two forward passes each.")] = 2,
+    zo_timesteps: Annotated[tuple[int, int] | None, typer.Option(help="zo steps draw from these time steps only, such as 500 900. (default: all)")] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints from which a killed run goes on; 0 for none.")] = 100,
     seed: Annotated[int, typer.Option(help="The same seed gives the same LoRA on the same machine.")] = 0,
     prediction_type: PredictionType = None,
@@ -142,6 +157,7 @@ def train(
     from .images import load_images
     from .personalize import Request, personalize
     from .prompts import personal_prompt
+    from .selective import count_by_time
     from .train import TrainSettings
 
     personal_prompt(identifier, subject)  # refuse bad words before anything is loaded
@@ -157,6 +173,12 @@ def train(
         gradient_checkpointing=checkpointing,
         seed=seed,
         save_every=save_every,
+        strategy=strategy.value,
+        selective_gamma=gamma,
+        zo_learning_rate=zo_learning_rate,
+        zo_epsilon=zo_epsilon,
+        zo_queries=zo_queries,
+        zo_timesteps=zo_timesteps,
     )
     loaded = [_load(model, precision, prediction_type)]  # its pop hands over the only reference
     side = loaded[0].resolution if resolution is None else resolution
@@ -168,13 +190,24 @@ def train(
         samples=samples,
         class_images=class_images,
         settings=settings,
+        low_resolution=low_resolution,
     )
     with watching() as watch, stopping() as stop:
         outcome = personalize(loaded.pop, request, out, device=_device(device), progress=watch, stop=stop)
     stopped = outcome.result.stopped if outcome.result is not None else "stop"
     if as_json:
         stages = [vars(stage) for stage in outcome.meter.stages]
-        print(json.dumps({"file": str(outcome.file) if outcome.file else None, "stopped": stopped, "stages": stages}))
+        steps_by_time = count_by_time(outcome.result.taken) if outcome.result is not None else []
+        print(
+            json.dumps(
+                {
+                    "file": str(outcome.file) if outcome.file else None,
+                    "stopped": stopped,
+                    "stages": stages,
+                    "steps_by_time": steps_by_time,
+                }
+            )
+        )
     if stopped == "stop":
         console.print("Stopped. The same command goes on from here.")
         raise typer.Exit(130)

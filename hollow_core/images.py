@@ -31,8 +31,7 @@ def load_images(folder: Path, resolution: int) -> list[TrainingImage]:
     Raises HollowError for a folder that is missing or without pictures, for a file that is no picture, and
     for one so small that it would be enlarged more than eight times.
     """
-    if resolution < 8 or resolution % 8:
-        raise HollowError(f"The resolution {resolution} is no multiple of 8 pixels. Take 512, 768 or 1024.")
+    _check_resolution(resolution)
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise HollowError(f"{folder} {what}. Give the folder that holds your pictures.")
@@ -40,6 +39,12 @@ def load_images(folder: Path, resolution: int) -> list[TrainingImage]:
     if not paths:
         raise HollowError(f"{folder} holds no pictures. Put four or five of your subject there, .png or .jpg.")
     return [_load(path, resolution) for path in paths]
+
+
+def at_resolution(image: TrainingImage, resolution: int) -> TrainingImage:
+    """The same picture at `resolution` pixels square, for BP-low. Raises HollowError if that is no multiple of 8."""
+    _check_resolution(resolution)
+    return image._replace(picture=image.picture.resize((resolution, resolution), Image.Resampling.LANCZOS))
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:
@@ -58,6 +63,11 @@ def centre_square(width: int, height: int) -> tuple[int, int, int, int]:
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
+
+
+def _check_resolution(resolution: int) -> None:
+    if resolution < 8 or resolution % 8:
+        raise HollowError(f"The resolution {resolution} is no multiple of 8 pixels. Take 512, 768 or 1024.")
 
 
 def _is_picture(path: Path) -> bool:

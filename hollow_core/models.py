@@ -16,6 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -158,6 +159,26 @@ def encode_images(model: BaseModel, images: Sequence[TrainingImage]) -> list[Ten
     if vae.dtype != dtype:
         vae.to(dtype)
     return latents
+
+
+@torch.no_grad()
+def decode_images(model: BaseModel, latents: Sequence[Tensor]) -> list[Image.Image]:
+    """The pictures that scaled latents, (1, channels, height / 8, width / 8) each for SD, stand for.
+
+    Raises HollowError where the VAE was set free.
+    """
+    if model.vae is None:
+        raise HollowError("The VAE was set free already. Decode all latents before free_encoders.")
+    vae, dtype, processor = model.vae, model.vae.dtype, model.pipeline().image_processor
+    if dtype == torch.float16:
+        vae.to(torch.float32)  # SDXL's decoder overflows in fp16
+    pictures = []
+    for scaled in latents:
+        z = scaled.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        pictures += processor.postprocess(vae.decode(z).sample, output_type="pil")
+    if vae.dtype != dtype:
+        vae.to(dtype)
+    return pictures
 
 
 def free_encoders(model: BaseModel) -> None:

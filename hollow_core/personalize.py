@@ -1,26 +1,28 @@
 """The whole road: pictures in, a LoRA file out. Each stage leaves on disk what it made, so a stopped run goes on."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from . import lora_file
-from .activations import Store
+from .activations import Kind, Store
 from .errors import HollowError
 from .hollow import Conditioning, hollow
-from .images import TrainingImage
+from .images import TrainingImage, at_resolution
 from .lora_file import Recipe
 from .meter import Meter
-from .models import BaseModel, encode_images, encode_prompt, free_encoders
+from .models import BaseModel, decode_images, encode_images, encode_prompt, free_encoders
 from .precompute import Example, precompute
 from .prior import class_latents
 from .progress import Progress, Stop, Watch
 from .prompts import generic_prompt, personal_prompt
+from .selective import save_schedule
 from .train import TrainResult, TrainSettings, train
 
 LORA_FILE = "lora.safetensors"
+SCHEDULE_FILE = "schedule.png"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Request:
     store_dtype: torch.dtype = torch.float16
     """How exit activations are kept."""
     settings: TrainSettings = field(default_factory=TrainSettings)
+    low_resolution: int | None = None
+    """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others'."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ def personalize(
     stop: Stop | None = None,
 ) -> Outcome:
     """Encode, precompute, train and save into `folder`; called again after any interruption, it goes on.
+
+    The strategy selective leaves a picture of its schedule there, too, with the steps that were taken.
 
     `load` gives the base model and keeps no reference to it, so that it can leave memory in time: its encoders
     before precomputing, its middle before training. `progress` is called with the name of the stage, "class
@@ -94,6 +100,8 @@ def personalize(
             if len(drawn) < request.class_images:
                 return Outcome(None, None, None, meter)
         examples = make_examples(model, request, drawn)
+        if request.settings.strategy == "selective":
+            examples += low_examples(model, request, drawn)
         free_encoders(model)
 
     with meter.stage("precompute"):
@@ -119,6 +127,9 @@ def personalize(
         del model  # here the middle leaves memory
         result = train(unet, schedule, store, request.settings, folder=folder, progress=watch("train"), stop=stop)
 
+    if request.settings.strategy == "selective" and result.stopped == "finished":
+        timesteps = len(schedule.alphas_cumprod)
+        save_schedule(folder / SCHEDULE_FILE, request.settings.bp_low_probability, result.taken, timesteps)
     personal = _prompt(request, None)
     recipe = Recipe(
         cut=request.cut,
@@ -155,6 +166,22 @@ def make_examples(model: BaseModel, request: Request, class_latents: Sequence[to
         conditioning = encode(prompt, request.images[0].picture.width)
         examples.append(Example(latents, conditioning, conditioning, prompt, prompt, "prior"))
     return examples
+
+
+def low_examples(model: BaseModel, request: Request, class_latents: Sequence[torch.Tensor]) -> list[Example]:
+    """The twins of `make_examples` at the lower resolution, whose size SDXL is told; class pictures are decoded.
+
+    Raises HollowError for a resolution that is no multiple of 8, or not below that of the pictures.
+    """
+    full = request.images[0].picture.width
+    side = full // 2 if request.low_resolution is None else request.low_resolution
+    if side >= full:
+        raise HollowError(f"The low resolution {side} is not below the pictures' {full}. Take half of it.")
+    of_class = [TrainingImage(picture, None, "", (0, 0, full, full)) for picture in decode_images(model, class_latents)]
+    small = replace(request, images=[at_resolution(image, side) for image in request.images])
+    drawn = encode_images(model, [at_resolution(image, side) for image in of_class])
+    kinds: dict[Kind, Kind] = {"image": "low image", "prior": "low prior"}
+    return [replace(example, kind=kinds[example.kind]) for example in make_examples(model, small, drawn)]
 
 
 def class_prompts(request: Request) -> list[str]:

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -24,7 +26,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class Example:
     """A picture with its two prompts: one of the subject ("image"), or one of its class ("prior").
 
-    A prior example trains on its generic prompt (P_pr of Eq. 2), its personal one is not looked at.
+    A prior example trains on its generic prompt (P_pr of Eq. 2), its personal one is not looked at. The first
+    "low image" is the first "image" at a lower resolution, and so on; likewise "low prior".
     """
 
     latents: torch.Tensor  # (1, 4, height, width), scaled as the U-Net expects them
@@ -51,11 +54,12 @@ def precompute(
 ) -> Store:
     """Make the records that `train` reads, or those of them that an interrupted run has not made yet.
 
-    `samples` is the number of records, half of them (rounded down) for the prior if it has examples; see
-    `plan`. Exit activations are kept in `dtype`: float16, bfloat16 or float32. With `cut` None nothing is to
-    be hollowed, and the records, for an ordinary LoRA, have no activation. `apart` keeps the store in a folder
-    of its own inside `folder`, named by what it is made from, so that other inputs never meet it. `progress` is
-    called after each record, `stop` asked before each; a stopped run gives back a store with shards missing.
+    `samples` is the number of records, half of them (rounded down) for the prior if it has examples; low
+    examples add as many again, see `plan`. Exit activations are kept in `dtype`: float16, bfloat16 or float32.
+    With `cut` None nothing is to be hollowed, and the records, for an ordinary LoRA, have no activation.
+    `apart` keeps the store in a folder of its own inside `folder`, named by what it is made from, so that other
+    inputs never meet it. `progress` is called after each record, `stop` asked before each; a stopped run gives
+    back a store with shards missing.
 
     Raises HollowError for wrong arguments, for a store in `folder` that is damaged or was made from something
     else, for an activation that overflows, and where the disk is full. What is written by then stays good.
@@ -104,16 +108,21 @@ def run_to_exit(base: UNet2DConditionModel, schedule: DDPMScheduler, record: Rec
 def plan(kinds: Sequence[Kind], samples: int, timesteps: int, seed: int) -> list[Record]:
     """The records to make: stratified over the time steps from 0, and dealt evenly over the examples.
 
-    The images share `samples` records, or half of them (rounded up) where there is a prior for the rest.
+    The images share `samples` records, or half of them (rounded up) where there is a prior for the rest. Where
+    there are low examples, each of these records has a twin of the same time step and noise seed behind them.
     """
     generator = torch.Generator().manual_seed(seed)
-    images = [index for index, kind in enumerate(kinds) if kind == "image"]
-    prior = [index for index, kind in enumerate(kinds) if kind == "prior"]
+    images, prior, low_images, low_prior = (
+        [index for index, kind in enumerate(kinds) if kind == wanted] for wanted in get_args(Kind)
+    )
     prior_samples = samples // 2 if prior else 0
-    return [
+    records = [
         *_stratified("image", images, samples - prior_samples, timesteps, generator),
         *_stratified("prior", prior, prior_samples, timesteps, generator),
     ]
+    low = dict(zip([*images, *prior], [*low_images, *low_prior], strict=True)) if low_images else {}
+    twins = [record._replace(image=low[record.image], kind=kinds[low[record.image]]) for record in records if low]
+    return [*records, *twins]
 
 
 def _stratified(
@@ -158,7 +167,7 @@ def _fingerprint(
         z = example.latents.float()
         latents.append(digest(z))
         embeddings.append({p: {part: digest(t) for part, t in e.items()} for p, e in tensors.items()})
-        trained = tensors["personal" if example.kind == "image" else "generic"]
+        trained = tensors["personal" if example.kind.endswith("image") else "generic"]
         inputs.update({digest(t): t.detach().cpu().clone() for t in [z, *trained.values()]})
     return Fingerprint(
         model=model_id(unet),
@@ -198,9 +207,16 @@ def _check(
     if dtype not in DTYPES:
         names = ", ".join(_name(known) for known in DTYPES)
         raise HollowError(f"Records cannot be kept in {_name(dtype)}. Choose one of {names}.")
-    kinds = {example.kind for example in examples}
+    counts = Counter(example.kind for example in examples)
+    kinds = counts.keys() & {"image", "prior"}
     if "image" not in kinds:
         raise HollowError("There is no image to train on. Give at least one of the subject.")
+    low = counts["low image"], counts["low prior"]
+    if low not in ((0, 0), (counts["image"], counts["prior"])):
+        raise HollowError(
+            f"There are {low[0]} images and {low[1]} class pictures at a lower resolution, but {counts['image']} and "
+            f"{counts['prior']} at full. Give each of them a twin, in the same order, or none."
+        )
     if samples < len(kinds):
         raise HollowError(f"{samples} records are too few. Ask for at least {len(kinds)}; 200 are usual.")
     prediction = schedule.config.prediction_type

@@ -1,23 +1,23 @@
 """Stage 2: train a LoRA on the records of a store; the loop reads top to bottom."""
 
 import math
-from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from .activations import Store, schedule_id
+from .activations import Store, digest, schedule_id
 from .checkpoint import Checkpoint
 from .errors import HollowError
 from .lora import ATTENTION, add_lora, load_lora_state, lora_parameters, lora_state
 from .progress import Clock, Stop, Watch
-from .steps import backpropagate, record_loss
+from .selective import Probability, Strategy, Taken, choices, falling, heat_map, taken
+from .steps import Step, ZerothOrder, backpropagate, record_loss
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -59,6 +59,20 @@ class TrainSettings:
     """Of the LoRA's start and the order of the records."""
     save_every: int = 0
     """Steps from one checkpoint to the next; 0 writes one only at the end or when stopped."""
+    strategy: Strategy = "bp"
+    """How steps find the gradient: backwards, by MeZO's forward passes ("zo"), or by both ("selective")."""
+    selective_gamma: float = 1.0
+    """γ of `selective.falling`: how soon ZO-high takes over from BP-low; 0 leaves all to BP-low."""
+    probability: Probability | None = None
+    """p(t, s) of a BP-low step in place of `selective.falling`."""
+    zo_learning_rate: float | None = None
+    """AdamW's at zeroth-order steps, which keep moments of their own; None means learning_rate."""
+    zo_epsilon: float = 1e-3
+    """ε of `ZerothOrder`, as MeZO and ZOODiP have it."""
+    zo_queries: int = 2
+    """Directions that a zeroth-order step averages, as ZOODiP does; two forward passes each."""
+    zo_timesteps: tuple[int, int] | None = None
+    """Zeroth-order steps draw from these time steps only, the end excluded: ZOODiP's are (500, 900). None: all."""
 
     @property
     def lora_alpha(self) -> float:
@@ -68,8 +82,18 @@ class TrainSettings:
     @property
     def fixed(self) -> dict[str, Any]:
         """Those that may not change when a run goes on; the others do not change what a step does."""
-        free = {"steps", "save_every", "gradient_checkpointing"}
-        return {name: value for name, value in asdict(self).items() if name not in free}
+        free = {"save_every", "gradient_checkpointing"}
+        if self.strategy != "selective":  # whose steps know how far the training is
+            free.add("steps")
+        fixed = {name: value for name, value in asdict(self).items() if name not in free}
+        if self.probability is not None:
+            fixed["probability"] = digest(torch.tensor(heat_map(self.probability)))
+        return fixed
+
+    @property
+    def bp_low_probability(self) -> Probability:
+        """p(t, s) of a BP-low step, where the strategy is selective."""
+        return falling(self.selective_gamma) if self.probability is None else self.probability
 
     def __post_init__(self) -> None:
         positive = "It must be above 0."
@@ -87,6 +111,16 @@ class TrainSettings:
             ("precision", self.precision in ("fp32", "bf16", "fp16"), "Choose fp32, bf16 or fp16."),
             ("seed", 0 <= self.seed < 2**63, "It must be from 0 to 2⁶³ - 1."),
             ("save_every", self.save_every >= 0, "It must be 0 or more."),
+            ("strategy", self.strategy in get_args(Strategy), "Choose bp, zo or selective."),
+            ("selective_gamma", 0 <= self.selective_gamma < math.inf, "It must be 0 or more."),
+            ("zo_learning_rate", self.zo_learning_rate is None or 0 < self.zo_learning_rate < math.inf, positive),
+            ("zo_epsilon", 0 < self.zo_epsilon < math.inf, positive),
+            ("zo_queries", self.zo_queries >= 1, "It must be at least 1."),
+            (
+                "zo_timesteps",
+                self.zo_timesteps is None or 0 <= self.zo_timesteps[0] < self.zo_timesteps[1],
+                "Give the first time step and the end behind the last, such as (500, 900).",
+            ),
         ]:
             if not possible:
                 raise HollowError(f"{name} is {getattr(self, name)!r}. {advice}")
@@ -99,6 +133,7 @@ class TrainResult:
     state: dict[str, Tensor]  # as `lora_state` gives it
     losses: list[float]  # one a step, from the first step on
     stopped: Stopped
+    taken: list[Taken]  # of every step its image records, one after the other
 
     @property
     def steps(self) -> int:
@@ -121,9 +156,11 @@ def train(
 
     `unet` is hollowed at the cut of `store` (Hollowed Net, Sec. 4.3) or, for a store without a cut, whole;
     drop the base before, nothing here needs it. A step minimises the mean loss of `batch` image records
-    (Eq. 1) plus `prior_weight` times that of `batch` prior records (Eq. 2). `progress` is called after each
+    (Eq. 1) plus `prior_weight` times that of `batch` prior records (Eq. 2), in the way that the strategy
+    chooses; "selective" needs a store with low examples. `progress` is called after each
     step, `preview` after each checkpoint on the way, `stop` is asked before each step. Interrupted anywhere
-    and called again, it ends with the same LoRA bit by bit; called with more `steps`, it goes on.
+    and called again, it ends with the same LoRA bit by bit; called with more `steps`, it goes on, but for
+    "selective", whose schedule ends with the last of them.
 
     Raises HollowError for a store that is unfinished or does not fit `unet` and `schedule`; for a checkpoint
     that is damaged or of other settings, as going on would give a LoRA of neither and a fresh start would
@@ -138,7 +175,7 @@ def train(
             f"{path} has {len(begun.losses)} steps already, more than the {settings.steps} asked. "
             "Ask for more, or choose another folder."
         )
-    seeds = torch.randint(2**32, (3,), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    seeds = torch.randint(2**32, (5,), generator=torch.Generator().manual_seed(settings.seed)).tolist()
 
     # a LoRA in the frozen U-Net, and its optimizer
     unet.eval()  # the records, too, were made without dropout
@@ -150,15 +187,28 @@ def train(
     else:
         load_lora_state(unet, begun.lora, settings.lora_alpha)
     parameters = lora_parameters(unet)
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    if begun is not None:
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": begun.optimizer})
+    rates = {"backward": settings.learning_rate, "forward": settings.zo_learning_rate or settings.learning_rate}
+    optimizers = {
+        way: torch.optim.AdamW(parameters, lr=rate, weight_decay=settings.weight_decay) for way, rate in rates.items()
+    }
+    for way, optimizer in optimizers.items():
+        if begun is not None:
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": begun.optimizers[way]})
 
-    # the records, in an order that only the seed decides: to go on is to skip ahead
+    # what each step does, as only the seed decides: to go on is to skip ahead
     losses = [] if begun is None else begun.losses
-    images = _shuffled(store.indices("image"), seeds[1], skip=len(losses) * settings.batch)
-    prior = store.indices("prior") if settings.prior_weight > 0 else []
-    priors = _shuffled(prior, seeds[2], skip=len(losses) * settings.batch)
+    ahead = choices(
+        store,
+        settings.strategy,
+        batch=settings.batch,
+        prior_weight=settings.prior_weight,
+        steps=settings.steps,
+        timesteps=len(schedule.alphas_cumprod),
+        probability=settings.bp_low_probability,
+        zo_timesteps=settings.zo_timesteps,
+        seeds=seeds[1:],
+    )
+    trained_on = [record for choice in islice(ahead, len(losses)) for record in taken(store, choice)]
 
     def loss_of(index: int) -> Tensor:
         record = store.record(index)
@@ -167,7 +217,8 @@ def train(
             return record_loss(unet, schedule, record, latents, conditioning, snr_gamma=settings.snr_gamma)
 
     def save() -> None:
-        Checkpoint(lora_state(unet), optimizer.state_dict()["state"], losses, loss_scale, made_for).save(path)
+        moments = {way: optimizer.state_dict()["state"] for way, optimizer in optimizers.items()}
+        Checkpoint(lora_state(unet), moments, losses, loss_scale, made_for).save(path)
 
     good = lora_state(unet)
     loss_scale = (2.0**16 if settings.precision == "fp16" else 1.0) if begun is None else begun.loss_scale
@@ -178,12 +229,14 @@ def train(
             stopped = "stop"
             break
 
-        # the gradient, one record at a time
-        weighted = [(next(images), 1 / settings.batch) for _ in range(settings.batch)]
-        if prior:
-            weighted += [(next(priors), settings.prior_weight / settings.batch) for _ in range(settings.batch)]
+        # the gradient, one record at a time, backwards or from forwards alone
+        choice = next(ahead)
+        forward_only = choice.kind == "zo-high"
+        zeroth_order = ZerothOrder(parameters, choice.seed, settings.zo_epsilon, settings.zo_queries)
+        step: Step = zeroth_order if forward_only else backpropagate
+        optimizer = optimizers["forward" if forward_only else "backward"]
         optimizer.zero_grad()
-        loss = backpropagate(loss_of, weighted, loss_scale)
+        loss = step(loss_of, choice.weighted, loss_scale)
         if not math.isfinite(loss):
             stopped = "non-finite loss"
             break
@@ -201,6 +254,7 @@ def train(
             stopped = "non-finite gradient"
             break
         losses.append(loss)
+        trained_on += taken(store, choice)
 
         # save, then tell
         done = clock(len(losses), loss)
@@ -215,18 +269,7 @@ def train(
         save()
     else:
         load_lora_state(unet, good, settings.lora_alpha)
-    return TrainResult(lora_state(unet), losses, stopped)
-
-
-def _shuffled(indices: Sequence[int], seed: int, skip: int) -> Iterator[int]:
-    """`indices` for ever, each epoch in a new random order, without the first `skip`."""
-
-    def forever() -> Iterator[int]:
-        generator = torch.Generator().manual_seed(seed)
-        while indices:
-            yield from (indices[place] for place in torch.randperm(len(indices), generator=generator).tolist())
-
-    return islice(forever(), skip, None)
+    return TrainResult(lora_state(unet), losses, stopped, trained_on)
 
 
 def _arithmetic(device: str, precision: str) -> AbstractContextManager[object]:

@@ -77,6 +77,17 @@ class HollowPrecompute(io.ComfyNode):
                     tooltip="The prompts that made the class pictures, a batch each in turn; not connected, the "
                     "generic ones count.",
                 ),
+                io.Latent.Input(
+                    "low_latents",
+                    optional=True,
+                    tooltip="For the strategy selective: the same pictures in the same order, scaled to half size "
+                    "before VAE Encode.",
+                ),
+                io.Latent.Input(
+                    "low_class_latents",
+                    optional=True,
+                    tooltip="For the strategy selective: the class pictures likewise, if there are any.",
+                ),
             ],
             outputs=[HollowActivationsType.Output("activations", display_name="activations")],
         )
@@ -94,6 +105,8 @@ class HollowPrecompute(io.ComfyNode):
         name: list[str],
         class_latents: list[dict[str, Any]] | None = None,
         class_prompt: list[Any] | None = None,
+        low_latents: list[dict[str, Any]] | None = None,
+        low_class_latents: list[dict[str, Any]] | None = None,
     ) -> io.NodeOutput:
         """A handle on the finished store."""
         from .host.precompute import precompute
@@ -105,6 +118,8 @@ class HollowPrecompute(io.ComfyNode):
             generic,
             class_latents or [],
             class_prompt or generic,
+            low_latents or [],
+            low_class_latents or [],
             samples=samples[0],
             seed=seed[0],
             storage=storage[0],

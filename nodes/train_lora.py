@@ -7,6 +7,7 @@ from comfy_api.v0_0_2 import io
 from .types import CATEGORY, HollowActivationsType, HollowLoraType, HollowUNetType, LoraModel, LossMap
 
 LAYERS = ("attention", "attention, convolutions and feed-forward")
+STRATEGIES = ("bp", "zo", "selective")
 PRECISIONS = ("bf16", "fp16", "fp32")
 
 
@@ -113,6 +114,24 @@ class HollowTrainLoRA(io.ComfyNode):
                     default=LAYERS[0],
                     optional=True,
                     tooltip="Which layers get a LoRA. Attention only is the paper's and gives a small file.",
+                ),
+                io.Combo.Input(
+                    "strategy",
+                    options=list(STRATEGIES),
+                    default=STRATEGIES[0],
+                    optional=True,
+                    tooltip="bp: backpropagation. zo: forward passes only, at an inference's memory, slow to learn. "
+                    "selective: bp on small pictures, and more and more zo on large ones; it needs the small "
+                    "pictures' latents in Precompute Activations.",
+                ),
+                io.Float.Input(
+                    "selective_gamma",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="For the strategy selective: how soon zo takes over. 0 leaves all to bp.",
                 ),
             ],
             outputs=[

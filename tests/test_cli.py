@@ -106,6 +106,30 @@ def test_train_then_sample(hollow: Hollow, model_folder: Path, photos: Path, tmp
             assert opened.size == (128, 128)
 
 
+def test_train_selectively_counts_its_steps(hollow: Hollow, model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    train = [
+        "train",
+        model_folder,
+        "--images",
+        photos,
+        "--subject",
+        "dog",
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
+    train += ["--steps", 4, "--samples", 4, "--rank", 2, "--resolution", 128, "--low-resolution", 64]
+    done = hollow(
+        *train, "--strategy", "selective", "--gamma", 20, "--zo-queries", 1, "--zo-timesteps", 500, 900, "--json"
+    )
+    assert done.status == 0, done.stderr
+    rows = json.loads(done.stdout)["steps_by_time"]
+    assert sum(row["bp-low"] + row["zo-high"] for row in rows) == 4
+    assert sum(row["zo-high"] for row in rows) == sum(row["zo-high"] for row in rows if 500 <= row["from"] < 900) > 0
+    assert (tmp_path / "out" / "schedule.png").exists()
+
+
 def refusals(folder: Path, photos: Path, model_folder: Path) -> dict[str, tuple[list[object], str]]:
     """{what is wrong: (arguments, part of the sentence)}"""
     empty = folder / "empty"
@@ -140,6 +164,11 @@ def refusals(folder: Path, photos: Path, model_folder: Path) -> dict[str, tuple[
         "an empty class word": (train(subject=" "), "The class word is empty"),
         "a cut that is not there": (train(cut=12), "Choose a cut from 0 to 11"),
         "a rank of nothing": (train(rank=0), "rank is 0"),
+        "no queries": (train(strategy="zo", **{"zo-queries": 0}), "zo_queries is 0"),
+        "no smaller pictures": (
+            train(strategy="selective", resolution=128, **{"low-resolution": 128}),
+            "The low resolution 128 is not below the pictures' 128",
+        ),
         "no model": (["train", folder / "nowhere", "--images", photos, "--subject", "dog"], "does not exist"),
         "a LoRA of another architecture": (sample(foreign), "was made for another kind of model"),
         "a truncated LoRA": (sample(cut_off), "is not a whole safetensors file"),

@@ -1,6 +1,7 @@
 """Stage 1 in ComfyUI: LATENT and CONDITIONING in, a finished store out."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
@@ -25,6 +26,8 @@ def precompute(
     generic: Sequence[Conditionings],
     class_latents: Sequence[dict[str, Any]],
     class_prompts: Sequence[Conditionings],
+    low_latents: Sequence[dict[str, Any]] = (),
+    low_class_latents: Sequence[dict[str, Any]] = (),
     *,
     samples: int,
     seed: int,
@@ -35,7 +38,7 @@ def precompute(
     """Run the base to the exit for each record that is not stored yet.
 
     `personal` and `generic` hold one prompt for all pictures or one for each, `class_prompts` one for each batch of
-    `class_latents`, in turn.
+    `class_latents`, in turn. The low ones are those of the same pictures at a lower resolution, or none.
     Raises HollowError as `hollow_core.precompute.precompute` does, and ComfyUI's exception on Cancel.
     """
     from ...hollow_core import precompute as stage
@@ -46,6 +49,9 @@ def precompute(
         *_personal_examples(hollowed, latents, personal, generic),
         *_class_examples(hollowed, class_latents, class_prompts),
     ]
+    if low_latents:
+        examples += _low(_personal_examples(hollowed, low_latents, personal, generic))
+    examples += _low(_class_examples(hollowed, low_class_latents, class_prompts))
     schedule = noise_schedule(hollowed.model)
     watch = NodeProgress(node_id, "Precompute")
     clear_device()
@@ -87,6 +93,10 @@ def _personal_examples(
         _example(hollowed, picture, personal[number % len(personal)], generic[number % len(generic)], "image")
         for number, picture in enumerate(pictures)
     ]
+
+
+def _low(examples: list[Any]) -> list[Any]:
+    return [replace(example, kind=f"low {example.kind}") for example in examples]
 
 
 def _class_examples(
