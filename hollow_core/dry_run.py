@@ -73,6 +73,10 @@ class DryRun:
         for module in modules:
             self._ledger.name(kind, [*module.parameters(), *module.buffers()])
 
+    def name(self, kind: str, tensors: Iterable[Tensor]) -> None:
+        """Say what tensors are that the run has made."""
+        self._ledger.name(kind, tensors)
+
     @property
     def flops(self) -> int:
         """Floating-point operations so far, a multiply-add counted as two."""
@@ -163,12 +167,21 @@ class _Gpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.backward:
+            return self._backward(args[0])
         if self.autocast is not None and (func in _LOWER or func in _FLOAT32):
             cast = partial(_cast, dtype=self.autocast if func in _LOWER else torch.float32)
             args, kwargs = tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _backward(self, loss: Tensor) -> None:
+        """`loss.backward()` with this mode on, which would be off there: checkpoints are computed again."""
+        engine = torch.autograd.Variable._execution_engine
+        with self:
+            ones = (torch.ones_like(loss),)
+            engine.run_backward((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
