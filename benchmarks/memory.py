@@ -7,6 +7,7 @@ and compares how much its resident memory grew with what the dry run says.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -15,13 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from hollow_core.cost import inputs
 from hollow_core.dry_run import DryRun
 from hollow_core.hollow import hollow
 from hollow_core.memory import GIB, OneRecord, Planner, Setting
 from hollow_core.meter import used_bytes
-from hollow_core.models import outline
+from hollow_core.models import BaseModel, outline
 from hollow_core.train import TrainSettings, train
 
 PUBLISHED = {
@@ -38,6 +40,9 @@ PUBLISHED = {
 
 INFERENCE = 3.48
 """GiB that the paper's base model takes to draw."""
+
+FREE_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Lets glibc give back to the system what a tensor leaves, as it otherwise keeps it for later."""
 
 CPU = Setting(training=TrainSettings(rank=16, steps=2))
 
@@ -63,10 +68,10 @@ def main() -> None:
     planner = Planner("sd15")
     for kind in ("plain", "hollowed"):
         command = [sys.executable, "-m", "benchmarks.memory", "--size", str(options.size), "--one", kind]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        run = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | FREE_AT_ONCE)
         peak = planner.predict(setting if kind == "hollowed" else replace(setting, cut=None)).stages["train"]
         predicted = (peak.total - peak.bytes["workspace"]) / GIB  # there is no cuBLAS
-        report(kind, predicted, json.loads(output.splitlines()[-1]) / GIB)
+        report(kind, predicted, json.loads(run.stdout.splitlines()[-1]) / GIB)
 
 
 def report(name: str, predicted: float, other: float) -> None:
@@ -89,17 +94,26 @@ def training(planner: Planner, cut: int | None, rank: int) -> float:
 
 
 def grown(setting: Setting) -> int:
-    """Bytes by which this process grows while it trains two steps on the CPU."""
-    model = outline("sd15")
+    """Bytes by which this process grows while it trains on the CPU."""
+    tiny = outline("sd15")
+    tiny.unet = UNet2DConditionModel.from_config({**tiny.unet.config, "block_out_channels": [32] * 4})
+    train_for_real(tiny, replace(setting, resolution=128))  # what libraries load and keep is there from here on
+    before = used_bytes()
+    train_for_real(outline("sd15"), setting)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def train_for_real(model: BaseModel, setting: Setting) -> None:
+    """On random weights, of which only those that remain are ever there."""
     store = OneRecord(model, setting)
     unet = model.unet if setting.cut is None else hollow(model.unet, setting.cut, range(setting.samples))
-    before = used_bytes()
+    del model
     unet.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
     for tensor in [*unet.parameters(), *unet.buffers()]:
-        tensor.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+        tensor.data.normal_(std=0.02, generator=generator)
     with tempfile.TemporaryDirectory() as folder:
         train(unet, store.schedule, store, setting.training, folder=Path(folder))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def plan(
 
     training = TrainSettings(rank=rank, batch=batch, gradient_checkpointing=checkpointing)
     setting = Setting(resolution=resolution, samples=samples, training=training)
-    precisions = [each.value for each in precision or []]
+    precisions: list[Any] = [each.value for each in precision or []]
     if budget is not None and cut:
         raise HollowError("A budget picks the cut itself. Leave out --cut or --budget.")
     available = None if budget is None else parse_bytes(budget)

@@ -75,7 +75,7 @@ def _of(some: list[Layer], counts: Mapping[str, int]) -> int:
 
 
 def inputs(config: Config) -> tuple[Tensor, Conditioning]:
-    """Latents (1, channels, height, width) and a prompt, of the sizes that `config` names; what is in them is undefined."""
+    """Latents (1, channels, height, width) and a prompt, of the sizes that `config` names; content undefined."""
     size = config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     sample = torch.empty(1, config["in_channels"], height, width)

@@ -56,13 +56,13 @@ class DryRun:
 
     def __init__(self, autocast: torch.dtype | None = None) -> None:
         self._ledger = _Ledger()
-        self._modes = [_Gpu(autocast), self._ledger]
+        self._gpu = _Gpu(autocast)
         self._stack = ExitStack()
 
     def __enter__(self) -> "DryRun":
         self._stack.enter_context(_optimizer_hooks(self._ledger))
-        for mode in self._modes:
-            self._stack.enter_context(mode)
+        self._stack.enter_context(self._gpu)
+        self._stack.enter_context(self._ledger)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,7 +6,7 @@ Each stage's real code runs once on tensors without data (`dry_run`), so a predi
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,7 +29,7 @@ from .models import BaseModel, encode_images, encode_prompt, free_encoders, outl
 from .precompute import Example, run_to_exit
 from .prompts import generic_prompt, personal_prompt
 from .sample import SampleSettings, sample
-from .train import TrainSettings, train
+from .train import Precision, TrainSettings, train
 
 STAGES = ("encode", "precompute", "train", "sample")
 
@@ -124,20 +124,29 @@ class Planner:
 
     def predict(self, setting: Setting) -> Prediction:
         """Of every stage. Raises HollowError for a cut, a resolution or a number of records that cannot be."""
-        side = self._check(setting)
+        self._check(setting)
         peaks = {stage: self._run(stage, setting)[0] for stage in STAGES}
-        store = 0
-        if setting.cut is not None:
-            channels, height, width = exit_shape(self.config, setting.cut, *[side // self._pixels] * 2)
-            store = setting.samples * channels * height * width * setting.store_dtype.itemsize
-        return Prediction(setting, peaks, store, self._run("train", setting)[1])
+        return Prediction(setting, peaks, self.store_bytes(setting), self.step_flops(setting))
+
+    def step_flops(self, setting: Setting) -> int:
+        """Operations of a training step. Raises HollowError as `predict` does."""
+        self._check(setting)
+        return self._run("train", setting)[1]
+
+    def store_bytes(self, setting: Setting) -> int:
+        """Of the exit activations on the disk. Raises HollowError as `predict` does."""
+        side = self._check(setting) // self._pixels
+        if setting.cut is None:
+            return 0
+        channels, height, width = exit_shape(self.config, setting.cut, side, side)
+        return setting.samples * channels * height * width * setting.store_dtype.itemsize
 
     def peak(self, stage: str, setting: Setting) -> Peak:
         """Of one stage of `STAGES` only. Raises HollowError as `predict` does."""
         self._check(setting)
         return self._run(stage, setting)[0]
 
-    def fit(self, budget: int, setting: Setting, *, precisions: Iterable[str] = ("fp32", "bf16")) -> Fit:
+    def fit(self, budget: int, setting: Setting, *, precisions: Iterable[Precision] = ("fp32", "bf16")) -> Fit:
         """The least hollowing, and for it the fastest way, whose stages all stay within `budget` bytes.
 
         From the whole U-Net on, cut by cut, the ways are tried that give up least: `precisions` in their order,
