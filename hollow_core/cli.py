@@ -1,8 +1,9 @@
-"""The command `hollow`: demo, cuts, train, sample. Results go to stdout, everything else to stderr."""
+"""The command `hollow`: demo, cuts, plan, train, sample. Results go to stdout, everything else to stderr."""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,6 +117,81 @@ def cuts(
             f"{row['record_bytes'] / 2**20:.2f} MiB",
             f"{row['flops']['training_step'] / 1e12:.3f} TFLOP",
         )
+    Console().print(table)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="sd15, sd21, sdxl, or a diffusers folder or .safetensors checkpoint.")],
+    resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. (default: the model's own)")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
+    batch: Annotated[int, typer.Option(help="Records a step.")] = 1,
+    samples: Annotated[int, typer.Option(help="Records to precompute.")] = 200,
+    precision: Annotated[list[Precision] | None, typer.Option(help="Of the base model and the arithmetic; may be given several times. (default: fp32, and bf16 where a budget asks for it)")] = None,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute activations; with a budget, it is tried where needed.")] = False,
+    cut: Annotated[list[int] | None, typer.Option(help="May be given several times; -1 is an ordinary LoRA on all of the U-Net. (default: all)")] = None,
+    budget: Annotated[str | None, typer.Option(help="Free memory, such as 4GB: pick the least hollowing and the fastest settings that fit. (default: none, a table of all)")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """What each cut will need: memory, disk and operations, before anything is loaded and without a GPU."""
+    _quiet()
+    from .blocks import max_cut
+    from .memory import Planner, Setting, parse_bytes
+    from .train import TrainSettings
+
+    training = TrainSettings(rank=rank, batch=batch, gradient_checkpointing=checkpointing)
+    setting = Setting(resolution=resolution, samples=samples, training=training)
+    precisions: list[Any] = [each.value for each in precision or []]
+    if budget is not None and cut:
+        raise HollowError("A budget picks the cut itself. Leave out --cut or --budget.")
+    available = None if budget is None else parse_bytes(budget)
+    planner = Planner(model)
+    if available is None:
+        cuts = cut or [-1, *range(max_cut(planner.config) + 1)]
+        settings = [
+            replace(setting, cut=None if k < 0 else k, training=replace(training, precision=each))
+            for each in precisions or ["fp32"]
+            for k in cuts
+        ]
+        predictions = []
+        with watching() as watch:
+            for number, each in enumerate(settings, start=1):
+                predictions.append(planner.predict(each))
+                watch("plan", Progress(number, len(settings), 0.0))
+    else:
+        fit = planner.fit(available, setting, **({"precisions": precisions} if precisions else {}))
+        predictions = [fit.prediction]
+    rows = [prediction.row() for prediction in predictions]
+    if available is not None:
+        rows[0]["gave_up"] = list(fit.gave_up)
+        say = f"Fits into {budget}: {fit.prediction.setting}. Given up: {', '.join(fit.gave_up) or 'nothing'}."
+        console.print(Text(say), soft_wrap=True)
+        if (drawing := fit.prediction.stages["sample"].total) > available:
+            say = f"To sample with it as `hollow sample` does takes more, {drawing / 2**30:.2f} GiB."
+            console.print(Text(say), soft_wrap=True)
+    if as_json:
+        print(json.dumps(rows[0] if budget is not None else rows, indent=1))
+        return
+    stages, kinds = list(rows[0]["stages"]), list(rows[0]["stages"]["train"])[1:]
+    table = Table(
+        "k",
+        "precision",
+        *stages,
+        *(f"train: {kind}" for kind in kinds),
+        "store",
+        "TFLOP a step",
+        title="peak memory in GiB, store in MiB",
+    )
+    for row in rows:
+        training_peak = row["stages"]["train"]
+        table.add_row(
+            "-" if row["cut"] is None else str(row["cut"]),
+            row["precision"] + (" ckpt" if row["gradient_checkpointing"] else ""),
+            *(f"{row['stages'][stage]['total'] / 2**30:.2f}" for stage in stages),
+            *(f"{training_peak[kind] / 2**30:.2f}" for kind in kinds),
+            f"{row['store_bytes'] / 2**20:.0f}",
+            f"{row['step_flops'] / 1e12:.2f}",
+        )  # fmt: skip
     Console().print(table)
 
 

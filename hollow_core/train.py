@@ -21,6 +21,7 @@ from .steps import Step, ZerothOrder, backpropagate, record_loss
 
 CHECKPOINT = "checkpoint.safetensors"
 
+Precision = Literal["fp32", "bf16", "fp16"]
 Stopped = Literal["finished", "stop", "non-finite loss", "non-finite gradient"]
 
 
@@ -51,7 +52,7 @@ class TrainSettings:
     """γ of min-SNR weighting, 5 in its paper; None weighs all time steps alike."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm if it is longer; infinity never clips."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     """Of the arithmetic. Weights stay as they were loaded, the LoRA and its optimizer in fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -273,7 +274,7 @@ def train(
 
 
 def _arithmetic(device: str, precision: str) -> AbstractContextManager[object]:
-    if precision == "fp32":
+    if precision == "fp32" or device == "meta":  # where `dry_run` stands in for autocast
         return nullcontext()
     return torch.autocast(device, torch.bfloat16 if precision == "bf16" else torch.float16)
 
