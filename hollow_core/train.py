@@ -16,6 +16,7 @@ from .activations import Store, schedule_id
 from .checkpoint import Checkpoint
 from .errors import HollowError
 from .lora import ATTENTION, add_lora, load_lora_state, lora_parameters, lora_state
+from .optimizer import Optimizer, OptimizerName
 from .progress import Clock, Stop, Watch
 from .steps import backpropagate, record_loss
 
@@ -43,6 +44,8 @@ class TrainSettings:
     """AdamW's, constant."""
     weight_decay: float = 1e-2
     """AdamW's."""
+    optimizer: OptimizerName = "adamw"
+    """AdamW with its states in fp32, or in 8 bits by bitsandbytes: a quarter of their memory."""
     batch: int = 1
     """Image records a step; as many of the prior come on top. Costs time, not memory."""
     prior_weight: float = 1.0
@@ -55,6 +58,9 @@ class TrainSettings:
     """Of the arithmetic. Weights stay as they were loaded, the LoRA and its optimizer in fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    fused_backward: bool = False
+    """Update each matrix in the backward pass as its gradient comes, so that they never all exist at once.
+    For one record a step, without clipping, in fp32 or bf16."""
     seed: int = 0
     """Of the LoRA's start and the order of the records."""
     save_every: int = 0
@@ -68,7 +74,7 @@ class TrainSettings:
     @property
     def fixed(self) -> dict[str, Any]:
         """Those that may not change when a run goes on; the others do not change what a step does."""
-        free = {"steps", "save_every", "gradient_checkpointing"}
+        free = {"steps", "save_every", "gradient_checkpointing", "fused_backward"}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     def __post_init__(self) -> None:
@@ -80,6 +86,7 @@ class TrainSettings:
             ("steps", self.steps >= 1, "It must be at least 1."),
             ("learning_rate", 0 < self.learning_rate < math.inf, positive),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "It must be 0 or more."),
+            ("optimizer", self.optimizer in ("adamw", "adamw8bit"), "Choose adamw or adamw8bit."),
             ("batch", self.batch >= 1, "It must be at least 1."),
             ("prior_weight", 0 <= self.prior_weight < math.inf, "It must be 0 or more."),
             ("snr_gamma", self.snr_gamma is None or 0 < self.snr_gamma < math.inf, positive),
@@ -90,6 +97,17 @@ class TrainSettings:
         ]:
             if not possible:
                 raise HollowError(f"{name} is {getattr(self, name)!r}. {advice}")
+        for name, possible, advice in [
+            (
+                "max_grad_norm",
+                self.max_grad_norm == math.inf,
+                "Set it to infinity: the norm is known too late to clip.",
+            ),
+            ("batch", self.batch == 1, "Set it to 1: gradients of several records would have to be kept."),
+            ("precision", self.precision != "fp16", "Choose bf16 or fp32: an overflow in fp16 is known too late."),
+        ]:
+            if self.fused_backward and not possible:
+                raise HollowError(f"fused_backward does not go with {name} {getattr(self, name)}. {advice}")
 
 
 @dataclass(frozen=True)
@@ -150,14 +168,25 @@ def train(
     else:
         load_lora_state(unet, begun.lora, settings.lora_alpha)
     parameters = lora_parameters(unet)
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = Optimizer(
+        parameters,
+        settings.optimizer,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=settings.fused_backward,
+    )
     if begun is not None:
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": begun.optimizer})
+        optimizer.load(begun.optimizer)
 
     # the records, in an order that only the seed decides: to go on is to skip ahead
     losses = [] if begun is None else begun.losses
     images = _shuffled(store.indices("image"), seeds[1], skip=len(losses) * settings.batch)
     prior = store.indices("prior") if settings.prior_weight > 0 else []
+    if settings.fused_backward and prior:
+        raise HollowError(
+            "fused_backward trains on one record a step, but the store has records of the class too. "
+            "Set prior_weight to 0, or turn fused_backward off."
+        )
     priors = _shuffled(prior, seeds[2], skip=len(losses) * settings.batch)
 
     def loss_of(index: int) -> Tensor:
@@ -167,7 +196,7 @@ def train(
             return record_loss(unet, schedule, record, latents, conditioning, snr_gamma=settings.snr_gamma)
 
     def save() -> None:
-        Checkpoint(lora_state(unet), optimizer.state_dict()["state"], losses, loss_scale, made_for).save(path)
+        Checkpoint(lora_state(unet), optimizer.state(), losses, loss_scale, made_for).save(path)
 
     good = lora_state(unet)
     loss_scale = (2.0**16 if settings.precision == "fp16" else 1.0) if begun is None else begun.loss_scale
@@ -182,17 +211,18 @@ def train(
         weighted = [(next(images), 1 / settings.batch) for _ in range(settings.batch)]
         if prior:
             weighted += [(next(priors), settings.prior_weight / settings.batch) for _ in range(settings.batch)]
-        optimizer.zero_grad()
-        loss = backpropagate(loss_of, weighted, loss_scale)
+        before = lora_state(unet)
+        with optimizer.watching():
+            loss = backpropagate(loss_of, weighted, loss_scale)
         if not math.isfinite(loss):
             stopped = "non-finite loss"
             break
-        good = lora_state(unet)
+        good = before
 
         # the update; fp16 gradients that overflow are left out, and the loss scaled less from then on
         for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
             gradient /= loss_scale
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        norm = optimizer.clip(settings.max_grad_norm)
         if norm.isfinite():
             optimizer.step()
         elif loss_scale > 1:
