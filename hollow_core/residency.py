@@ -106,7 +106,10 @@ class _FrozenLayer(nn.Module):
     def fetch(self, dtype: torch.dtype) -> Tensor:
         """The weight on the device in `dtype`, for this moment."""
         held = self.held if self.streamer is None else self.streamer.visit(self)
-        return _dequantized(held[0], held[1], self.shape, dtype) if self.bits else held[0].detach().to(dtype)
+        if self.bits:
+            return _dequantized(held[0], held[1], self.shape, dtype)
+        # the flag decides how torch folds a product, even without gradients, and so the last bit
+        return held[0].detach().to(dtype).requires_grad_(self.held[0].requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type

@@ -193,6 +193,16 @@ def test_streaming_changes_not_a_bit(tiny_unet, tiny_conditioning, layout, bits)
         assert all(torch.equal(tensor, same) for tensor, same in zip(expected, found, strict=True))
 
 
+def test_streaming_changes_not_a_bit_before_anything_is_frozen(tiny_unet, tiny_conditioning):
+    """Parameters that still ask for gradients: torch multiplies a batch by them in another way."""
+    resident, streamed = tiny_unet("sd21"), tiny_unet("sd21")
+    stream(streamed, "cpu")
+    sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    arguments = (sample, 5, tiny_conditioning(resident, batch=2, tokens=77).encoder_hidden_states)
+    with torch.no_grad():
+        assert torch.equal(resident(*arguments).sample, streamed(*arguments).sample)
+
+
 def test_two_weights_are_on_the_device_at_once_and_each_comes_one_ahead(tiny_unet, tiny_conditioning, monkeypatch):
     unet = tiny_unet("sd21")
     stream(unet, "cpu")
