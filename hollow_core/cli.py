@@ -39,6 +39,13 @@ class Precision(str, Enum):
     fp16 = "fp16"
 
 
+class LoraPrecision(str, Enum):
+    """How the LoRA is kept."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class BaseBits(str, Enum):
     """How many bits a weight of the base may take."""
 
@@ -146,7 +153,8 @@ def train(
     fused_backward: Annotated[bool, typer.Option(help="Update each matrix as its gradient comes, so that gradients never all exist; needs --max-grad-norm inf and no class images.")] = False,
     batch: Annotated[int, typer.Option(help="Records a step, one after the other: costs time, not memory.")] = 1,
     snr_gamma: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, usually 5. (default: off)")] = None,
-    precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic; the LoRA stays fp32.")] = Precision.fp32,
+    precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic.")] = Precision.fp32,
+    lora_precision: Annotated[LoraPrecision, typer.Option(help="Of the LoRA, its gradients and AdamW's states; bf16 halves them and rounds small updates away.")] = LoraPrecision.fp32,
     base_bits: Annotated[BaseBits | None, typer.Option(help="Quantise the base model's weights to 8 or 4 bits: a quarter or an eighth of the memory of fp32. (default: off)")] = None,
     stream: Annotated[bool, typer.Option(help="Keep the base model's weights in main memory and bring each to the GPU when it is needed: slower.")] = False,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, a third more time.")] = False,
@@ -176,6 +184,7 @@ def train(
         prior_weight=prior_weight,
         snr_gamma=snr_gamma,
         precision=precision.value,
+        lora_precision=lora_precision.value,
         gradient_checkpointing=checkpointing,
         seed=seed,
         save_every=save_every,

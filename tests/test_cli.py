@@ -140,6 +140,7 @@ def refusals(folder: Path, photos: Path, model_folder: Path) -> dict[str, tuple[
         "an empty class word": (train(subject=" "), "The class word is empty"),
         "a cut that is not there": (train(cut=12), "Choose a cut from 0 to 11"),
         "a rank of nothing": (train(rank=0), "rank is 0"),
+        "a fused step that clips": ([*train(), "--fused-backward"], "does not go with max_grad_norm 1.0"),
         "no model": (["train", folder / "nowhere", "--images", photos, "--subject", "dog"], "does not exist"),
         "a LoRA of another architecture": (sample(foreign), "was made for another kind of model"),
         "a truncated LoRA": (sample(cut_off), "is not a whole safetensors file"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_training import BreakAt, Broken, content, tiny_examples, tiny_schedule
 
 from hollow_core.errors import HollowError
@@ -73,6 +74,18 @@ def test_a_non_finite_gradient_leaves_the_lora_from_before_it(begin, tmp_path):
     result = train(unet, schedule, store, FUSED, folder=tmp_path / "run")
     assert (result.stopped, result.steps) == ("non-finite gradient", 0)
     assert same(result.state, start)
+
+
+def test_a_lora_in_bf16_is_near_in_half_the_bytes_and_goes_on(begin, tmp_path):
+    settings = replace(FEW, lora_precision="bf16")
+    exact = train(*begin(), FEW, folder=tmp_path / "fp32")
+    half = train(*begin(), settings, folder=tmp_path / "bf16")
+    assert half.losses == pytest.approx(exact.losses, rel=0.03)
+    assert {tensor.dtype for tensor in half.state.values()} == {torch.bfloat16}
+    saved = load_file(tmp_path / "bf16" / "checkpoint.safetensors")
+    assert {tensor.dtype for name, tensor in saved.items() if "exp_avg" in name} == {torch.bfloat16}
+    train(*begin(), replace(settings, steps=3), folder=tmp_path / "run")
+    assert same(train(*begin(), settings, folder=tmp_path / "run").state, half.state)
 
 
 @pytest.mark.parametrize(
