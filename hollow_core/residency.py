@@ -205,8 +205,8 @@ class Streamer:
         copy = self._arrived(layer) or _Copy(layer.held, self.device, self._side)
         copy.wait()
         self._now.append(layer)
-        if self._last:
-            following = self._last[len(self._now) % len(self._last)]
+        if len(self._now) < len(self._last):
+            following = self._last[len(self._now)]
             # where forward turns into backward, the same weight is used again
             again = copy if following is layer else _Copy(following.held, self.device, self._side)
             self._ahead = following, again
@@ -232,18 +232,18 @@ class _Copy:
 
     def __init__(self, tensors: Sequence[Tensor], device: torch.device, side: "torch.cuda.Stream | None") -> None:
         self.tensors = [torch.empty_like(tensor, device=device, requires_grad=False) for tensor in tensors]
-        self._side = side
+        self._device = device
         if side is not None:
             side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side), torch.no_grad():
             for there, here in zip(self.tensors, tensors, strict=True):
                 there.copy_(here, non_blocking=True)
-            self._arrived = None if side is None else side.record_event()
+            self._arrival = None if side is None else side.record_event()
 
     def wait(self) -> None:
         """The main stream goes on when they have arrived."""
-        if self._arrived is not None:
-            torch.cuda.current_stream(self._arrived.device).wait_event(self._arrived)
+        if self._arrival is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._arrival)
 
 
 def _frozen(unet: nn.Module) -> Iterator[_FrozenLayer]:

@@ -79,6 +79,7 @@ def test_train_then_sample(hollow: Hollow, model_folder: Path, photos: Path, tmp
     out = tmp_path / "my lora"
     train = ["train", model_folder, "--images", photos, "--subject", "dog", "--out", out, "--device", "cpu"]
     train += ["--steps", 3, "--samples", 4, "--rank", 2, "--resolution", 128]
+    train += ["--base-bits", 8, "--stream", "--fused-backward", "--max-grad-norm", "inf"]
     done = hollow(*train, "--json")
     assert done.status == 0, done.stderr
     result = json.loads(done.stdout)
