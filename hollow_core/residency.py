@@ -58,11 +58,11 @@ def quantize(unet: UNet2DConditionModel, bits: Bits) -> None:
 
 
 def stream(unet: UNet2DConditionModel, device: torch.device | str) -> None:
-    """Bring `unet` to `device`, but for the weights of its linear and convolution layers, quantised or not.
+    """Keep the weights of linear and convolution layers, quantised or not, in main memory, where `.to` leaves them.
 
-    They stay in main memory (pinned for CUDA, which takes up to twice their size there) and visit the device one
-    ahead of use, forward and backward: at most two at a time are there. What is computed is the same bit by bit.
-    Stream before `hollow`. Raises HollowError for a U-Net that is streamed or carries a LoRA.
+    (Pinned for CUDA, which takes up to twice their size.) They visit `device` one ahead of use, forward and
+    backward: at most two at a time are there. What is computed is the same bit by bit. Bring the rest of `unet`
+    to `device` afterwards. Stream before `hollow`. Raises HollowError for a U-Net that is streamed or carries a LoRA.
     """
     if any(layer.streamer for layer in _frozen(unet)):
         raise HollowError("This U-Net is streamed already. Load it anew for another device.")
@@ -71,7 +71,6 @@ def stream(unet: UNet2DConditionModel, device: torch.device | str) -> None:
         for tensor in layer.held:
             tensor.data = tensor.data.cpu().pin_memory() if streamer.device.type == "cuda" else tensor.data.cpu()
         layer.streamer = streamer
-    unet.to(device)
     unet.register_forward_pre_hook(lambda *_: streamer.begin())
 
 

@@ -228,6 +228,7 @@ def test_what_is_streamed_stays_in_main_memory_and_the_rest_goes(tiny_unet):
     unet = tiny_unet("sd21")
     weights = linear_and_convolution(unet)
     stream(unet, "meta")  # any device that is not main memory
+    unet.to("meta")
     assert {str(tensor.device) for tensor in away(unet)} == {"cpu"}
     assert sum(tensor.nbytes for tensor in away(unet)) == sum(weight.nbytes for weight in weights.values())
     there = sum(p.nbytes for p in unet.parameters() if p.device.type == "meta")
