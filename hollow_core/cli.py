@@ -48,6 +48,27 @@ class Strategy(str, Enum):
     selective = "selective"
 
 
+class LoraPrecision(str, Enum):
+    """How the LoRA is kept."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class BaseBits(str, Enum):
+    """How many bits a weight of the base may take."""
+
+    eight = "8"
+    four = "4"
+
+
+class OptimizerKind(str, Enum):
+    """What updates the LoRA."""
+
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"
+
+
 class Prediction(str, Enum):
     """What a model's U-Net predicts."""
 
@@ -211,9 +232,15 @@ def train(
     alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA. (default: the rank)")] = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
     learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-4,
+    optimizer: Annotated[OptimizerKind, typer.Option(help="AdamW with states in fp32, or in 8 bits by bitsandbytes: a quarter of their memory.")] = OptimizerKind.adamw,
+    max_grad_norm: Annotated[float, typer.Option(help="The gradient is scaled down to this norm if it is longer; inf never clips.")] = 1.0,
+    fused_backward: Annotated[bool, typer.Option(help="Update each matrix as its gradient comes, so that gradients never all exist; needs --max-grad-norm inf and no class images.")] = False,
     batch: Annotated[int, typer.Option(help="Records a step, one after the other: costs time, not memory.")] = 1,
     snr_gamma: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, usually 5. (default: off)")] = None,
-    precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic; the LoRA stays fp32.")] = Precision.fp32,
+    precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic.")] = Precision.fp32,
+    lora_precision: Annotated[LoraPrecision, typer.Option(help="Of the LoRA, its gradients and AdamW's states; bf16 halves them and rounds small updates away.")] = LoraPrecision.fp32,
+    base_bits: Annotated[BaseBits | None, typer.Option(help="Quantise the base model's weights to 8 or 4 bits: a quarter or an eighth of the memory of fp32. (default: off)")] = None,
+    stream: Annotated[bool, typer.Option(help="Keep the base model's weights in main memory and bring each to the GPU when it is needed: slower.")] = False,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, a third more time.")] = False,
     strategy: Annotated[Strategy, typer.Option(help="bp: backpropagation. zo: MeZO, forward passes only, at an inference's memory, slow to learn. selective: bp on small pictures, by and by zo on large ones.")] = Strategy.bp,
     low_resolution: Annotated[int | None, typer.Option(help="selective: side of the small pictures in pixels. (default: half the resolution)")] = None,
@@ -242,10 +269,14 @@ def train(
         alpha=alpha,
         steps=steps,
         learning_rate=learning_rate,
+        optimizer=optimizer.value,
+        max_grad_norm=max_grad_norm,
+        fused_backward=fused_backward,
         batch=batch,
         prior_weight=prior_weight,
         snr_gamma=snr_gamma,
         precision=precision.value,
+        lora_precision=lora_precision.value,
         gradient_checkpointing=checkpointing,
         seed=seed,
         save_every=save_every,
@@ -265,6 +296,8 @@ def train(
         cut=None if cut < 0 else cut,
         samples=samples,
         class_images=class_images,
+        base_bits=None if base_bits is None else (8 if base_bits is BaseBits.eight else 4),
+        streaming=stream,
         settings=settings,
         low_resolution=low_resolution,
     )
