@@ -75,7 +75,7 @@ class Fingerprint:
         stored, asked = asdict(self), asdict(other)
         named = {
             name: f"{name} ({stored[name]} stored, {asked[name]} asked)" for name in ("cut", "samples", "seed", "dtype")
-        }
+        } | {"model": "model (other weights, or the same in another precision)"}
         return [named.get(name, name) for name in stored if stored[name] != asked[name]]
 
 

@@ -1,8 +1,9 @@
-"""The command `hollow`: demo, cuts, train, sample. Results go to stdout, everything else to stderr."""
+"""The command `hollow`: demo, cuts, plan, train, sample. Results go to stdout, everything else to stderr."""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,6 +46,27 @@ class Strategy(str, Enum):
     bp = "bp"
     zo = "zo"
     selective = "selective"
+
+
+class LoraPrecision(str, Enum):
+    """How the LoRA is kept."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class BaseBits(str, Enum):
+    """How many bits a weight of the base may take."""
+
+    eight = "8"
+    four = "4"
+
+
+class OptimizerKind(str, Enum):
+    """What updates the LoRA."""
+
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"
 
 
 class Prediction(str, Enum):
@@ -120,6 +142,81 @@ def cuts(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="sd15, sd21, sdxl, or a diffusers folder or .safetensors checkpoint.")],
+    resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. (default: the model's own)")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
+    batch: Annotated[int, typer.Option(help="Records a step.")] = 1,
+    samples: Annotated[int, typer.Option(help="Records to precompute.")] = 200,
+    precision: Annotated[list[Precision] | None, typer.Option(help="Of the base model and the arithmetic; may be given several times. (default: fp32, and bf16 where a budget asks for it)")] = None,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute activations; with a budget, it is tried where needed.")] = False,
+    cut: Annotated[list[int] | None, typer.Option(help="May be given several times; -1 is an ordinary LoRA on all of the U-Net. (default: all)")] = None,
+    budget: Annotated[str | None, typer.Option(help="Free memory, such as 4GB: pick the least hollowing and the fastest settings that fit. (default: none, a table of all)")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """What each cut will need: memory, disk and operations, before anything is loaded and without a GPU."""
+    _quiet()
+    from .blocks import max_cut
+    from .memory import Planner, Setting, parse_bytes
+    from .train import TrainSettings
+
+    training = TrainSettings(rank=rank, batch=batch, gradient_checkpointing=checkpointing)
+    setting = Setting(resolution=resolution, samples=samples, training=training)
+    precisions: list[Any] = [each.value for each in precision or []]
+    if budget is not None and cut:
+        raise HollowError("A budget picks the cut itself. Leave out --cut or --budget.")
+    available = None if budget is None else parse_bytes(budget)
+    planner = Planner(model)
+    if available is None:
+        cuts = cut or [-1, *range(max_cut(planner.config) + 1)]
+        settings = [
+            replace(setting, cut=None if k < 0 else k, training=replace(training, precision=each))
+            for each in precisions or ["fp32"]
+            for k in cuts
+        ]
+        predictions = []
+        with watching() as watch:
+            for number, each in enumerate(settings, start=1):
+                predictions.append(planner.predict(each))
+                watch("plan", Progress(number, len(settings), 0.0))
+    else:
+        fit = planner.fit(available, setting, **({"precisions": precisions} if precisions else {}))
+        predictions = [fit.prediction]
+    rows = [prediction.row() for prediction in predictions]
+    if available is not None:
+        rows[0]["gave_up"] = list(fit.gave_up)
+        say = f"Fits into {budget}: {fit.prediction.setting}. Given up: {', '.join(fit.gave_up) or 'nothing'}."
+        console.print(Text(say), soft_wrap=True)
+        if (drawing := fit.prediction.stages["sample"].total) > available:
+            say = f"To sample with it as `hollow sample` does takes more, {drawing / 2**30:.2f} GiB."
+            console.print(Text(say), soft_wrap=True)
+    if as_json:
+        print(json.dumps(rows[0] if budget is not None else rows, indent=1))
+        return
+    stages, kinds = list(rows[0]["stages"]), list(rows[0]["stages"]["train"])[1:]
+    table = Table(
+        "k",
+        "precision",
+        *stages,
+        *(f"train: {kind}" for kind in kinds),
+        "store",
+        "TFLOP a step",
+        title="peak memory in GiB, store in MiB",
+    )
+    for row in rows:
+        training_peak = row["stages"]["train"]
+        table.add_row(
+            "-" if row["cut"] is None else str(row["cut"]),
+            row["precision"] + (" ckpt" if row["gradient_checkpointing"] else ""),
+            *(f"{row['stages'][stage]['total'] / 2**30:.2f}" for stage in stages),
+            *(f"{training_peak[kind] / 2**30:.2f}" for kind in kinds),
+            f"{row['store_bytes'] / 2**20:.0f}",
+            f"{row['step_flops'] / 1e12:.2f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+@app.command()
 def train(
     model: ModelPath,
     images: Annotated[Path, typer.Option(help="Folder with four or five pictures of the subject; NAME.txt beside NAME.png is its caption.")],
@@ -135,9 +232,15 @@ def train(
     alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA. (default: the rank)")] = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
     learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-4,
+    optimizer: Annotated[OptimizerKind, typer.Option(help="AdamW with states in fp32, or in 8 bits by bitsandbytes: a quarter of their memory.")] = OptimizerKind.adamw,
+    max_grad_norm: Annotated[float, typer.Option(help="The gradient is scaled down to this norm if it is longer; inf never clips.")] = 1.0,
+    fused_backward: Annotated[bool, typer.Option(help="Update each matrix as its gradient comes, so that gradients never all exist; needs --max-grad-norm inf and no class images.")] = False,
     batch: Annotated[int, typer.Option(help="Records a step, one after the other: costs time, not memory.")] = 1,
     snr_gamma: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, usually 5. (default: off)")] = None,
-    precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic; the LoRA stays fp32.")] = Precision.fp32,
+    precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic.")] = Precision.fp32,
+    lora_precision: Annotated[LoraPrecision, typer.Option(help="Of the LoRA, its gradients and AdamW's states; bf16 halves them and rounds small updates away.")] = LoraPrecision.fp32,
+    base_bits: Annotated[BaseBits | None, typer.Option(help="Quantise the base model's weights to 8 or 4 bits: a quarter or an eighth of the memory of fp32. (default: off)")] = None,
+    stream: Annotated[bool, typer.Option(help="Keep the base model's weights in main memory and bring each to the GPU when it is needed: slower.")] = False,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, a third more time.")] = False,
     strategy: Annotated[Strategy, typer.Option(help="bp: backpropagation. zo: MeZO, forward passes only, at an inference's memory, slow to learn. selective: bp on small pictures, by and by zo on large ones.")] = Strategy.bp,
     low_resolution: Annotated[int | None, typer.Option(help="selective: side of the small pictures in pixels. (default: half the resolution)")] = None,
@@ -166,10 +269,14 @@ def train(
         alpha=alpha,
         steps=steps,
         learning_rate=learning_rate,
+        optimizer=optimizer.value,
+        max_grad_norm=max_grad_norm,
+        fused_backward=fused_backward,
         batch=batch,
         prior_weight=prior_weight,
         snr_gamma=snr_gamma,
         precision=precision.value,
+        lora_precision=lora_precision.value,
         gradient_checkpointing=checkpointing,
         seed=seed,
         save_every=save_every,
@@ -189,6 +296,8 @@ def train(
         cut=None if cut < 0 else cut,
         samples=samples,
         class_images=class_images,
+        base_bits=None if base_bits is None else (8 if base_bits is BaseBits.eight else 4),
+        streaming=stream,
         settings=settings,
         low_resolution=low_resolution,
     )

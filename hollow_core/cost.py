@@ -38,7 +38,7 @@ def cuts_table(config: Config) -> list[dict[str, Any]]:
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-        sample, prompt = _inputs(config)
+        sample, prompt = inputs(config)
     total = unet.num_parameters()
     removed = [removed_fraction(unet, cut) for cut in range(max_cut(config) + 1)]
     with torch.no_grad():
@@ -74,8 +74,8 @@ def _of(some: list[Layer], counts: Mapping[str, int]) -> int:
     return sum(counts[path] for layer in some for path in layer.modules)
 
 
-def _inputs(config: Config) -> tuple[Tensor, Conditioning]:
-    """Latents (1, channels, height, width) and a prompt, of the sizes that `config` names."""
+def inputs(config: Config) -> tuple[Tensor, Conditioning]:
+    """Latents (1, channels, height, width) and a prompt, of the sizes that `config` names; content undefined."""
     size = config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     sample = torch.empty(1, config["in_channels"], height, width)

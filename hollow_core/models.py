@@ -19,12 +19,24 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from .blocks import LAYOUTS as NAMES
 from .errors import HollowError
+from .files import read_json
 from .hollow import Conditioning
 from .images import TrainingImage
-from .single_file import Pipeline, load_single_file, pipeline_class, quiet, unloadable, without_extras
+from .single_file import (
+    LAYOUTS,
+    Pipeline,
+    load_single_file,
+    pipeline_class,
+    quiet,
+    recognise,
+    sample_size,
+    unloadable,
+    without_extras,
+)
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -84,17 +96,8 @@ def load(
     if prediction_type not in (None, *PREDICTION_TYPES):
         choices = ", ".join(PREDICTION_TYPES)
         raise HollowError(f"There is no prediction type {prediction_type!r}. Choose one of {choices}.")
-    if not path.exists():
-        raise HollowError(f"{path} does not exist. Give a .safetensors checkpoint or a diffusers folder.")
-    if path.is_dir():
-        pipeline = _load_folder(path, dtype)
-    elif path.suffix.lower() == ".safetensors":
-        pipeline = load_single_file(path, dtype, config)
-    else:
-        raise HollowError(
-            f"{path} is no .safetensors file. Pickles (.ckpt, .pt, .bin) are never read, since they can run "
-            "any code: get the model as .safetensors."
-        )
+    _check_path(path)
+    pipeline = _load_folder(path, dtype) if path.is_dir() else load_single_file(path, dtype, config)
     override = {"prediction_type": prediction_type} if prediction_type else {}
     encoders = (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
     tokenizers = (pipeline.tokenizer, getattr(pipeline, "tokenizer_2", None))
@@ -106,6 +109,48 @@ def load(
         schedule=DDPMScheduler.from_config(pipeline.scheduler.config, **override),
         layout=layout_name(pipeline.unet.config),
         resolution=pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+    )
+
+
+def outline(model: str, dtype: torch.dtype = torch.float32) -> BaseModel:
+    """What `load` gives, of tensors that hold no data (on PyTorch's "meta" device): for a dry run.
+
+    `model` is a layout ("sd15", "sd21", "sdxl") or a path as for `load`; only configs and a file's header are
+    read. Raises HollowError as `load` does, but does not see whether weights are missing.
+    """
+    schedule: dict[str, Any] = {}
+    folder = LAYOUTS / model
+    if model not in NAMES:
+        folder = Path(model)
+        _check_path(folder)
+        if not folder.is_dir():
+            folder, schedule = recognise(folder)
+    _check_folder(folder)
+    kind = pipeline_class(folder)
+    unet_config, vae_config = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
+    unet_config["sample_size"] = sample_size(folder, schedule, unet_config["sample_size"])
+    parts = ["text_encoder", "text_encoder_2"] if kind is StableDiffusionXLPipeline else ["text_encoder"]
+    tokenizers = [folder / part.replace("text_encoder", "tokenizer") for part in parts]
+    with quiet(), torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(unet_config)
+        vae_kind = AutoencoderTiny if vae_config["_class_name"] == "AutoencoderTiny" else AutoencoderKL
+        vae = vae_kind.from_config(vae_config)
+        encoders = [
+            encoder(CLIPTextConfig.from_pretrained(folder / part))
+            for encoder, part in zip((CLIPTextModel, CLIPTextModelWithProjection), parts, strict=False)
+        ]
+        for part in (unet, vae, *encoders):
+            nn.Module.to(part.eval().requires_grad_(False), dtype=dtype)
+    return BaseModel(
+        unet=unet,
+        vae=vae,
+        text_encoders=tuple(encoders),
+        tokenizers=tuple(
+            CLIPTokenizer.from_pretrained(path if path.exists() else LAYOUTS / "tokenizer") for path in tokenizers
+        ),
+        schedule=DDPMScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json") | schedule),
+        layout=layout_name(unet_config),
+        resolution=unet_config["sample_size"] * 2 ** (len(vae_config["block_out_channels"]) - 1),
     )
 
 
@@ -186,9 +231,23 @@ def free_encoders(model: BaseModel) -> None:
     model.vae, model.text_encoders = None, ()
 
 
-def _load_folder(path: Path, dtype: torch.dtype) -> Pipeline:
+def _check_path(path: Path) -> None:
+    if not path.exists():
+        raise HollowError(f"{path} does not exist. Give a .safetensors checkpoint or a diffusers folder.")
+    if not path.is_dir() and path.suffix.lower() != ".safetensors":
+        raise HollowError(
+            f"{path} is no .safetensors file. Pickles (.ckpt, .pt, .bin) are never read, since they can run "
+            "any code: get the model as .safetensors."
+        )
+
+
+def _check_folder(path: Path) -> None:
     if not (path / "model_index.json").exists():
         raise HollowError(f"{path} is no diffusers folder: it has no model_index.json. Give the folder with it.")
+
+
+def _load_folder(path: Path, dtype: torch.dtype) -> Pipeline:
+    _check_folder(path)
     kind = pipeline_class(path)
     weights = path / "unet" / "diffusion_pytorch_model.safetensors"
     only_half = not weights.exists() and weights.with_suffix(".fp16.safetensors").exists()

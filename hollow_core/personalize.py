@@ -18,6 +18,7 @@ from .precompute import Example, precompute
 from .prior import class_latents
 from .progress import Progress, Stop, Watch
 from .prompts import generic_prompt, personal_prompt
+from .residency import Bits, quantize, stream
 from .selective import save_schedule
 from .train import TrainResult, TrainSettings, train
 
@@ -43,6 +44,10 @@ class Request:
     """Pictures of the class, drawn by the base model, for prior preservation; 0 does without."""
     store_dtype: torch.dtype = torch.float16
     """How exit activations are kept."""
+    base_bits: Bits | None = None
+    """Quantise the base's weights to 8 or 4 bits, for all stages; None keeps them as they were loaded."""
+    streaming: bool = False
+    """Keep the base's weights in main memory, from where each visits the device when it is needed."""
     settings: TrainSettings = field(default_factory=TrainSettings)
     low_resolution: int | None = None
     """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others'."""
@@ -85,6 +90,10 @@ def personalize(
 
     with meter.stage("encode"):
         model = load()
+        if request.base_bits is not None:
+            quantize(model.unet, request.base_bits)
+        if request.streaming:
+            stream(model.unet, device)
         move(model, device)
         drawn: list[torch.Tensor] = []
         if request.class_images:

@@ -53,7 +53,6 @@ def sample(
     pipeline = model.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     height, width = settings.size or (model.resolution, model.resolution)
-    device = next(model.unet.parameters()).device
     pictures = []
     with _lora(model, lora, settings.strength):
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True), start=1):
@@ -75,7 +74,7 @@ def sample(
                     negative_prompt=settings.negative,
                     num_inference_steps=settings.steps,
                     guidance_scale=settings.guidance,
-                    generator=torch.Generator(device).manual_seed(seed),
+                    generator=torch.Generator().manual_seed(seed),  # the CPU's: one picture on every device
                 )
             pictures.append(output.images[0])
             if progress is not None:

@@ -36,12 +36,7 @@ def load_single_file(path: Path, dtype: torch.dtype, config: Path | None = None)
     than the public ones.
     Raises HollowError for a damaged or incomplete file, a LoRA, and any other kind of model.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            config = config or LAYOUTS / _layout(path, file)
-            schedule = _schedule(file)
-    except (OSError, SafetensorError) as error:
-        raise damaged(path, error) from error
+    config, schedule = recognise(path, config)
     kind = pipeline_class(config)
     try:
         with quiet():
@@ -59,9 +54,25 @@ def load_single_file(path: Path, dtype: torch.dtype, config: Path | None = None)
         if isinstance(part, nn.Module):
             _check_whole(path, name, part)
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **schedule)
-    if schedule["prediction_type"] == "v_prediction" and config == LAYOUTS / "sd21":
-        pipeline.unet.register_to_config(sample_size=96)  # SD 2.x learned v-prediction at 768 pixels
+    pipeline.unet.register_to_config(sample_size=sample_size(config, schedule, pipeline.unet.config.sample_size))
     return pipeline
+
+
+def recognise(path: Path, config: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """The folder with the configs of a .safetensors checkpoint (`config` if given), and what the file tells of
+    its noise schedule. Only its header is read, and one bias. Raises HollowError as `load_single_file` does.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return config or LAYOUTS / _layout(path, file), _schedule(file)
+    except (OSError, SafetensorError) as error:
+        raise damaged(path, error) from error
+
+
+def sample_size(config: Path, schedule: Mapping[str, Any], usual: int) -> int:
+    """The side of a file's native latents: `usual`, but SD 2.x learned v-prediction at 768 pixels."""
+    velocity = schedule.get("prediction_type") == "v_prediction"
+    return 96 if velocity and config == LAYOUTS / "sd21" else usual
 
 
 def pipeline_class(folder: Path) -> type[Pipeline]:

@@ -3,6 +3,7 @@
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,12 +16,14 @@ from .activations import Store, digest, schedule_id
 from .checkpoint import Checkpoint
 from .errors import HollowError
 from .lora import ATTENTION, add_lora, load_lora_state, lora_parameters, lora_state
+from .optimizer import Optimizer, OptimizerName
 from .progress import Clock, Stop, Watch
 from .selective import Probability, Strategy, Taken, choices, falling, heat_map, taken
 from .steps import Step, ZerothOrder, backpropagate, record_loss
 
 CHECKPOINT = "checkpoint.safetensors"
 
+Precision = Literal["fp32", "bf16", "fp16"]
 Stopped = Literal["finished", "stop", "non-finite loss", "non-finite gradient"]
 
 
@@ -43,6 +46,8 @@ class TrainSettings:
     """AdamW's, constant."""
     weight_decay: float = 1e-2
     """AdamW's."""
+    optimizer: OptimizerName = "adamw"
+    """AdamW with its states in fp32, or in 8 bits by bitsandbytes: a quarter of their memory."""
     batch: int = 1
     """Image records a step; as many of the prior come on top. Costs time, not memory."""
     prior_weight: float = 1.0
@@ -51,10 +56,15 @@ class TrainSettings:
     """γ of min-SNR weighting, 5 in its paper; None weighs all time steps alike."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm if it is longer; infinity never clips."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the arithmetic. Weights stay as they were loaded, the LoRA and its optimizer in fp32."""
+    precision: Precision = "fp32"
+    """Of the arithmetic. Weights stay as they were loaded."""
+    lora_precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the LoRA, its gradients and AdamW's states; bf16 halves them, and rounds small updates away."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    fused_backward: bool = False
+    """Update each matrix in the backward pass as its gradient comes, so that they never all exist at once.
+    For one record a step, without clipping, in fp32 or bf16."""
     seed: int = 0
     """Of the LoRA's start and the order of the records."""
     save_every: int = 0
@@ -82,7 +92,7 @@ class TrainSettings:
     @property
     def fixed(self) -> dict[str, Any]:
         """Those that may not change when a run goes on; the others do not change what a step does."""
-        free = {"save_every", "gradient_checkpointing"}
+        free = {"save_every", "gradient_checkpointing", "fused_backward"}
         if self.strategy != "selective":  # whose steps know how far the training is
             free.add("steps")
         fixed = {name: value for name, value in asdict(self).items() if name not in free}
@@ -104,11 +114,13 @@ class TrainSettings:
             ("steps", self.steps >= 1, "It must be at least 1."),
             ("learning_rate", 0 < self.learning_rate < math.inf, positive),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "It must be 0 or more."),
+            ("optimizer", self.optimizer in ("adamw", "adamw8bit"), "Choose adamw or adamw8bit."),
             ("batch", self.batch >= 1, "It must be at least 1."),
             ("prior_weight", 0 <= self.prior_weight < math.inf, "It must be 0 or more."),
             ("snr_gamma", self.snr_gamma is None or 0 < self.snr_gamma < math.inf, positive),
             ("max_grad_norm", self.max_grad_norm > 0, positive),
             ("precision", self.precision in ("fp32", "bf16", "fp16"), "Choose fp32, bf16 or fp16."),
+            ("lora_precision", self.lora_precision in ("fp32", "bf16"), "Choose fp32 or bf16."),
             ("seed", 0 <= self.seed < 2**63, "It must be from 0 to 2⁶³ - 1."),
             ("save_every", self.save_every >= 0, "It must be 0 or more."),
             ("strategy", self.strategy in get_args(Strategy), "Choose bp, zo or selective."),
@@ -124,6 +136,17 @@ class TrainSettings:
         ]:
             if not possible:
                 raise HollowError(f"{name} is {getattr(self, name)!r}. {advice}")
+        for name, possible, advice in [
+            (
+                "max_grad_norm",
+                self.max_grad_norm == math.inf,
+                "Set it to infinity: the norm is known too late to clip.",
+            ),
+            ("batch", self.batch == 1, "Set it to 1: gradients of several records would have to be kept."),
+            ("precision", self.precision != "fp16", "Choose bf16 or fp32: an overflow in fp16 is known too late."),
+        ]:
+            if self.fused_backward and not possible:
+                raise HollowError(f"fused_backward does not go with {name} {getattr(self, name)}. {advice}")
 
 
 @dataclass(frozen=True)
@@ -166,7 +189,7 @@ def train(
     that is damaged or of other settings, as going on would give a LoRA of neither and a fresh start would
     overwrite what may have taken hours; and for a full disk.
     """
-    _check(unet, schedule, store)
+    _check(unet, schedule, store, settings)
     path = Path(folder) / CHECKPOINT
     made_for = {"store": store.id} | settings.fixed
     begun = Checkpoint.load(path, made_for) if path.exists() else None
@@ -187,13 +210,17 @@ def train(
     else:
         load_lora_state(unet, begun.lora, settings.lora_alpha)
     parameters = lora_parameters(unet)
-    rates = {"backward": settings.learning_rate, "forward": settings.zo_learning_rate or settings.learning_rate}
+    for matrix in parameters:
+        matrix.data = matrix.data.to(torch.bfloat16 if settings.lora_precision == "bf16" else torch.float32)
+    optimizer_at = partial(Optimizer, parameters, settings.optimizer, weight_decay=settings.weight_decay)
+    zo_learning_rate = settings.zo_learning_rate or settings.learning_rate
     optimizers = {
-        way: torch.optim.AdamW(parameters, lr=rate, weight_decay=settings.weight_decay) for way, rate in rates.items()
+        "backward": optimizer_at(learning_rate=settings.learning_rate, fused=settings.fused_backward),
+        "forward": optimizer_at(learning_rate=zo_learning_rate),  # of zeroth-order steps, with moments of their own
     }
     for way, optimizer in optimizers.items():
         if begun is not None:
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": begun.optimizers[way]})
+            optimizer.load(begun.optimizers[way])
 
     # what each step does, as only the seed decides: to go on is to skip ahead
     losses = [] if begun is None else begun.losses
@@ -217,7 +244,7 @@ def train(
             return record_loss(unet, schedule, record, latents, conditioning, snr_gamma=settings.snr_gamma)
 
     def save() -> None:
-        moments = {way: optimizer.state_dict()["state"] for way, optimizer in optimizers.items()}
+        moments = {way: optimizer.state() for way, optimizer in optimizers.items()}
         Checkpoint(lora_state(unet), moments, losses, loss_scale, made_for).save(path)
 
     good = lora_state(unet)
@@ -235,17 +262,18 @@ def train(
         zeroth_order = ZerothOrder(parameters, choice.seed, settings.zo_epsilon, settings.zo_queries)
         step: Step = zeroth_order if forward_only else backpropagate
         optimizer = optimizers["forward" if forward_only else "backward"]
-        optimizer.zero_grad()
-        loss = step(loss_of, choice.weighted, loss_scale)
+        before = lora_state(unet)
+        with optimizer.watching():
+            loss = step(loss_of, choice.weighted, loss_scale)
         if not math.isfinite(loss):
             stopped = "non-finite loss"
             break
-        good = lora_state(unet)
+        good = before
 
         # the update; fp16 gradients that overflow are left out, and the loss scaled less from then on
         for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
             gradient /= loss_scale
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        norm = optimizer.clip(settings.max_grad_norm)
         if norm.isfinite():
             optimizer.step()
         elif loss_scale > 1:
@@ -273,12 +301,12 @@ def train(
 
 
 def _arithmetic(device: str, precision: str) -> AbstractContextManager[object]:
-    if precision == "fp32":
+    if precision == "fp32" or device == "meta":  # where `dry_run` stands in for autocast
         return nullcontext()
     return torch.autocast(device, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-def _check(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store) -> None:
+def _check(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, settings: TrainSettings) -> None:
     if store.missing:
         raise HollowError(f"The store in {store.folder} is not finished. Run precompute again: it goes on.")
     if schedule_id(schedule) != store.fingerprint.schedule:
@@ -287,4 +315,9 @@ def _check(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store) ->
         raise HollowError(
             f"The U-Net has cut {cut}, the store in {store.folder} has cut {store.cut} (None: not hollowed). "
             "Hollow the U-Net at the cut of the store."
+        )
+    if settings.fused_backward and settings.prior_weight > 0 and store.indices("prior"):
+        raise HollowError(
+            "fused_backward trains on one record a step, but the store has records of the class too. "
+            "Set prior_weight to 0, or turn fused_backward off."
         )

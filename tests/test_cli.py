@@ -79,6 +79,7 @@ def test_train_then_sample(hollow: Hollow, model_folder: Path, photos: Path, tmp
     out = tmp_path / "my lora"
     train = ["train", model_folder, "--images", photos, "--subject", "dog", "--out", out, "--device", "cpu"]
     train += ["--steps", 3, "--samples", 4, "--rank", 2, "--resolution", 128]
+    train += ["--base-bits", 8, "--stream", "--fused-backward", "--max-grad-norm", "inf"]
     done = hollow(*train, "--json")
     assert done.status == 0, done.stderr
     result = json.loads(done.stdout)
@@ -169,6 +170,7 @@ def refusals(folder: Path, photos: Path, model_folder: Path) -> dict[str, tuple[
             train(strategy="selective", resolution=128, **{"low-resolution": 128}),
             "The low resolution 128 is not below the pictures' 128",
         ),
+        "a fused step that clips": ([*train(), "--fused-backward"], "does not go with max_grad_norm 1.0"),
         "no model": (["train", folder / "nowhere", "--images", photos, "--subject", "dog"], "does not exist"),
         "a LoRA of another architecture": (sample(foreign), "was made for another kind of model"),
         "a truncated LoRA": (sample(cut_off), "is not a whole safetensors file"),

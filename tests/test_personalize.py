@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,22 @@ def test_the_middle_is_out_of_memory_while_training(model_folder: Path, photos: 
     loader: Callable[[], BaseModel] = watched
     personalize(loader, ask(photos), tmp_path / "out", progress=count)
     assert alive == [0] * 6
+
+
+def test_small_and_away_the_road_is_walked_with_one_base_and_streaming_changes_nothing(
+    model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    files = {}
+    for bits in (None, 8):
+        request = ask(photos, class_images=1, samples=4, base_bits=bits)
+        resident = personalize(lambda: load(model_folder), request, tmp_path / f"{bits}")
+        streamed = personalize(
+            lambda: load(model_folder), replace(request, streaming=True), tmp_path / f"{bits} streamed"
+        )
+        assert resident.store.id == streamed.store.id
+        files[bits] = content(resident.file)
+        assert all(torch.equal(tensor, files[bits][name]) for name, tensor in content(streamed.file).items())
+    assert files[8].keys() == files[None].keys()
+    assert not any(torch.equal(files[8][name], files[None][name]) for name in files[8] if "lora_up" in name)
+    with pytest.raises(HollowError, match="another precision"):
+        personalize(lambda: load(model_folder), ask(photos, class_images=1, samples=4), tmp_path / "8")

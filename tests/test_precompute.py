@@ -211,7 +211,7 @@ def scaled(example, factor):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda asked: asked["unet"].conv_in.bias.data.add_(1), "model"),
+        (lambda asked: asked["unet"].conv_in.bias.data.add_(1), r"model \(other weights, or .* another precision\)"),
         (lambda asked: asked.update(cut=3), r"cut \(2 stored, 3 asked\)"),
         (lambda asked: asked.update(cut=None), r"cut \(2 stored, None asked\)"),
         (lambda asked: asked.update(samples=21), r"samples \(20 stored, 21 asked\)"),

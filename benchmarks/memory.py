@@ -1,0 +1,120 @@
+"""Predicted memory against the paper's, and against what a real run takes here: `python -m benchmarks.memory`.
+
+The first table is the paper's: Stable Diffusion 2.1 at 512 pixels in fp32 (Hollowed Net, Tables 1 to 3). The
+second trains a U-Net of SD 1.5's shape with random weights on the CPU, each setting in a process of its own,
+and compares how much its resident memory grew with what the dry run says.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from hollow_core.cost import inputs
+from hollow_core.dry_run import DryRun
+from hollow_core.hollow import hollow
+from hollow_core.memory import GIB, OneRecord, Planner, Setting
+from hollow_core.meter import used_bytes
+from hollow_core.models import BaseModel, outline
+from hollow_core.train import TrainSettings, train
+
+PUBLISHED = {
+    "plain LoRA, rank 128": (None, 128, 5.23),
+    "plain LoRA, rank 16": (None, 16, 4.883),
+    "plain LoRA, rank 4": (None, 4, 4.847),
+    "plain LoRA, rank 1": (None, 1, 4.84),
+    "hollowed at k=3, rank 128": (3, 128, 3.88),
+    "hollowed at k=3, rank 16": (3, 16, 3.558),
+    "hollowed at k=3, rank 4": (3, 4, 3.526),
+    "hollowed at k=4 (56.6 %), rank 128": (4, 128, 3.16),
+}
+"""{row: (cut, rank, GiB)}"""
+
+INFERENCE = 3.48
+"""GiB that the paper's base model takes to draw."""
+
+FREE_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Lets glibc give back to the system what a tensor leaves, as it otherwise keeps it for later."""
+
+CPU = Setting(training=TrainSettings(rank=16, steps=2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=256, help="side of the CPU's pictures in pixels (default 256)")
+    parser.add_argument("--paper-only", action="store_true", help="leave out the runs on the CPU")
+    parser.add_argument("--one", choices=("plain", "hollowed"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    setting = replace(CPU, resolution=options.size)
+    if options.one:
+        print(json.dumps(grown(setting if options.one == "hollowed" else replace(setting, cut=None))))
+        return
+    print("SD2.1, 512 pixels, fp32: peak in GiB")
+    report("inference", inference(), INFERENCE)
+    planner = Planner("sd21")
+    for name, (cut, rank, published) in PUBLISHED.items():
+        report(name, training(planner, cut, rank), published)
+    if options.paper_only:
+        return
+    print(f"SD1.5, {options.size} pixels, rank 16, fp32, on this CPU: resident GiB of a training")
+    planner = Planner("sd15")
+    for kind in ("plain", "hollowed"):
+        command = [sys.executable, "-m", "benchmarks.memory", "--size", str(options.size), "--one", kind]
+        run = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | FREE_AT_ONCE)
+        peak = planner.predict(setting if kind == "hollowed" else replace(setting, cut=None)).stages["train"]
+        predicted = (peak.total - peak.bytes["workspace"]) / GIB  # there is no cuBLAS
+        report(kind, predicted, json.loads(run.stdout.splitlines()[-1]) / GIB)
+
+
+def report(name: str, predicted: float, other: float) -> None:
+    print(f"{name:36} predicted {predicted:.3f}   is {other:.3f}   {100 * (predicted / other - 1):+.1f} %", flush=True)
+
+
+def inference() -> float:
+    """GiB of the U-Net alone, on a prompt and the empty prompt at once (classifier-free guidance)."""
+    unet = outline("sd21").unet
+    latents, prompt = inputs(unet.config)
+    with DryRun() as run, torch.no_grad():
+        run.hold("weights", unet)
+        unet(latents.to("meta").repeat(2, 1, 1, 1), 0, prompt.encoder_hidden_states.to("meta").repeat(2, 1, 1))
+    return run.peak().total / GIB
+
+
+def training(planner: Planner, cut: int | None, rank: int) -> float:
+    """GiB of a training step, fp32, at batch 1."""
+    return planner.peak("train", Setting(cut, 512, training=TrainSettings(rank=rank))).total / GIB
+
+
+def grown(setting: Setting) -> int:
+    """Bytes by which this process grows while it trains on the CPU."""
+    tiny = outline("sd15")
+    tiny.unet = UNet2DConditionModel.from_config({**tiny.unet.config, "block_out_channels": [32] * 4})
+    train_for_real(tiny, replace(setting, resolution=128))  # what libraries load and keep is there from here on
+    before = used_bytes()
+    train_for_real(outline("sd15"), setting)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def train_for_real(model: BaseModel, setting: Setting) -> None:
+    """On random weights, of which only those that remain are ever there."""
+    store = OneRecord(model, setting)
+    unet = model.unet if setting.cut is None else hollow(model.unet, setting.cut, range(setting.samples))
+    del model
+    unet.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for tensor in [*unet.parameters(), *unet.buffers()]:
+        tensor.data.normal_(std=0.02, generator=generator)
+    with tempfile.TemporaryDirectory() as folder:
+        train(unet, store.schedule, store, setting.training, folder=Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+"""Predicts the memory of every stage before anything is loaded, and picks what fits into a budget.
+
+Each stage's real code runs once on tensors without data (`dry_run`), so a prediction cannot rot.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+from torch import Tensor
+
+from .activations import Fingerprint, Record, Store, schedule_id
+from .blocks import check_cut, exit_shape, max_cut
+from .cost import inputs
+from .dry_run import DryRun, Peak
+from .errors import HollowError
+from .hollow import Conditioning, head, hollow
+from .images import TrainingImage
+from .lora import add_lora, lora_parameters, lora_state, remove_lora
+from .lora_file import LoraFile, Recipe
+from .models import BaseModel, encode_images, encode_prompt, free_encoders, outline
+from .precompute import Example, run_to_exit
+from .prompts import generic_prompt, personal_prompt
+from .sample import SampleSettings, sample
+from .train import Precision, TrainSettings, train
+
+STAGES = ("encode", "precompute", "train", "sample")
+
+GIB = 2**30
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to go the whole road. The base is loaded in the precision of `training`."""
+
+    cut: int | None = 3
+    """How much to hollow; None trains an ordinary LoRA on the whole U-Net."""
+    resolution: int | None = None
+    """Side of the pictures in pixels; None is the model's own."""
+    samples: int = 200
+    """Records in the store."""
+    store_dtype: torch.dtype = torch.float16
+    """How exit activations are kept."""
+    training: TrainSettings = field(default_factory=TrainSettings)
+
+    def __str__(self) -> str:
+        hollowed = "the whole U-Net" if self.cut is None else f"cut {self.cut}"
+        checkpointing = " with gradient checkpointing" if self.training.gradient_checkpointing else ""
+        return f"{hollowed} in {self.training.precision}{checkpointing}"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a setting will need."""
+
+    setting: Setting
+    stages: Mapping[str, Peak]
+    """The peak of each stage of `STAGES`."""
+    store_bytes: int
+    """Of the exit activations on the disk."""
+    step_flops: int
+    """Floating-point operations of a training step, those included that recompute what was not kept."""
+
+    @property
+    def hungriest(self) -> str:
+        """The stage with the highest peak on the way to a LoRA: any but sampling."""
+        return max(ROAD, key=lambda stage: self.stages[stage].total)
+
+    @property
+    def bytes(self) -> int:
+        """That peak."""
+        return self.stages[self.hungriest].total
+
+    def row(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        training = self.setting.training
+        return {
+            "cut": self.setting.cut,
+            "precision": training.precision,
+            "gradient_checkpointing": training.gradient_checkpointing,
+            "rank": training.rank,
+            "batch": training.batch,
+            "bytes": self.bytes,
+            "stages": {name: {"total": peak.total, **peak.bytes} for name, peak in self.stages.items()},
+            "store_bytes": self.store_bytes,
+            "step_flops": self.step_flops,
+        }
+
+
+ROAD = STAGES[:-1]
+"""The stages that make a LoRA; a budget is for these."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What `Planner.fit` picked, and what was given up for it, in words."""
+
+    prediction: Prediction
+    gave_up: tuple[str, ...]
+
+
+class Planner:
+    """Predictions for one model: a layout ("sd15", "sd21", "sdxl") or a path, as for `models.outline`.
+
+    `prepare` is done to the model, which holds no data, before each stage: what makes its weights smaller,
+    say. Raises HollowError as `outline` does.
+    """
+
+    def __init__(self, model: str, prepare: Callable[[BaseModel], object] | None = None) -> None:
+        self._model, self._prepare = model, prepare
+        self._runs: dict[tuple[str, Setting], tuple[Peak, int]] = {}  # what was run once
+        known = outline(model)
+        self.config, self.resolution = known.unet.config, known.resolution
+        self._pixels = known.resolution // self.config.sample_size  # a side of a latent
+
+    def predict(self, setting: Setting) -> Prediction:
+        """Of every stage. Raises HollowError for a cut, a resolution or a number of records that cannot be."""
+        self._check(setting)
+        peaks = {stage: self._run(stage, setting)[0] for stage in STAGES}
+        return Prediction(setting, peaks, self.store_bytes(setting), self.step_flops(setting))
+
+    def step_flops(self, setting: Setting) -> int:
+        """Operations of a training step. Raises HollowError as `predict` does."""
+        self._check(setting)
+        return self._run("train", setting)[1]
+
+    def store_bytes(self, setting: Setting) -> int:
+        """Of the exit activations on the disk. Raises HollowError as `predict` does."""
+        side = self._check(setting) // self._pixels
+        if setting.cut is None:
+            return 0
+        channels, height, width = exit_shape(self.config, setting.cut, side, side)
+        return setting.samples * channels * height * width * setting.store_dtype.itemsize
+
+    def peak(self, stage: str, setting: Setting) -> Peak:
+        """Of one stage of `STAGES` only. Raises HollowError as `predict` does."""
+        self._check(setting)
+        return self._run(stage, setting)[0]
+
+    def fit(self, budget: int, setting: Setting, *, precisions: Iterable[Precision] = ("fp32", "bf16")) -> Fit:
+        """The least hollowing, and for it the fastest way, whose stages all stay within `budget` bytes.
+
+        From the whole U-Net on, cut by cut, the ways are tried that give up least: `precisions` in their order,
+        then gradient checkpointing in the last of them; all else is as in `setting`. Sampling is not counted,
+        as any other tool can draw with the LoRA. Raises HollowError where nothing fits, saying what the
+        smallest would need.
+        """
+        self._check(setting)
+        precisions = tuple(precisions)
+        ways = [(precision, False) for precision in precisions] + [(precisions[-1], True)]
+        least = []
+        for cut in (None, *range(max_cut(self.config) + 1)):
+            settings = [
+                replace(setting, cut=cut, training=replace(setting.training, precision=p, gradient_checkpointing=c))
+                for p, c in ways
+            ]
+            for tried in settings if self._fits(settings[-1], budget) else []:
+                if self._fits(tried, budget):
+                    return Fit(self.predict(tried), _gave_up(tried, settings[0]))
+            least.append(settings[-1])
+        encode = self._run("encode", least[0])[0].total
+        smallest, needed = least[0], self._bytes(least[0])
+        for other in least[1:]:
+            if needed > encode and self._bytes(other) < needed:  # no cut makes encoding smaller
+                smallest, needed = other, self._bytes(other)
+        stage = max(ROAD, key=lambda stage: self._run(stage, smallest)[0].total)
+        raise HollowError(
+            f"Nothing fits into {budget / GIB:.2f} GiB: the smallest, {smallest}, needs {needed / GIB:.2f} GiB, "
+            f"in its stage {stage}."
+        )
+
+    def _check(self, setting: Setting) -> int:
+        """The side of the pictures in pixels."""
+        if setting.cut is not None:
+            check_cut(self.config, setting.cut)
+        side = self.resolution if setting.resolution is None else setting.resolution
+        if side < 1 or side % self._pixels:
+            raise HollowError(f"The resolution {side} is no multiple of {self._pixels} pixels. Take 512, 768 or 1024.")
+        if setting.samples < 1:
+            raise HollowError(f"{setting.samples} records are too few. Ask for at least 1; 200 are usual.")
+        return side
+
+    def _fits(self, setting: Setting, budget: int) -> bool:
+        return all(self._run(stage, setting)[0].total <= budget for stage in ROAD)
+
+    def _bytes(self, setting: Setting) -> int:
+        return max(self._run(stage, setting)[0].total for stage in ROAD)
+
+    def _run(self, stage: str, setting: Setting) -> tuple[Peak, int]:
+        """Peak and operations of a stage; settings that do not matter to it are one to it."""
+        training = setting.training
+        if stage != "train":
+            training = TrainSettings(precision=training.precision)
+            if stage == "sample":
+                old = setting.training
+                training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets)
+        cut = None if stage == "encode" else setting.cut
+        setting = Setting(cut, setting.resolution or self.resolution, training=training)
+        if (stage, setting) not in self._runs:
+            model = outline(self._model, _DTYPES[training.precision])
+            if self._prepare is not None:
+                self._prepare(model)
+            run = {"encode": _encode, "precompute": _precompute, "train": _train, "sample": _sample}[stage]
+            self._runs[stage, setting] = run(model, setting)
+        return self._runs[stage, setting]
+
+
+def parse_bytes(text: str) -> int:
+    """ "4GB", "3.5 GiB" or "800M" in bytes, as graphics cards are sold: a GB is 2³⁰ of them.
+
+    Raises HollowError for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise HollowError(f"{text!r} is no amount of memory. Write it as 4GB or 800MB.")
+    return int(float(match[1]) * {"G": GIB, "M": 2**20}[match[2].upper()])
+
+
+def _gave_up(setting: Setting, first: Setting) -> tuple[str, ...]:
+    training = setting.training
+    given = []
+    if setting.cut is not None:
+        given.append(f"the middle of the U-Net (cut {setting.cut})")
+    if training.precision != first.training.precision:
+        given.append(f"{first.training.precision} for {training.precision}")
+    if training.gradient_checkpointing:
+        given.append("about a third of the speed (gradient checkpointing)")
+    return tuple(given)
+
+
+def _encode(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
+    """A picture and a prompt; the whole model is there, as in `personalize`."""
+    side = setting.resolution or model.resolution
+    picture = TrainingImage(Image.new("RGB", (side, side)), None, "", (0, 0, side, side))
+    assert model.vae is not None
+    with DryRun() as run:
+        run.hold("weights", model.unet, model.vae, *model.text_encoders)
+        encode_images(model, [picture])
+        encode_prompt(model, personal_prompt("sks", "dog"), (side, side))
+    return run.peak(), run.flops
+
+
+def _precompute(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
+    """One record by the base path; an ordinary LoRA needs none."""
+    free_encoders(model)
+    latents, prompt = _inputs(model, setting)
+    example = Example(latents, prompt, prompt, "", "")
+    with DryRun() as run:
+        run.hold("weights", model.unet)
+        if setting.cut is not None:
+            run_to_exit(head(model.unet, setting.cut).eval(), model.schedule, _RECORD, example)
+    return run.peak(), run.flops
+
+
+def _train(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
+    """The first step of `train`, with two records at most: more are no more memory."""
+    training = setting.training
+    unet = model.unet if setting.cut is None else hollow(model.unet, setting.cut, range(setting.samples))
+    store = OneRecord(model, setting)
+    del model
+    few = replace(training, batch=min(training.batch, 2), save_every=0)
+    autocast = None if training.precision == "fp32" else _DTYPES[training.precision]
+
+    def stop_here(_: object) -> None:
+        raise _FirstStep
+
+    with TemporaryDirectory() as folder, DryRun(autocast) as run, suppress(_FirstStep):
+        run.hold("weights", unet)
+        train(unet, store.schedule, store, few, folder=folder, progress=stop_here)
+    return run.peak(), run.flops * training.batch // few.batch
+
+
+def _sample(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
+    """A denoising step with classifier-free guidance, on two paths where something is hollowed, and the picture."""
+    side, training = setting.resolution or model.resolution, setting.training
+    prompt = personal_prompt("sks", "dog")
+    prediction = model.schedule.config.prediction_type
+    recipe = Recipe(setting.cut, "sks", "dog", prompt, generic_prompt(prompt, "sks"), prediction)
+    file = LoraFile(_lora_state(model, setting), training.lora_alpha, recipe, {})
+    assert model.vae is not None
+    with DryRun() as run:
+        run.hold("weights", model.unet, model.vae, *model.text_encoders)
+
+        def drawn(*_: object) -> None:
+            run.name("lora", lora_parameters(model.unet))
+
+        sample(model, [prompt], [0], SampleSettings(steps=1, size=(side, side)), lora=file, progress=drawn)
+    return run.peak(), run.flops
+
+
+def _lora_state(model: BaseModel, setting: Setting) -> dict[str, Tensor]:
+    """That of a LoRA as training would leave it, all zeros."""
+    unet = model.unet if setting.cut is None else hollow(model.unet, setting.cut)
+    with DryRun():  # which lets it leave the device
+        add_lora(unet, setting.training.rank, targets=setting.training.targets, generator=torch.Generator())
+        state = lora_state(unet)
+    remove_lora(unet)
+    return state
+
+
+def _inputs(model: BaseModel, setting: Setting) -> tuple[Tensor, Conditioning]:
+    """Latents and a prompt on the CPU, as a store hands them out."""
+    config = model.unet.config
+    scale = model.resolution // config.sample_size
+    return inputs({**config, "sample_size": (setting.resolution or model.resolution) // scale})
+
+
+_RECORD = Record(image=0, kind="image", timestep=0, noise_seed=0)
+
+
+class _FirstStep(Exception):
+    """Enough was seen."""
+
+
+class OneRecord(Store):
+    """A store of one record, on no disk, of zeros: enough for `train` to run a step with this setting."""
+
+    missing: list[int] = []  # noqa: RUF012  # a property of Store
+
+    def __init__(self, model: BaseModel, setting: Setting) -> None:
+        self.schedule: DDPMScheduler = model.schedule
+        fingerprint = Fingerprint(
+            "", setting.cut, schedule_id(self.schedule), 1, 0, str(setting.store_dtype), ["image"], [], [], []
+        )
+        super().__init__(Path(), fingerprint, [_RECORD])
+        self._given = _inputs(model, setting)
+        if setting.cut is not None:
+            shape = exit_shape(model.unet.config, setting.cut, *self._given[0].shape[-2:])
+            self._exit_activation = torch.zeros(1, *shape, dtype=setting.store_dtype)
+
+    def record(self, index: int) -> Record:
+        return _RECORD if self.cut is None else _RECORD._replace(exit_activation=self._exit_activation)
+
+    def inputs(self, image: int) -> tuple[Tensor, Conditioning]:
+        return self._given

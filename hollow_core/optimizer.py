@@ -1,0 +1,101 @@
+"""AdamW over the LoRA: its states in 32 or 8 bits, its step after the backward pass or fused into it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import HollowError
+
+OptimizerName = Literal["adamw", "adamw8bit"]
+
+
+class Optimizer:
+    """AdamW, or bitsandbytes' with its two moments in 8 bits, block by block (Dettmers et al. 2022).
+
+    With `fused` each parameter is updated as soon as its gradient is complete, and the gradient let go: so never
+    more than one is there. The gradient must then be that of one backward pass, and cannot be clipped, as its
+    norm is known too late. Raises HollowError where bitsandbytes is missing.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        name: OptimizerName = "adamw",
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        fused: bool = False,
+    ) -> None:
+        make = partial(_optimizer_class(name), lr=learning_rate, weight_decay=weight_decay)
+        self.parameters, self.fused = parameters, fused
+        self._optimizers = [make([parameter]) for parameter in parameters] if fused else [make(parameters)]
+        one_each = self._optimizers if fused else self._optimizers * len(parameters)
+        self._pairs = list(zip(parameters, one_each, strict=True))
+        self._squared_norm = torch.zeros(())
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While inside, fused updates happen in backward passes; others wait for `step`."""
+        self._squared_norm = torch.zeros(())
+        with ExitStack() as hooks:
+            for parameter, optimizer in self._pairs:
+                parameter.grad = None
+                if self.fused:
+                    hook = parameter.register_post_accumulate_grad_hook(partial(self._consume, optimizer))
+                    hooks.callback(hook.remove)
+            yield
+
+    def clip(self, max_norm: float) -> Tensor:
+        """The norm of the gradient, which is scaled down to `max_norm` if it is longer and not consumed yet."""
+        if self.fused:
+            return self._squared_norm.sqrt()
+        return nn.utils.clip_grad_norm_(self.parameters, max_norm)
+
+    def step(self) -> None:
+        """Update what was not updated in the backward pass."""
+        if not self.fused:
+            self._optimizers[0].step()
+
+    def state(self) -> dict[int, dict[str, Tensor]]:
+        """A snapshot on the CPU of all that `load` needs to go on: {index of the parameter: {part: tensor}}."""
+        return {
+            index: {part: torch.as_tensor(value).to("cpu", copy=True) for part, value in state.items()}
+            for index, (parameter, optimizer) in enumerate(self._pairs)
+            if (state := optimizer.state.get(parameter))
+        }
+
+    def load(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Go on from what `state` gave."""
+        for index, parts in state.items():
+            parameter, optimizer = self._pairs[index]
+            optimizer.state[parameter] = {part: _restored(value, parameter.device) for part, value in parts.items()}
+
+    def _consume(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        self._squared_norm = self._squared_norm.to(norm.device) + norm.square()
+        optimizer.step()
+        parameter.grad = None
+
+
+def _restored(value: Tensor, device: torch.device) -> Tensor | float:
+    """A part of a state; the number of steps is on the CPU to torch, and no tensor to bitsandbytes."""
+    if value.dim():
+        return value.to(device)
+    return value.clone() if value.is_floating_point() else value.item()
+
+
+def _optimizer_class(name: OptimizerName) -> Callable[..., torch.optim.Optimizer]:
+    if name == "adamw":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise HollowError(
+            "The optimizer adamw8bit needs bitsandbytes. Install it (pip install 'hollow[bitsandbytes]'), or use adamw."
+        ) from error
+    return AdamW8bit

@@ -1,0 +1,235 @@
+"""Predicted memory against the paper's figures and against what a cut takes away; what a budget picks."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_pipelines import original_checkpoint, tiny_pipeline
+from tiny_unets import make_tiny_unet
+
+from benchmarks.memory import INFERENCE, PUBLISHED, inference, training
+from hollow_core.blocks import exit_shape, removed_fraction
+from hollow_core.cli import main
+from hollow_core.dry_run import DryRun
+from hollow_core.errors import HollowError
+from hollow_core.memory import GIB, STAGES, Planner, Prediction, Setting, parse_bytes
+from hollow_core.models import load, outline
+from hollow_core.train import TrainSettings
+
+SMALL = Setting(cut=2, training=TrainSettings(rank=128))
+CUTS = (None, 2)
+
+
+@pytest.fixture(scope="module")
+def sd21() -> Planner:
+    return Planner("sd21")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    pipeline = tiny_pipeline("sd15")
+    shallow = {
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "block_out_channels": [8, 24],
+        "layers_per_block": 1,
+    }
+    pipeline.register_modules(unet=make_tiny_unet("sd15", **shallow))
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(folder: Path) -> Planner:
+    return Planner(str(folder))
+
+
+@pytest.fixture(scope="module")
+def table(tiny: Planner) -> dict[int | None, Prediction]:
+    return {cut: tiny.predict(replace(SMALL, cut=cut)) for cut in CUTS}
+
+
+@pytest.mark.parametrize("row", [name for name in PUBLISHED if "rank 128" in name])
+def test_training_takes_what_the_paper_measured(sd21: Planner, row: str) -> None:
+    cut, rank, published = PUBLISHED[row]
+    assert training(sd21, cut, rank) == pytest.approx(published, rel=0.05)
+
+
+def test_inference_takes_what_the_paper_measured() -> None:
+    assert inference() == pytest.approx(INFERENCE, rel=0.05)
+
+
+def test_what_bytes_are_for(sd21: Planner) -> None:
+    peak = sd21.peak("train", Setting(3, training=TrainSettings(rank=128)))
+    lora = 4 * 24.00e6  # published: 24 M parameters at rank 128
+    assert peak.bytes["lora"] == pytest.approx(lora, rel=0.002)
+    assert peak.bytes["optimizer"] == pytest.approx(2 * lora, rel=0.002)
+    kept = 4 * 865.91e6 * (1 - 0.3915)  # published: 866 M parameters, 39.2 % removed
+    time_table = 4 * 200 * 1280
+    assert peak.bytes["weights"] == pytest.approx(kept + time_table, rel=0.001)
+
+
+def test_half_precision_and_checkpointing(sd21: Planner) -> None:
+    fp32 = sd21.peak("train", Setting(3, training=TrainSettings(rank=128)))
+    half = sd21.peak(
+        "train", Setting(3, training=TrainSettings(rank=16, precision="bf16", gradient_checkpointing=True))
+    )
+    assert 2 * half.bytes["weights"] == pytest.approx(fp32.bytes["weights"], rel=0.001)
+    assert 8 * half.bytes["lora"] == pytest.approx(fp32.bytes["lora"], rel=0.001)  # fp32, both
+    assert half.total < 1.25 * GIB
+
+
+def test_each_cut_removes_its_share_of_the_weights(
+    tiny: Planner, table: dict[int | None, Prediction], folder: Path
+) -> None:
+    unet = load(folder).unet
+    whole = sum(parameter.nbytes for parameter in unet.parameters())
+    slack = 512 * len(list(unet.parameters()))  # to which an allocator rounds up
+    for cut in CUTS[1:]:
+        times = 4 * SMALL.samples * unet.time_embedding.linear_2.out_features
+        expected = whole * (1 - removed_fraction(unet, cut)) + times
+        assert expected <= table[cut].stages["train"].bytes["weights"] <= expected + slack
+    for prediction in table.values():
+        assert whole <= prediction.stages["precompute"].bytes["weights"] <= whole + slack
+
+
+def test_a_prediction_tells_of_every_stage_and_of_the_disk(tiny: Planner, table: dict[int | None, Prediction]) -> None:
+    for cut, prediction in table.items():
+        row = json.loads(json.dumps(prediction.row()))
+        assert tuple(row["stages"]) == STAGES
+        for peak in row["stages"].values():
+            assert peak["total"] == sum(size for kind, size in peak.items() if kind != "total")
+            assert peak["weights"] > 0
+        assert row["cut"] == cut
+    assert table[None].store_bytes == 0
+    shape = exit_shape(tiny.config, 2, 16, 16)
+    assert table[2].store_bytes == 200 * 2 * math.prod(shape)  # fp16
+
+
+def test_the_papers_storage(sd21: Planner) -> None:
+    setting = Setting(3, samples=1000, store_dtype=torch.float32)
+    assert sd21.store_bytes(setting) == pytest.approx(1.31e9, rel=0.01)
+
+
+def test_operations_are_those_counted_before_and_what_is_recomputed(sd21: Planner) -> None:
+    flops = sd21.step_flops(Setting(3, training=TrainSettings(rank=128)))
+    assert 1 <= flops / 1.725e12 < 1.05  # attention's backward computes its scores again
+
+
+def test_memory_that_is_gone_is_not_counted() -> None:
+    with DryRun() as run:
+        for _ in range(3):
+            kept = torch.empty(1000, device="meta") + 1  # two at once
+        assert kept.is_meta
+    assert run.peak().total == 3 * 4096  # the last one lives until the next is made
+    assert run.flops == 0
+
+
+def test_an_optimizers_states_count_from_the_start() -> None:
+    weight = torch.nn.Parameter(torch.empty(1024, 1024, device="meta"))
+    with DryRun() as run:
+        optimizer = torch.optim.AdamW([weight])
+        (weight * 2).sum().backward()
+        optimizer.step()
+    assert run.peak().bytes["optimizer"] >= 2 * weight.nbytes
+    assert run.peak().bytes["lora"] == weight.nbytes
+
+
+def test_a_budget_takes_the_least_hollowing_that_fits(folder: Path) -> None:
+    """Encoders and pictures are small here, so that training decides."""
+    whole = Planner(str(folder))
+    setting = replace(SMALL, training=replace(SMALL.training, rank=512))
+
+    def needed(cut: int | None) -> int:
+        least = replace(setting, cut=cut, training=replace(setting.training, gradient_checkpointing=True))
+        return max(whole.peak(stage, least).total for stage in ("encode", "precompute", "train"))
+
+    fit = whole.fit(needed(1), setting, precisions=["fp32"])
+    assert fit.prediction.bytes <= needed(1)
+    assert fit.prediction.setting.cut == 1
+    assert min(needed(None), needed(0)) > needed(1)
+    assert fit.gave_up[0] == "the middle of the U-Net (cut 1)"
+
+
+def test_a_budget_takes_the_fastest_way_that_fits(tiny: Planner, table: dict[int | None, Prediction]) -> None:
+    everything = tiny.fit(2 * table[None].bytes, SMALL)
+    assert everything.prediction.setting == replace(SMALL, cut=None)
+    assert everything.gave_up == ()
+    half = tiny.fit(table[None].bytes - 1, SMALL)
+    assert half.prediction.setting.training.precision == "bf16"
+    assert half.gave_up[0] == "fp32 for bf16"
+
+
+def test_refusals_are_sentences(tiny: Planner, folder: Path) -> None:
+    smallest = "Nothing fits into 0.00 GiB: the smallest, .* in bf16 with gradient checkpointing, needs .* GiB, in its"
+    with pytest.raises(HollowError, match=smallest):
+        tiny.fit(1000, SMALL)
+    with pytest.raises(HollowError, match=r"no cut 12\. Choose a cut from 0 to 3"):
+        tiny.predict(Setting(12))
+    with pytest.raises(HollowError, match="The resolution 100 is no multiple of 8 pixels"):
+        tiny.predict(Setting(resolution=100))
+    with pytest.raises(HollowError, match="0 records are too few"):
+        tiny.predict(Setting(samples=0))
+    with pytest.raises(HollowError, match=r"'much' is no amount of memory\. Write it as 4GB"):
+        parse_bytes("much")
+    with pytest.raises(HollowError, match="sd99 does not exist"):
+        Planner("sd99")
+
+
+@pytest.mark.parametrize(("text", "size"), [("4GB", 4 * 2**30), ("3.5 GiB", 3.5 * 2**30), ("800m", 800 * 2**20)])
+def test_amounts_of_memory(text: str, size: float) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sd21", "sdxl"])
+def test_an_outline_has_the_shapes_that_are_loaded(layout: str, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(layout)
+    pipeline.save_pretrained(tmp_path)
+    loaded, outlined = load(tmp_path), outline(str(tmp_path))
+    assert (outlined.layout, outlined.resolution) == (loaded.layout, loaded.resolution)
+    for real, fake in zip(
+        (loaded.unet, loaded.vae, *loaded.text_encoders),
+        (outlined.unet, outlined.vae, *outlined.text_encoders),
+        strict=True,
+    ):
+        assert {name: tensor.shape for name, tensor in fake.state_dict().items()} == {
+            name: tensor.shape for name, tensor in real.state_dict().items()
+        }
+        assert all(tensor.is_meta for tensor in fake.parameters())
+
+
+def test_a_single_file_is_known_by_its_header(tmp_path: Path) -> None:
+    """Its tensors are too small for the model that its header names: nobody looks at them."""
+    path = tmp_path / "model.safetensors"
+    tensors = original_checkpoint(tiny_pipeline("sd21"), "sd21")
+    text = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file(tensors | {text: torch.zeros(1, 1024)}, path)
+    assert outline(str(path)).layout == "sd21"
+    assert outline(str(path)).unet.num_parameters() == outline("sd21").unet.num_parameters()
+
+
+def test_the_command_prints_json(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(*arguments: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hollow", "plan", str(folder), "--json", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return (end.value.code or 0, *capsys.readouterr())
+
+    status, out, err = plan("--cut", "2", "--cut", "-1", "--precision", "bf16")
+    assert status == 0, err
+    assert [row["cut"] for row in json.loads(out)] == [2, None]
+    status, out, err = plan("--budget", "4GB")
+    assert status == 0, err
+    assert json.loads(out)["gave_up"] == []
+    assert "Given up: nothing." in err
+    status, out, err = plan("--budget", "much")
+    assert (status, out) == (1, "")
+    assert "is no amount of memory" in err
