@@ -217,6 +217,7 @@ def _check(
             f"There are {low[0]} images and {low[1]} class pictures at a lower resolution, but {counts['image']} and "
             f"{counts['prior']} at full. Give each of them a twin, in the same order, or none."
         )
+    _check_twins(examples)
     if samples < len(kinds):
         raise HollowError(f"{samples} records are too few. Ask for at least {len(kinds)}; 200 are usual.")
     prediction = schedule.config.prediction_type
@@ -229,6 +230,17 @@ def _check(
         )
     for number, example in enumerate(examples):
         _check_example(unet, number, example)
+
+
+def _check_twins(examples: Sequence[Example]) -> None:
+    for kind in ("image", "prior"):
+        full, low = ([e.latents.shape[-2:] for e in examples if e.kind == of] for of in (kind, f"low {kind}"))
+        for large, small in zip(full, low, strict=False):
+            if any(side >= whole for side, whole in zip(small, large, strict=True)):
+                raise HollowError(
+                    f"A picture's latents at the lower resolution are {small[0]}×{small[1]}, but {large[0]}×{large[1]} "
+                    "at full. Make the low ones smaller, half as large for example."
+                )
 
 
 def _check_example(unet: UNet2DConditionModel, number: int, example: Example) -> None:

@@ -47,7 +47,8 @@ class TrainSettings:
     weight_decay: float = 1e-2
     """AdamW's."""
     optimizer: OptimizerName = "adamw"
-    """AdamW with its states in fp32, or in 8 bits by bitsandbytes: a quarter of their memory."""
+    """AdamW with its states in fp32, or in 8 bits by bitsandbytes: a quarter of their memory, for matrices of at
+    least 4096 numbers."""
     batch: int = 1
     """Image records a step; as many of the prior come on top. Costs time, not memory."""
     prior_weight: float = 1.0
@@ -94,9 +95,11 @@ class TrainSettings:
         """Those that may not change when a run goes on; the others do not change what a step does."""
         free = {"save_every", "gradient_checkpointing", "fused_backward"}
         if self.strategy != "selective":  # whose steps know how far the training is
-            free.add("steps")
+            free |= {"steps", "selective_gamma", "probability"}
+        if self.strategy == "bp":
+            free |= {"zo_learning_rate", "zo_epsilon", "zo_queries", "zo_timesteps"}
         fixed = {name: value for name, value in asdict(self).items() if name not in free}
-        if self.probability is not None:
+        if "probability" in fixed and self.probability is not None:
             fixed["probability"] = digest(torch.tensor(heat_map(self.probability)))
         return fixed
 

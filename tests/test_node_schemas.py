@@ -69,7 +69,7 @@ def schemas(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     nodes = asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
     found = [node.define_schema() for node in nodes]
     for name in [name for name in sys.modules if name.startswith(f"{pack}.nodes")]:
-        monkeypatch.delitem(sys.modules, name)
+        sys.modules.pop(name)
     return found
 
 

@@ -315,3 +315,12 @@ def test_the_whole_road_draws_its_schedule(sdxl_request, tmp_path):
     assert {step.kind for step in outcome.result.taken} == {"bp-low", "zo-high"}
     with Image.open(tmp_path / "out" / "schedule.png") as picture:
         assert picture.width > 500
+
+
+def test_settings_that_a_strategy_does_not_read_may_change_when_a_run_goes_on():
+    def fixed(**changes):
+        return TrainSettings(**changes).fixed
+
+    assert fixed(selective_gamma=2.0, zo_queries=3, steps=5) == fixed()
+    assert fixed(strategy="zo", selective_gamma=2.0) == fixed(strategy="zo") != fixed(strategy="zo", zo_queries=3)
+    assert fixed(strategy="selective", selective_gamma=2.0) != fixed(strategy="selective")

@@ -37,21 +37,22 @@ def precompute(
 ) -> HollowActivations:
     """Run the base to the exit for each record that is not stored yet.
 
-    `personal` and `generic` hold one prompt for all pictures or one for each, `class_prompts` one for each batch of
-    `class_latents`, in turn. The low ones are those of the same pictures at a lower resolution, or none.
+    `personal` and `generic` hold one prompt for all pictures or one for each, `class_prompts` also one for each batch
+    of `class_latents`. The low ones are those of the same pictures at a lower resolution, or none.
     Raises HollowError as `hollow_core.precompute.precompute` does, and ComfyUI's exception on Cancel.
     """
     from ...hollow_core import precompute as stage
     from ...hollow_core.hollow import head
 
     folder = store_folder(name)
+    of_class = _prompt_of_each(class_latents, class_prompts)
     examples = [
         *_personal_examples(hollowed, latents, personal, generic),
-        *_class_examples(hollowed, class_latents, class_prompts),
+        *_class_examples(hollowed, class_latents, of_class),
     ]
     if low_latents:
         examples += _low(_personal_examples(hollowed, low_latents, personal, generic))
-    examples += _low(_class_examples(hollowed, low_class_latents, class_prompts))
+    examples += _low(_class_examples(hollowed, low_class_latents, of_class))
     schedule = noise_schedule(hollowed.model)
     watch = NodeProgress(node_id, "Precompute")
     clear_device()
@@ -80,7 +81,7 @@ def _personal_examples(
     personal: Sequence[Conditionings],
     generic: Sequence[Conditionings],
 ) -> list[Any]:
-    pictures = [picture[None] for batch in latents for picture in batch["samples"]]
+    pictures = _pictures(latents)
     if not pictures:
         raise HollowError("There are no pictures to learn from. Connect four or five of your subject.")
     for name, prompts in (("personal", personal), ("generic", generic)):
@@ -99,14 +100,32 @@ def _low(examples: list[Any]) -> list[Any]:
     return [replace(example, kind=f"low {example.kind}") for example in examples]
 
 
+def _prompt_of_each(latents: Sequence[dict[str, Any]], prompts: Sequence[Conditionings]) -> list[Conditionings]:
+    """The prompt of each class picture."""
+    sizes = [len(batch["samples"]) for batch in latents]
+    if len(prompts) == 1:
+        return [prompts[0]] * sum(sizes)
+    if len(prompts) == len(sizes):
+        return [prompt for prompt, size in zip(prompts, sizes, strict=True) for _ in range(size)]
+    if len(prompts) == sum(sizes) or not sizes:
+        return [*prompts]
+    raise HollowError(
+        f"There are {len(prompts)} prompts for {sum(sizes)} class pictures in {len(sizes)} batches. "
+        "Connect to class_prompt the one that made them all, or one for each batch."
+    )
+
+
 def _class_examples(
     hollowed: HollowedModel, latents: Sequence[dict[str, Any]], prompts: Sequence[Conditionings]
 ) -> list[Any]:
     return [
-        _example(hollowed, picture[None], prompt, prompt, "prior")
-        for batch, prompt in zip(latents, cycle(prompts), strict=False)
-        for picture in batch["samples"]
+        _example(hollowed, picture, prompt, prompt, "prior")
+        for picture, prompt in zip(_pictures(latents), cycle(prompts), strict=False)
     ]
+
+
+def _pictures(latents: Sequence[dict[str, Any]]) -> list[Tensor]:
+    return [picture[None] for batch in latents for picture in batch["samples"]]
 
 
 def _example(

@@ -1,5 +1,6 @@
 """The nodes on the embedded model, as a graph runs them."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,3 +188,29 @@ def test_wrong_wires_are_refused(demo: Any) -> None:
         hollow_unet.HollowUNet.execute(demo.model, 12)
     with pytest.raises(Exception, match="This MODEL is a Flux, which has no U-Net to hollow"):
         hollow_unet.HollowUNet.execute(tiny_flux(), 3)
+
+
+def test_selective_trains_on_smaller_twins_of_all_pictures(demo: Any) -> None:
+    hollowed = hollow_unet.HollowUNet.execute(demo.model, 3).args[0]
+    drawn = [{"samples": torch.cat([latent["samples"]] * 2)} for latent in demo.latents[:2]]
+    low, low_drawn = (
+        [{"samples": torch.nn.functional.avg_pool2d(batch["samples"], 2)} for batch in batches]
+        for batches in (demo.latents, drawn)
+    )
+    run = precompute_activations.HollowPrecompute.execute
+    given = ([hollowed], demo.latents, demo.personal, demo.generic, [8], [0], ["float32"], ["selective"])
+    class_prompts = demo.generic[3:]  # one for each of two batches
+    activations = run(*given, drawn, class_prompts, low, low_drawn).args[0]
+    fingerprint = json.loads((activations.folder / "store.json").read_text())["fingerprint"]
+    assert fingerprint["kinds"] == ["image"] * 5 + ["prior"] * 4 + ["low image"] * 5 + ["low prior"] * 4
+    generic = [prompt["generic"] for prompt in fingerprint["prompts"]]
+    assert generic[5:9] == generic[14:] == [generic[3]] * 2 + [generic[4]] * 2
+
+    settings = SETTINGS | {"steps": 10, "preview_every": 5, "strategy": "selective", "selective_gamma": 3.0}
+    losses = train_lora.HollowTrainLoRA.execute(hollowed, activations, **settings).args[2]["loss"]
+    assert len(losses) == 10
+
+    with pytest.raises(Exception, match="2 prompts for 6 class pictures in 3 batches"):
+        run(*given, [*drawn, drawn[0]], class_prompts)
+    with pytest.raises(Exception, match="at the lower resolution are 16×16, but 16×16 at full"):
+        run(*given, None, None, demo.latents)
