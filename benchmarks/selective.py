@@ -9,9 +9,6 @@ peak of a dry run and the operations of a step for SD1.5 at 512², BP-low at 256
 
 import argparse
 import time
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,14 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from hollow_core import lora_file
 from hollow_core.blocks import exit_shape, layout_config
 from hollow_core.demo import run, scorers, world
+from hollow_core.dry_run import DryRun
 from hollow_core.files import read_json, write_json
 from hollow_core.hollow import hollow
 from hollow_core.images import load_images
@@ -168,94 +162,47 @@ def train_and_score(
 
 
 def sd15_peak(way: str, cut: int | None) -> dict[str, Any]:
-    """The peak of training on fake tensors, weights and AdamW's moments included, and the operations of a step.
+    """The peak of training by a dry run, weights and AdamW's moments included, and the operations of a step.
 
     Those of selective are the mean over its schedule at γ = 1.
     """
-    config = layout_config("sd15")
     with torch.device("meta"):
-        unet: UNet2DConditionModel = UNet2DConditionModel.from_config(config).eval()
+        unet: UNet2DConditionModel = UNet2DConditionModel.from_config(layout_config("sd15")).eval()
     if cut is not None:
         unet = hollow(unet, cut, [1])
     add_lora(unet, RANK, generator=torch.Generator())
-    with FakeTensorMode():
-        for module in unet.modules():  # meta tensors know no generator
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    fake = torch.nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad)
-                    module._parameters[name] = fake
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else torch.empty(buffer.shape)
-        with _live_bytes([*unet.parameters(), *unet.buffers()]) as live:
-            steps = [_sd15_step(unet, cut, kind) for kind in SD15_WAYS[way]]
-            for step in steps:  # makes AdamW's moments
-                step()
-            live.peak, flops = live.now, []
-            for step in steps:
-                with FlopCounterMode(display=False) as counter:
-                    step()
-                flops.append(counter.get_total_flops() / 1e12)
+    with DryRun() as dry:
+        dry.hold("weights", unet)
+        flops = []
+        for kind in SD15_WAYS[way]:
+            before = dry.flops
+            _sd15_step(unet, cut, kind)
+            flops.append((dry.flops - before) / 1e12)
     low = mean(mean(row) for row in heat_map(falling(1.0)))
     tflop = flops[0] if len(flops) == 1 else low * flops[0] + (1 - low) * flops[1]
-    return {"way": way if cut is None else f"{way}, hollowed", "peak_GiB": live.peak / 2**30, "tflop": tflop}
+    return {
+        "way": way if cut is None else f"{way}, hollowed",
+        "peak_GiB": dry.peak().total / 2**30,
+        "tflop": tflop,
+    }
 
 
-def _sd15_step(unet: UNet2DConditionModel, cut: int | None, kind: str) -> Callable[[], None]:
+def _sd15_step(unet: UNet2DConditionModel, cut: int | None, kind: str) -> None:
     """One step of a kind, with an optimizer of its own."""
     size = 32 if kind == "bp-low" else 64
     parameters = lora_parameters(unet)
-    optimizer = torch.optim.AdamW(parameters, foreach=False)
-    latents, prompt = torch.empty(1, 4, size, size), torch.empty(1, 77, unet.config.cross_attention_dim)
-    handed_in = {} if cut is None else {"exit_activation": torch.empty(1, *exit_shape(unet.config, cut, size, size))}
+    optimizer = torch.optim.AdamW(parameters)
+    empty = partial(torch.empty, device="meta")
+    latents, prompt = empty(1, 4, size, size), empty(1, 77, unet.config.cross_attention_dim)
+    handed_in = {} if cut is None else {"exit_activation": empty(1, *exit_shape(unet.config, cut, size, size))}
     way: Step = ZerothOrder(parameters, seed=0) if kind == "zo-high" else backpropagate
 
     def loss(record: int) -> torch.Tensor:
         return torch.nn.functional.mse_loss(unet(latents, 1, prompt, **handed_in).sample, latents)
 
-    def step() -> None:
-        way(loss, [(0, 1.0)])
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-class _Live(TorchDispatchMode):
-    """Adds up the bytes of all storages that are alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now, self.peak = 0, 0
-        self.seen: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
-
-    def see(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage not in self.seen:
-            self.seen[storage] = bytes_ = storage.nbytes()
-            self.now += bytes_
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, bytes_)
-
-    def _gone(self, bytes_: int) -> None:
-        self.now -= bytes_
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:  # .item() of a number that there is not
-            return 1.0
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self.see(leaf)
-        return out
-
-
-@contextmanager
-def _live_bytes(held: list[torch.Tensor]) -> Iterator[_Live]:
-    live = _Live()
-    for tensor in held:
-        live.see(tensor)
-    with live:
-        yield live
+    way(loss, [(0, 1.0)])
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _once(folder: Path, name: str, measure: Any) -> dict[str, Any]:

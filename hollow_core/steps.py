@@ -80,7 +80,9 @@ class ZerothOrder:
 
     def _directions(self, query: int) -> Iterator[Tensor]:
         """z of a query, one tensor for each parameter, drawn where the parameters are."""
-        generator = torch.Generator(self.parameters[0].device).manual_seed(self.seed + query)
+        device = self.parameters[0].device
+        # a dry run, on "meta", draws nothing
+        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(self.seed + query)
         for parameter in self.parameters:
             yield torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=parameter.dtype)
 
