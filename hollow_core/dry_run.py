@@ -61,6 +61,9 @@ class DryRun:
 
     def __enter__(self) -> "DryRun":
         self._stack.enter_context(_optimizer_hooks(self._ledger))
+        if (dtype := self._gpu.autocast) is not None:
+            # meta tensors have no autocast: this is for code that asks whether it is on
+            self._stack.enter_context(torch.autocast("cpu", dtype))
         self._stack.enter_context(self._gpu)
         self._stack.enter_context(self._ledger)
         return self
@@ -86,6 +89,28 @@ class DryRun:
         """The fullest moment. One step is enough: what an optimizer keeps from step to step counts from the
         start, as it is there in every step but the first."""
         return self._ledger.peak()
+
+
+class AdamW8bitStates(torch.optim.Optimizer):
+    """What bitsandbytes' AdamW8bit keeps, whose kernels know no meta device: two bytes an element and a scale
+    for each block of 256 in both moments; 32 bits where a parameter has less than 4096 elements. It does nothing.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Makes the states."""
+        for parameter in (each for group in self.param_groups for each in group["params"] if each.grad is not None):
+            size, state = parameter.numel(), self.state[parameter]
+            if state:
+                continue
+            for number in (1, 2):
+                moment = torch.float32 if size < 4096 else torch.uint8
+                state[f"state{number}"] = torch.zeros_like(parameter, dtype=moment)
+                if size >= 4096:
+                    state[f"absmax{number}"] = torch.zeros(-(-size // 256), device=parameter.device)
 
 
 class _Ledger(TorchDispatchMode):

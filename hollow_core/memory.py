@@ -4,7 +4,7 @@ Each stage's real code runs once on tensors without data (`dry_run`), so a predi
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .activations import Fingerprint, Record, Store, schedule_id
 from .blocks import check_cut, exit_shape, max_cut
@@ -23,12 +23,14 @@ from .dry_run import DryRun, Peak
 from .errors import HollowError
 from .hollow import Conditioning, head, hollow
 from .images import TrainingImage
-from .lora import add_lora, lora_parameters, lora_state, remove_lora
-from .lora_file import LoraFile, Recipe
-from .models import BaseModel, encode_images, encode_prompt, free_encoders, outline
+from .lora import add_lora, lora_parameters
+from .lora_file import Recipe
+from .models import BaseModel, decode_images, encode_images, encode_prompt, outline
 from .precompute import Example, run_to_exit
+from .progress import Progress
 from .prompts import generic_prompt, personal_prompt
-from .sample import SampleSettings, sample
+from .residency import Bits, away, quantize, stream
+from .sample import SampleSettings, draw, encode_guided
 from .train import Precision, TrainSettings, train
 
 STAGES = ("encode", "precompute", "train", "sample")
@@ -50,12 +52,25 @@ class Setting:
     """Records in the store."""
     store_dtype: torch.dtype = torch.float16
     """How exit activations are kept."""
+    base_bits: Bits | None = None
+    """Bits of a weight of the frozen base; None keeps them in the precision."""
+    streaming: bool = False
+    """The base's weights are in main memory and visit the device."""
     training: TrainSettings = field(default_factory=TrainSettings)
 
     def __str__(self) -> str:
-        hollowed = "the whole U-Net" if self.cut is None else f"cut {self.cut}"
-        checkpointing = " with gradient checkpointing" if self.training.gradient_checkpointing else ""
-        return f"{hollowed} in {self.training.precision}{checkpointing}"
+        training = self.training
+        return f"{'the whole U-Net' if self.cut is None else f'cut {self.cut}'} in " + ", ".join(
+            [
+                training.precision,
+                *(["gradient checkpointing"] if training.gradient_checkpointing else []),
+                *([f"{self.base_bits}-bit base"] if self.base_bits else []),
+                *(["streaming"] if self.streaming else []),
+                *(["bf16 LoRA"] if training.lora_precision == "bf16" else []),
+                *(["8-bit AdamW"] if training.optimizer == "adamw8bit" else []),
+                *(["fused backward"] if training.fused_backward else []),
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,11 @@ class Prediction:
             "cut": self.setting.cut,
             "precision": training.precision,
             "gradient_checkpointing": training.gradient_checkpointing,
+            "base_bits": self.setting.base_bits,
+            "streaming": self.setting.streaming,
+            "lora_precision": training.lora_precision,
+            "optimizer": training.optimizer,
+            "fused_backward": training.fused_backward,
             "rank": training.rank,
             "batch": training.batch,
             "bytes": self.bytes,
@@ -111,12 +131,11 @@ class Fit:
 class Planner:
     """Predictions for one model: a layout ("sd15", "sd21", "sdxl") or a path, as for `models.outline`.
 
-    `prepare` is done to the model, which holds no data, before each stage: what makes its weights smaller,
-    say. Raises HollowError as `outline` does.
+    Raises HollowError as `outline` does.
     """
 
-    def __init__(self, model: str, prepare: Callable[[BaseModel], object] | None = None) -> None:
-        self._model, self._prepare = model, prepare
+    def __init__(self, model: str) -> None:
+        self._model = model
         self._runs: dict[tuple[str, Setting], tuple[Peak, int]] = {}  # what was run once
         known = outline(model)
         self.config, self.resolution = known.unet.config, known.resolution
@@ -150,19 +169,15 @@ class Planner:
         """The least hollowing, and for it the fastest way, whose stages all stay within `budget` bytes.
 
         From the whole U-Net on, cut by cut, the ways are tried that give up least: `precisions` in their order,
-        then gradient checkpointing in the last of them; all else is as in `setting`. Sampling is not counted,
-        as any other tool can draw with the LoRA. Raises HollowError where nothing fits, saying what the
-        smallest would need.
+        then in the last of them gradient checkpointing, then a base in 8 bits, then streaming; all else is as in
+        `setting`. Sampling is not counted, as any other tool can draw with the LoRA. Raises HollowError where
+        nothing fits, saying what the smallest would need.
         """
         self._check(setting)
-        precisions = tuple(precisions)
-        ways = [(precision, False) for precision in precisions] + [(precisions[-1], True)]
+        ways = _ways(setting, tuple(precisions))
         least = []
         for cut in (None, *range(max_cut(self.config) + 1)):
-            settings = [
-                replace(setting, cut=cut, training=replace(setting.training, precision=p, gradient_checkpointing=c))
-                for p, c in ways
-            ]
+            settings = [replace(way, cut=cut) for way in ways]
             for tried in settings if self._fits(settings[-1], budget) else []:
                 if self._fits(tried, budget):
                     return Fit(self.predict(tried), _gave_up(tried, settings[0]))
@@ -203,12 +218,17 @@ class Planner:
             if stage == "sample":
                 old = setting.training
                 training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets)
-        cut = None if stage == "encode" else setting.cut
-        setting = Setting(cut, setting.resolution or self.resolution, training=training)
+        setting = replace(setting, resolution=setting.resolution or self.resolution, training=training)
+        if stage == "encode":  # without the U-Net
+            setting = replace(setting, cut=None, base_bits=None, streaming=False)
+        if stage != "train":  # which alone reads records
+            setting = replace(setting, samples=1, store_dtype=torch.float16)
         if (stage, setting) not in self._runs:
             model = outline(self._model, _DTYPES[training.precision])
-            if self._prepare is not None:
-                self._prepare(model)
+            if setting.base_bits is not None:
+                quantize(model.unet, setting.base_bits)
+            if setting.streaming:
+                stream(model.unet, "meta")
             run = {"encode": _encode, "precompute": _precompute, "train": _train, "sample": _sample}[stage]
             self._runs[stage, setting] = run(model, setting)
         return self._runs[stage, setting]
@@ -225,6 +245,14 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * {"G": GIB, "M": 2**20}[match[2].upper()])
 
 
+def _ways(setting: Setting, precisions: tuple[Precision, ...]) -> list[Setting]:
+    """From the fastest to the smallest."""
+    ways = [replace(setting, training=replace(setting.training, precision=each)) for each in precisions]
+    checkpointing = replace(ways[-1], training=replace(ways[-1].training, gradient_checkpointing=True))
+    quantized = replace(checkpointing, base_bits=setting.base_bits or 8)
+    return list(dict.fromkeys([*ways, checkpointing, quantized, replace(quantized, streaming=True)]))
+
+
 def _gave_up(setting: Setting, first: Setting) -> tuple[str, ...]:
     training = setting.training
     given = []
@@ -234,35 +262,42 @@ def _gave_up(setting: Setting, first: Setting) -> tuple[str, ...]:
         given.append(f"{first.training.precision} for {training.precision}")
     if training.gradient_checkpointing:
         given.append("about a third of the speed (gradient checkpointing)")
+    if setting.base_bits != first.base_bits:
+        given.append(f"the last digits of the base ({setting.base_bits} bits a weight)")
+    if setting.streaming:
+        given.append("the time to bring weights from main memory (streaming)")
     return tuple(given)
 
 
 def _encode(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
-    """A picture and a prompt; the whole model is there, as in `personalize`."""
+    """A picture, then a prompt: VAE and text encoders are there in turn, as in `personalize`."""
     side = setting.resolution or model.resolution
     picture = TrainingImage(Image.new("RGB", (side, side)), None, "", (0, 0, side, side))
     assert model.vae is not None
-    with DryRun() as run:
-        run.hold("weights", model.unet, model.vae, *model.text_encoders)
+    with DryRun() as images:
+        images.hold("weights", model.vae)
         encode_images(model, [picture])
+    with DryRun() as prompts:
+        prompts.hold("weights", *model.text_encoders)
         encode_prompt(model, personal_prompt("sks", "dog"), (side, side))
-    return run.peak(), run.flops
+    return _in_turn(images, prompts)
 
 
 def _precompute(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
-    """One record by the base path; an ordinary LoRA needs none."""
-    free_encoders(model)
+    """Records by the base path, of which alone is there what it passes; an ordinary LoRA needs none."""
     latents, prompt = _inputs(model, setting)
     example = Example(latents, prompt, prompt, "", "")
     with DryRun() as run:
-        run.hold("weights", model.unet)
         if setting.cut is not None:
-            run_to_exit(head(model.unet, setting.cut).eval(), model.schedule, _RECORD, example)
+            base = head(model.unet, setting.cut).eval()
+            _hold(run, base)
+            for _ in range(_passes(setting)):
+                run_to_exit(base, model.schedule, _RECORD, example)
     return run.peak(), run.flops
 
 
 def _train(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
-    """The first step of `train`, with two records at most: more are no more memory."""
+    """The first steps of `train`, with two records at most: more are no more memory."""
     training = setting.training
     unet = model.unet if setting.cut is None else hollow(model.unet, setting.cut, range(setting.samples))
     store = OneRecord(model, setting)
@@ -270,41 +305,60 @@ def _train(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     few = replace(training, batch=min(training.batch, 2), save_every=0)
     autocast = None if training.precision == "fp32" else _DTYPES[training.precision]
 
-    def stop_here(_: object) -> None:
-        raise _FirstStep
+    def stop_there(done: Progress) -> None:
+        if done.step == _passes(setting):
+            raise _EnoughSteps
 
-    with TemporaryDirectory() as folder, DryRun(autocast) as run, suppress(_FirstStep):
-        run.hold("weights", unet)
-        train(unet, store.schedule, store, few, folder=folder, progress=stop_here)
-    return run.peak(), run.flops * training.batch // few.batch
+    with TemporaryDirectory() as folder, DryRun(autocast) as run, suppress(_EnoughSteps):
+        _hold(run, unet)
+        train(unet, store.schedule, store, few, folder=folder, progress=stop_there)
+    return run.peak(), run.flops * training.batch // (few.batch * _passes(setting))
 
 
 def _sample(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
-    """A denoising step with classifier-free guidance, on two paths where something is hollowed, and the picture."""
+    """A denoising step with classifier-free guidance, on two paths where something is hollowed, and the picture;
+    text encoders, U-Net and VAE are there in turn, as in `sample`."""
     side, training = setting.resolution or model.resolution, setting.training
+    settings = SampleSettings(steps=_passes(setting), size=(side, side))
     prompt = personal_prompt("sks", "dog")
-    prediction = model.schedule.config.prediction_type
-    recipe = Recipe(setting.cut, "sks", "dog", prompt, generic_prompt(prompt, "sks"), prediction)
-    file = LoraFile(_lora_state(model, setting), training.lora_alpha, recipe, {})
+    recipe = Recipe(
+        setting.cut, "sks", "dog", prompt, generic_prompt(prompt, "sks"), model.schedule.config.prediction_type
+    )
+    add_lora(
+        model.unet if setting.cut is None else hollow(model.unet, setting.cut, None),
+        training.rank,
+        targets=training.targets,
+        generator=torch.Generator(),
+    )
     assert model.vae is not None
-    with DryRun() as run:
-        run.hold("weights", model.unet, model.vae, *model.text_encoders)
+    with DryRun() as prompts:
+        prompts.hold("weights", *model.text_encoders)
+        text = encode_guided(model, prompt, settings)
+        generic = None if setting.cut is None else encode_prompt(model, recipe.generic_prompt, settings.size)
+    with DryRun() as drawing:
+        _hold(drawing, model.unet)
+        drawing.name("lora", lora_parameters(model.unet))
+        latents = draw(model, text, 0, settings, recipe, generic)
+    with DryRun() as picture:
+        picture.hold("weights", model.vae)
+        decode_images(model, [latents])
+    return _in_turn(prompts, drawing, picture)
 
-        def drawn(*_: object) -> None:
-            run.name("lora", lora_parameters(model.unet))
 
-        sample(model, [prompt], [0], SampleSettings(steps=1, size=(side, side)), lora=file, progress=drawn)
-    return run.peak(), run.flops
+def _in_turn(*runs: DryRun) -> tuple[Peak, int]:
+    """Of what happens one after the other."""
+    return max((run.peak() for run in runs), key=lambda peak: peak.total), sum(run.flops for run in runs)
 
 
-def _lora_state(model: BaseModel, setting: Setting) -> dict[str, Tensor]:
-    """That of a LoRA as training would leave it, all zeros."""
-    unet = model.unet if setting.cut is None else hollow(model.unet, setting.cut)
-    with DryRun():  # which lets it leave the device
-        add_lora(unet, setting.training.rank, targets=setting.training.targets, generator=torch.Generator())
-        state = lora_state(unet)
-    remove_lora(unet)
-    return state
+def _hold(run: DryRun, unet: nn.Module) -> None:
+    """Count what of a U-Net is on the device."""
+    elsewhere = {id(tensor) for tensor in away(unet)}
+    run.name("weights", [each for each in (*unet.parameters(), *unet.buffers()) if id(each) not in elsewhere])
+
+
+def _passes(setting: Setting) -> int:
+    """After which the fullest moment was seen: streaming sends ahead from the second on."""
+    return 2 if setting.streaming else 1
 
 
 def _inputs(model: BaseModel, setting: Setting) -> tuple[Tensor, Conditioning]:
@@ -317,7 +371,7 @@ def _inputs(model: BaseModel, setting: Setting) -> tuple[Tensor, Conditioning]:
 _RECORD = Record(image=0, kind="image", timestep=0, noise_seed=0)
 
 
-class _FirstStep(Exception):
+class _EnoughSteps(Exception):
     """Enough was seen."""
 
 

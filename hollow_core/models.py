@@ -1,6 +1,7 @@
 """A base model from a diffusers folder or a single file, and what it makes of prompts and pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,19 @@ def decode_images(model: BaseModel, latents: Sequence[Tensor]) -> list[Image.Ima
     if vae.dtype != dtype:
         vae.to(dtype)
     return pictures
+
+
+@contextmanager
+def visiting(device: torch.device | str | None, *parts: nn.Module | None) -> Iterator[None]:
+    """Inside, `parts` are on `device`, then on the CPU; None leaves them where they are."""
+    there = [part for part in parts if part is not None and device is not None]
+    for part in there:
+        part.to(device)
+    try:
+        yield
+    finally:
+        for part in there:
+            part.to("cpu")
 
 
 def free_encoders(model: BaseModel) -> None:

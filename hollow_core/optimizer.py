@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .dry_run import AdamW8bitStates
 from .errors import HollowError
 
 OptimizerName = Literal["adamw", "adamw8bit"]
@@ -30,7 +31,7 @@ class Optimizer:
         weight_decay: float,
         fused: bool = False,
     ) -> None:
-        make = partial(_optimizer_class(name), lr=learning_rate, weight_decay=weight_decay)
+        make = partial(_optimizer_class(name, parameters[0].is_meta), lr=learning_rate, weight_decay=weight_decay)
         self.parameters, self.fused = parameters, fused
         self._optimizers = [make([parameter]) for parameter in parameters] if fused else [make(parameters)]
         one_each = self._optimizers if fused else self._optimizers * len(parameters)
@@ -89,9 +90,11 @@ def _restored(value: Tensor, device: torch.device) -> Tensor | float:
     return value.clone() if value.is_floating_point() else value.item()
 
 
-def _optimizer_class(name: OptimizerName) -> Callable[..., torch.optim.Optimizer]:
+def _optimizer_class(name: OptimizerName, dry_run: bool) -> Callable[..., torch.optim.Optimizer]:
     if name == "adamw":
         return torch.optim.AdamW
+    if dry_run:
+        return AdamW8bitStates
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:

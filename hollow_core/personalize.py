@@ -9,11 +9,11 @@ import torch
 from . import lora_file
 from .activations import Kind, Store
 from .errors import HollowError
-from .hollow import Conditioning, hollow
+from .hollow import Conditioning, head, hollow
 from .images import TrainingImage, at_resolution
 from .lora_file import Recipe
 from .meter import Meter
-from .models import BaseModel, decode_images, encode_images, encode_prompt, free_encoders
+from .models import BaseModel, decode_images, encode_images, encode_prompt, free_encoders, visiting
 from .precompute import Example, precompute
 from .prior import class_latents
 from .progress import Progress, Stop, Watch
@@ -77,9 +77,11 @@ def personalize(
 
     The strategy selective leaves a picture of its schedule there, too, with the steps that were taken.
 
-    `load` gives the base model and keeps no reference to it, so that it can leave memory in time: its encoders
-    before precomputing, its middle before training. `progress` is called with the name of the stage, "class
-    pictures", "precompute" or "train". Raises HollowError as the stages do.
+    `load` gives the base model, on the CPU, and keeps no reference to it. Its parts visit `device` in turn: VAE,
+    text encoders, the U-Net up to the exit, and what is left of it; all at once only to draw class pictures. What
+    no later stage needs leaves memory: the encoders before precomputing, the middle before training. `progress`
+    is called with the name of the stage, "class pictures", "precompute" or "train". Raises HollowError as
+    the stages do.
     """
     if not request.images:
         raise HollowError("There are no pictures to learn from. Give four or five of your subject.")
@@ -94,26 +96,28 @@ def personalize(
             quantize(model.unet, request.base_bits)
         if request.streaming:
             stream(model.unet, device)
-        move(model, device)
         drawn: list[torch.Tensor] = []
         if request.class_images:
-            drawn = class_latents(
-                model,
-                class_prompts(request),
-                folder / "class",
-                resolution=request.images[0].picture.width,
-                seed=request.settings.seed,
-                progress=watch("class pictures"),
-                stop=stop,
-            )
+            with visiting(device, model.unet, model.vae, *model.text_encoders):
+                drawn = class_latents(
+                    model,
+                    class_prompts(request),
+                    folder / "class",
+                    resolution=request.images[0].picture.width,
+                    seed=request.settings.seed,
+                    progress=watch("class pictures"),
+                    stop=stop,
+                )
             if len(drawn) < request.class_images:
                 return Outcome(None, None, None, meter)
-        examples = make_examples(model, request, drawn)
+        examples = make_examples(model, request, drawn, device)
         if request.settings.strategy == "selective":
-            examples += low_examples(model, request, drawn)
+            examples += low_examples(model, request, drawn, device)
         free_encoders(model)
 
     with meter.stage("precompute"):
+        if request.cut is not None:
+            head(model.unet, request.cut).to(device)
         store = precompute(
             model.unet,
             model.schedule,
@@ -129,11 +133,12 @@ def personalize(
     if store.missing:
         return Outcome(None, None, store, meter)
 
+    unet, schedule, config, layout = model.unet, model.schedule, model.unet.config, model.layout
+    if request.cut is not None:
+        unet = hollow(unet, request.cut, {record.timestep for record in store.records})
+    del model  # here the middle leaves memory
     with meter.stage("train"):
-        unet, schedule, config, layout = model.unet, model.schedule, model.unet.config, model.layout
-        if request.cut is not None:
-            unet = hollow(unet, request.cut, {record.timestep for record in store.records})
-        del model  # here the middle leaves memory
+        unet.to(device)
         result = train(unet, schedule, store, request.settings, folder=folder, progress=watch("train"), stop=stop)
 
     if request.settings.strategy == "selective" and result.stopped == "finished":
@@ -153,9 +158,15 @@ def personalize(
     return Outcome(file, result, store, meter)
 
 
-def make_examples(model: BaseModel, request: Request, class_latents: Sequence[torch.Tensor]) -> list[Example]:
+def make_examples(
+    model: BaseModel,
+    request: Request,
+    class_latents: Sequence[torch.Tensor],
+    device: torch.device | str | None = None,
+) -> list[Example]:
     """The subject's pictures with their prompts, then those of the class with the generic one.
 
+    VAE and text encoders visit `device` in turn; None leaves them where they are.
     Raises HollowError for an empty class word and for a caption that lacks the identifier.
     """
     encoded: dict[tuple[str, int], Conditioning] = {}
@@ -165,19 +176,27 @@ def make_examples(model: BaseModel, request: Request, class_latents: Sequence[to
             encoded[prompt, side] = encode_prompt(model, prompt, (side, side))
         return encoded[prompt, side]
 
+    with visiting(device, model.vae):
+        encoded_images = encode_images(model, request.images)
     examples = []
-    for image, latents in zip(request.images, encode_images(model, request.images), strict=True):
-        personal = _prompt(request, image)
-        generic = generic_prompt(personal, request.identifier)
-        side = image.picture.width
-        examples.append(Example(latents, encode(personal, side), encode(generic, side), personal, generic))
-    for latents, prompt in zip(class_latents, class_prompts(request), strict=True):
-        conditioning = encode(prompt, request.images[0].picture.width)
-        examples.append(Example(latents, conditioning, conditioning, prompt, prompt, "prior"))
+    with visiting(device, *model.text_encoders):
+        for image, latents in zip(request.images, encoded_images, strict=True):
+            personal = _prompt(request, image)
+            generic = generic_prompt(personal, request.identifier)
+            side = image.picture.width
+            examples.append(Example(latents, encode(personal, side), encode(generic, side), personal, generic))
+        for latents, prompt in zip(class_latents, class_prompts(request), strict=True):
+            conditioning = encode(prompt, request.images[0].picture.width)
+            examples.append(Example(latents, conditioning, conditioning, prompt, prompt, "prior"))
     return examples
 
 
-def low_examples(model: BaseModel, request: Request, class_latents: Sequence[torch.Tensor]) -> list[Example]:
+def low_examples(
+    model: BaseModel,
+    request: Request,
+    class_latents: Sequence[torch.Tensor],
+    device: torch.device | str | None = None,
+) -> list[Example]:
     """The twins of `make_examples` at the lower resolution, whose size SDXL is told; class pictures are decoded.
 
     Raises HollowError for a resolution that is no multiple of 8, or not below that of the pictures.
@@ -186,11 +205,13 @@ def low_examples(model: BaseModel, request: Request, class_latents: Sequence[tor
     side = full // 2 if request.low_resolution is None else request.low_resolution
     if side >= full:
         raise HollowError(f"The low resolution {side} is not below the pictures' {full}. Take half of it.")
-    of_class = [TrainingImage(picture, None, "", (0, 0, full, full)) for picture in decode_images(model, class_latents)]
+    with visiting(device, model.vae):
+        pictures = decode_images(model, class_latents)
+        of_class = [TrainingImage(picture, None, "", (0, 0, full, full)) for picture in pictures]
+        drawn = encode_images(model, [at_resolution(image, side) for image in of_class])
     small = replace(request, images=[at_resolution(image, side) for image in request.images])
-    drawn = encode_images(model, [at_resolution(image, side) for image in of_class])
     kinds: dict[Kind, Kind] = {"image": "low image", "prior": "low prior"}
-    return [replace(example, kind=kinds[example.kind]) for example in make_examples(model, small, drawn)]
+    return [replace(example, kind=kinds[example.kind]) for example in make_examples(model, small, drawn, device)]
 
 
 def class_prompts(request: Request) -> list[str]:

@@ -69,6 +69,8 @@ def stream(unet: UNet2DConditionModel, device: torch.device | str) -> None:
     streamer = Streamer(torch.device(device))
     for layer in _freeze(unet):
         for tensor in layer.held:
+            if tensor.is_meta:  # in a dry run, which tells what is away by `away`
+                continue
             tensor.data = tensor.data.cpu().pin_memory() if streamer.device.type == "cuda" else tensor.data.cpu()
         layer.streamer = streamer
     unet.register_forward_pre_hook(lambda *_: streamer.begin())
@@ -111,7 +113,7 @@ class _FrozenLayer(nn.Module):
         return held[0].detach().to(dtype).requires_grad_(self.held[0].requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
+        device = "cpu" if x.is_meta else x.device.type  # whose autocast `dry_run` takes
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         y: Tensor = _Multiply.apply(x, self)
@@ -121,8 +123,8 @@ class _FrozenLayer(nn.Module):
         """What the layer does to `x`."""
         raise NotImplementedError
 
-    def multiply_back(self, gradient: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        """The gradient of `x`, of which shape and strides alone are known (it is on "meta"), from the result's."""
+    def multiply_back(self, gradient: Tensor, weight: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+        """The gradient of an `x` of this shape and these strides, from the result's."""
         raise NotImplementedError
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -145,11 +147,11 @@ class FrozenLinear(_FrozenLayer, nn.Linear):  # type: ignore[override]  # its we
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self._bias(x.dtype))
 
-    def multiply_back(self, gradient: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        if x.flatten(0, -2).stride(0) > 1:
+    def multiply_back(self, gradient: Tensor, weight: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+        if torch.empty_strided(shape, strides, dtype=torch.uint8, device="meta").flatten(0, -2).stride(0) > 1:
             return gradient @ weight
         # a transposed input gets a transposed gradient: as autograd does it, to the last bit
-        return (weight.t() @ gradient.flatten(0, -2).t()).t().reshape(x.shape)
+        return (weight.t() @ gradient.flatten(0, -2).t()).t().reshape(shape)
 
 
 class FrozenConv2d(_FrozenLayer, nn.Conv2d):  # type: ignore[override]
@@ -162,9 +164,9 @@ class FrozenConv2d(_FrozenLayer, nn.Conv2d):  # type: ignore[override]
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._conv_forward(x, weight, self._bias(x.dtype))
 
-    def multiply_back(self, gradient: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    def multiply_back(self, gradient: Tensor, weight: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
         padding, dilation = cast(tuple[int, int], self.padding), self.dilation
-        return conv2d_input(x.shape, weight, gradient, self.stride, padding, dilation, self.groups)
+        return conv2d_input(shape, weight, gradient, self.stride, padding, dilation, self.groups)
 
 
 class _Multiply(torch.autograd.Function):
@@ -172,13 +174,14 @@ class _Multiply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: _FrozenLayer) -> Tensor:
-        ctx.layer, ctx.x = layer, x.to("meta")
+        ctx.layer, ctx.shape, ctx.strides = layer, x.shape, x.stride()
         return layer.multiply(x, layer.fetch(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.multiply_back(gradient, ctx.layer.fetch(gradient.dtype), ctx.x), None
+        weight = ctx.layer.fetch(gradient.dtype)
+        return ctx.layer.multiply_back(gradient, weight, ctx.shape, ctx.strides), None
 
 
 class Streamer:

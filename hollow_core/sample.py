@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
 
 from .errors import HollowError
+from .hollow import Conditioning
 from .lora import load_lora_state, remove_lora, set_strength
-from .lora_file import LoraFile
-from .models import BaseModel, encode_prompt
+from .lora_file import LoraFile, Recipe
+from .models import BaseModel, decode_images, encode_prompt, visiting
 from .prompts import generic_prompt
 from .two_path import two_path
 
@@ -43,43 +44,77 @@ def sample(
     lora: LoraFile | None = None,
     single_path: bool = False,
     generic: str | None = None,
+    device: torch.device | str | None = None,
     progress: Any = None,
 ) -> list[Image.Image]:
     """One picture a prompt and seed.
 
     A LoRA of a hollowed training is used on two paths (Hollowed Net, Sec. 4.3) with its prompt's generic
-    form, `generic` if given; any other LoRA, or `single_path`, on the ordinary one.
+    form, `generic` if given; any other LoRA, or `single_path`, on the ordinary one. Text encoders, U-Net and VAE
+    visit `device` in turn; None leaves them where they are.
     """
-    pipeline = model.pipeline()
-    pipeline.set_progress_bar_config(disable=True)
-    height, width = settings.size or (model.resolution, model.resolution)
-    pictures = []
-    with _lora(model, lora, settings.strength):
-        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True), start=1):
-            paths: Any = nullcontext()
-            if lora is not None and not single_path and lora.recipe is not None and lora.recipe.cut is not None:
-                text = generic_prompt(prompt, lora.recipe.identifier) if generic is None else generic
-                paths = two_path(
-                    pipeline,
-                    cut=lora.recipe.cut,
-                    generic=encode_prompt(model, text, (height, width)),
-                    strength=settings.strength,
-                    refresh=settings.refresh,
-                )
-            with paths:
-                output = pipeline(
-                    prompt,
-                    height=height,
-                    width=width,
-                    negative_prompt=settings.negative,
-                    num_inference_steps=settings.steps,
-                    guidance_scale=settings.guidance,
-                    generator=torch.Generator().manual_seed(seed),  # the CPU's: one picture on every device
-                )
-            pictures.append(output.images[0])
+    size = settings.size or (model.resolution, model.resolution)
+    recipe = None if lora is None or single_path else lora.recipe
+    with visiting(device, *model.text_encoders):
+        texts = [encode_guided(model, prompt, settings) for prompt in prompts]
+        generics = [
+            encode_prompt(model, generic_prompt(prompt, recipe.identifier) if generic is None else generic, size)
+            for prompt in prompts
+            if recipe is not None and recipe.cut is not None
+        ]
+    latents = []
+    with _lora(model, lora, settings.strength), visiting(device, model.unet):
+        for number, (text, seed) in enumerate(zip(texts, seeds, strict=True), start=1):
+            latents.append(draw(model, text, seed, settings, recipe, *generics[number - 1 : number]))
             if progress is not None:
                 progress(number, len(prompts))
-    return pictures
+    with visiting(device, model.vae):
+        return decode_images(model, latents)
+
+
+@torch.no_grad()
+def encode_guided(model: BaseModel, prompt: str, settings: SampleSettings) -> dict[str, Any]:
+    """A prompt and the negative one as `draw` takes them, by the pipeline's names."""
+    encoder = model.text_encoders[0]
+    embeds = model.pipeline().encode_prompt(
+        prompt,
+        device=next(encoder.parameters()).device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=settings.guidance > 1,
+        negative_prompt=settings.negative,
+    )
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return dict(zip(names, embeds, strict=False))
+
+
+def draw(
+    model: BaseModel,
+    text: dict[str, Any],
+    seed: int,
+    settings: SampleSettings,
+    recipe: Recipe | None = None,
+    generic: Conditioning | None = None,
+) -> torch.Tensor:
+    """Scaled latents (1, 4, height / 8, width / 8) from what `encode_guided` gives; by the U-Net alone."""
+    pipeline = replace(model, vae=None, text_encoders=()).pipeline()
+    pipeline.vae_scale_factor = model.resolution // model.unet.config.sample_size
+    pipeline.set_progress_bar_config(disable=True)
+    height, width = settings.size or (model.resolution, model.resolution)
+    paths: Any = nullcontext()
+    if recipe is not None and generic is not None:
+        paths = two_path(
+            pipeline, cut=recipe.cut, generic=generic, strength=settings.strength, refresh=settings.refresh
+        )
+    with paths:
+        return pipeline(
+            **text,
+            height=height,
+            width=width,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            generator=torch.Generator().manual_seed(seed),  # the CPU's: one picture on every device
+            output_type="latent",
+        ).images
 
 
 @contextmanager
