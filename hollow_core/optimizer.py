@@ -31,7 +31,7 @@ class Optimizer:
         weight_decay: float,
         fused: bool = False,
     ) -> None:
-        make = partial(_optimizer_class(name, parameters[0].is_meta), lr=learning_rate, weight_decay=weight_decay)
+        make = partial(optimizer_class(name, parameters[0].is_meta), lr=learning_rate, weight_decay=weight_decay)
         self.parameters, self.fused = parameters, fused
         self._optimizers = [make([parameter]) for parameter in parameters] if fused else [make(parameters)]
         one_each = self._optimizers if fused else self._optimizers * len(parameters)
@@ -90,7 +90,8 @@ def _restored(value: Tensor, device: torch.device) -> Tensor | float:
     return value.clone() if value.is_floating_point() else value.item()
 
 
-def _optimizer_class(name: OptimizerName, dry_run: bool) -> Callable[..., torch.optim.Optimizer]:
+def optimizer_class(name: OptimizerName, dry_run: bool = False) -> Callable[..., torch.optim.Optimizer]:
+    """The class of an optimizer, in a dry run a stand-in for it. Raises HollowError where bitsandbytes is missing."""
     if name == "adamw":
         return torch.optim.AdamW
     if dry_run:

@@ -14,13 +14,14 @@ from .images import TrainingImage, at_resolution
 from .lora_file import Recipe
 from .meter import Meter
 from .models import BaseModel, decode_images, encode_images, encode_prompt, free_encoders, visiting
+from .optimizer import optimizer_class
 from .precompute import Example, precompute
 from .prior import class_latents
 from .progress import Progress, Stop, Watch
 from .prompts import generic_prompt, personal_prompt
 from .residency import Bits, quantize, stream
 from .selective import save_schedule
-from .train import TrainResult, TrainSettings, train
+from .train import TrainResult, TrainSettings, check_unfused, train
 
 LORA_FILE = "lora.safetensors"
 SCHEDULE_FILE = "schedule.png"
@@ -83,8 +84,7 @@ def personalize(
     is called with the name of the stage, "class pictures", "precompute" or "train". Raises HollowError as
     the stages do.
     """
-    if not request.images:
-        raise HollowError("There are no pictures to learn from. Give four or five of your subject.")
+    _check(request)
     meter = Meter(torch.device(device))
 
     def watch(stage: str) -> Watch | None:
@@ -141,9 +141,6 @@ def personalize(
         unet.to(device)
         result = train(unet, schedule, store, request.settings, folder=folder, progress=watch("train"), stop=stop)
 
-    if request.settings.strategy == "selective" and result.stopped == "finished":
-        timesteps = len(schedule.alphas_cumprod)
-        save_schedule(folder / SCHEDULE_FILE, request.settings.bp_low_probability, result.taken, timesteps)
     personal = _prompt(request, None)
     recipe = Recipe(
         cut=request.cut,
@@ -155,6 +152,9 @@ def personalize(
     )
     file = folder / LORA_FILE
     lora_file.save(file, result.state, config, alpha=request.settings.lora_alpha, layout=layout, recipe=recipe)
+    if request.settings.strategy == "selective" and result.stopped == "finished":
+        timesteps = len(schedule.alphas_cumprod)
+        save_schedule(folder / SCHEDULE_FILE, request.settings.bp_low_probability, result.taken, timesteps)
     return Outcome(file, result, store, meter)
 
 
@@ -201,10 +201,7 @@ def low_examples(
 
     Raises HollowError for a resolution that is no multiple of 8, or not below that of the pictures.
     """
-    full = request.images[0].picture.width
-    side = full // 2 if request.low_resolution is None else request.low_resolution
-    if side >= full:
-        raise HollowError(f"The low resolution {side} is not below the pictures' {full}. Take half of it.")
+    full, side = request.images[0].picture.width, low_side(request)
     with visiting(device, model.vae):
         pictures = decode_images(model, class_latents)
         of_class = [TrainingImage(picture, None, "", (0, 0, full, full)) for picture in pictures]
@@ -212,6 +209,15 @@ def low_examples(
     small = replace(request, images=[at_resolution(image, side) for image in request.images])
     kinds: dict[Kind, Kind] = {"image": "low image", "prior": "low prior"}
     return [replace(example, kind=kinds[example.kind]) for example in make_examples(model, small, drawn, device)]
+
+
+def low_side(request: Request) -> int:
+    """The side in pixels of the pictures for BP-low. Raises HollowError where it is not below that of the others."""
+    full = request.images[0].picture.width
+    side = full // 2 if request.low_resolution is None else request.low_resolution
+    if side >= full:
+        raise HollowError(f"The low resolution {side} is not below the pictures' {full}. Take half of it.")
+    return side
 
 
 def class_prompts(request: Request) -> list[str]:
@@ -228,6 +234,17 @@ def move(model: BaseModel, device: torch.device | str) -> None:
     for part in (model.unet, model.vae, *model.text_encoders):
         if part is not None:
             part.to(device)
+
+
+def _check(request: Request) -> None:
+    """Refuse at once what would otherwise be refused after the long stages."""
+    if not request.images:
+        raise HollowError("There are no pictures to learn from. Give four or five of your subject.")
+    optimizer_class(request.settings.optimizer)
+    if request.settings.strategy == "selective":
+        low_side(request)
+    if request.class_images and request.settings.prior_weight > 0:
+        check_unfused(request.settings)
 
 
 def _prompt(request: Request, image: TrainingImage | None) -> str:

@@ -319,8 +319,14 @@ def _check(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, se
             f"The U-Net has cut {cut}, the store in {store.folder} has cut {store.cut} (None: not hollowed). "
             "Hollow the U-Net at the cut of the store."
         )
-    if settings.fused_backward and settings.prior_weight > 0 and store.indices("prior"):
+    if settings.prior_weight > 0 and store.indices("prior"):
+        check_unfused(settings)
+
+
+def check_unfused(settings: TrainSettings) -> None:
+    """Raises HollowError for a fused step, where class pictures are to be trained on."""
+    if settings.fused_backward:
         raise HollowError(
-            "fused_backward trains on one record a step, but the store has records of the class too. "
+            "fused_backward trains on one record a step, but there are pictures of the class too. "
             "Set prior_weight to 0, or turn fused_backward off."
         )

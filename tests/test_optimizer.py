@@ -102,7 +102,7 @@ def test_what_fused_cannot_do_is_refused(change, said):
 
 
 def test_fused_with_records_of_the_class_is_refused(begin, tmp_path):
-    with pytest.raises(HollowError, match=r"one record a step, but the store has records of the class"):
+    with pytest.raises(HollowError, match=r"one record a step, but there are pictures of the class"):
         train(*begin(priors=1), FUSED, folder=tmp_path / "run")
     assert train(*begin(priors=1), replace(FUSED, prior_weight=0), folder=tmp_path / "run").stopped == "finished"
 

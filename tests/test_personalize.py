@@ -117,12 +117,18 @@ def test_a_caption_without_the_identifier_is_refused(model_folder: Path, photos:
         personalize(lambda: load(model_folder), ask(photos), tmp_path / "out")
 
 
-def test_no_pictures_are_refused_before_the_model_loads(tmp_path: Path, photos: Path) -> None:
+def test_what_the_request_tells_is_refused_before_the_model_loads(tmp_path: Path, photos: Path) -> None:
     def load_nothing() -> BaseModel:
         raise AssertionError
 
-    with pytest.raises(HollowError, match="no pictures to learn from"):
-        personalize(load_nothing, ask(photos, images=[], class_images=2), tmp_path / "out")
+    fused = TrainSettings(fused_backward=True, max_grad_norm=float("inf"))
+    for refused, said in [
+        (ask(photos, images=[], class_images=2), "no pictures to learn from"),
+        (ask(photos, class_images=2, settings=fused), "there are pictures of the class too"),
+        (ask(photos, low_resolution=128, settings=TrainSettings(strategy="selective")), "not below the pictures' 128"),
+    ]:
+        with pytest.raises(HollowError, match=said):
+            personalize(load_nothing, refused, tmp_path / "out")
 
 
 def test_class_pictures_differ_from_the_subjects_by_the_identifier_alone(
