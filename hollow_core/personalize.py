@@ -223,13 +223,6 @@ def class_prompts(request: Request) -> list[str]:
     return [own[number % len(own)] for number in range(request.class_images)]
 
 
-def move(model: BaseModel, device: torch.device | str) -> None:
-    """Bring all parts of a model to a device."""
-    for part in (model.unet, model.vae, *model.text_encoders):
-        if part is not None:
-            part.to(device)
-
-
 def _prompt(request: Request, image: TrainingImage | None) -> str:
     """The personal prompt of a picture: its caption, or the usual sentence."""
     sentence = personal_prompt(request.identifier, request.class_word)
