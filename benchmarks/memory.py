@@ -1,8 +1,9 @@
 """Predicted memory against the paper's, and against what a real run takes here: `python -m benchmarks.memory`.
 
 The first table is the paper's: Stable Diffusion 2.1 at 512 pixels in fp32 (Hollowed Net, Tables 1 to 3). The
-second trains a U-Net of SD 1.5's shape with random weights on the CPU, each setting in a process of its own,
-and compares how much its resident memory grew with what the dry run says.
+second shows how far down the levers of memory reach. The third trains a U-Net of SD 1.5's shape with random weights
+on the CPU, each setting in a process of its own, and compares how much its resident memory grew with what the dry
+run says.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from diffusers import UNet2DConditionModel
 from hollow_core.cost import inputs
 from hollow_core.dry_run import DryRun
 from hollow_core.hollow import hollow
-from hollow_core.memory import GIB, OneRecord, Planner, Setting
+from hollow_core.memory import GIB, STAGES, OneRecord, Planner, Setting
 from hollow_core.meter import used_bytes
 from hollow_core.models import BaseModel, outline
 from hollow_core.train import TrainSettings, train
@@ -41,6 +42,38 @@ PUBLISHED = {
 INFERENCE = 3.48
 """GiB that the paper's base model takes to draw."""
 
+SD21 = Setting(3, 512)
+SDXL = Setting(1, 1024)
+SMALL = TrainSettings(rank=16, precision="bf16", gradient_checkpointing=True)
+
+REACH: dict[str, tuple[str, Setting, tuple[str, ...], float]] = {
+    "SD2.1 k=3, rank 128, fp32": ("sd21", replace(SD21, training=TrainSettings(rank=128)), ("train",), 3.80),
+    "rank 16, bf16, checkpointing": ("sd21", replace(SD21, training=SMALL), ("train",), 1.25),
+    "rank 128, bf16, checkpointing, 8-bit base, 8-bit AdamW": (
+        "sd21",
+        replace(SD21, base_bits=8, training=replace(SMALL, rank=128, optimizer="adamw8bit")),
+        ("train",),
+        1.00,
+    ),
+    "rank 16, bf16, checkpointing, 8-bit base": ("sd21", replace(SD21, base_bits=8, training=SMALL), ("train",), 0.80),
+    "rank 16, bf16, checkpointing, streamed": ("sd21", replace(SD21, streaming=True, training=SMALL), ("train",), 0.45),
+    "the same, whole road": ("sd21", replace(SD21, streaming=True, training=SMALL), STAGES, 0.90),
+    "SDXL k=1, rank 16, bf16, checkpointing": ("sdxl", replace(SDXL, training=SMALL), ("train",), 3.2),
+    "the same, 8-bit AdamW": (
+        "sdxl",
+        replace(SDXL, training=replace(SMALL, optimizer="adamw8bit")),
+        ("train",),
+        3.2,
+    ),
+    "the same, streamed": (
+        "sdxl",
+        replace(SDXL, streaming=True, training=replace(SMALL, optimizer="adamw8bit")),
+        ("train",),
+        1.5,
+    ),
+}
+"""{row: (model, setting, stages of which the fullest counts, goal in GiB)}"""
+
 FREE_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """Lets glibc give back to the system what a tensor leaves, as it otherwise keeps it for later."""
 
@@ -50,7 +83,7 @@ CPU = Setting(training=TrainSettings(rank=16, steps=2))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=256, help="side of the CPU's pictures in pixels (default 256)")
-    parser.add_argument("--paper-only", action="store_true", help="leave out the runs on the CPU")
+    parser.add_argument("--dry-only", action="store_true", help="leave out the runs on the CPU")
     parser.add_argument("--one", choices=("plain", "hollowed"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     setting = replace(CPU, resolution=options.size)
@@ -62,7 +95,13 @@ def main() -> None:
     planner = Planner("sd21")
     for name, (cut, rank, published) in PUBLISHED.items():
         report(name, training(planner, cut, rank), published)
-    if options.paper_only:
+    print("Reach, batch 1: GiB\n| | predicted | goal |\n|---|---|---|")
+    planners = {"sd21": planner, "sdxl": Planner("sdxl")}
+    for name, (model, _, _, goal) in REACH.items():
+        found = reach(planners[model], name)
+        missed = f", missed by {found - goal:.2f}" if found > goal else ""
+        print(f"| {name} | {found:.2f} | {goal:.2f}{missed} |", flush=True)
+    if options.dry_only:
         return
     print(f"SD1.5, {options.size} pixels, rank 16, fp32, on this CPU: resident GiB of a training")
     planner = Planner("sd15")
@@ -91,6 +130,12 @@ def inference() -> float:
 def training(planner: Planner, cut: int | None, rank: int) -> float:
     """GiB of a training step, fp32, at batch 1."""
     return planner.peak("train", Setting(cut, 512, training=TrainSettings(rank=rank))).total / GIB
+
+
+def reach(planner: Planner, row: str) -> float:
+    """GiB of the fullest of the row's stages; `planner` is for its model."""
+    _, setting, stages, _ = REACH[row]
+    return max(planner.peak(stage, setting).total for stage in stages) / GIB
 
 
 def grown(setting: Setting) -> int:

@@ -1,12 +1,13 @@
 """The command `hollow`: demo, cuts, plan, train, sample. Results go to stdout, everything else to stderr."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +18,9 @@ from rich.text import Text
 
 from .errors import HollowError
 from .progress import Progress
+
+if TYPE_CHECKING:
+    from .residency import Bits
 
 app = typer.Typer(
     help="Personalise Stable Diffusion on a small GPU: five pictures in, an ordinary LoRA file out.",
@@ -77,6 +81,32 @@ class Prediction(str, Enum):
     sample = "sample"
 
 
+Optimizer = Annotated[
+    OptimizerKind,
+    typer.Option(help="AdamW with states in fp32, or in 8 bits by bitsandbytes: a quarter of their memory."),
+]
+FusedBackward = Annotated[
+    bool,
+    typer.Option(
+        help="Update each matrix as its gradient comes, so that gradients never all exist; needs --max-grad-norm inf and no class images."
+    ),
+]
+LoraPrecisionOption = Annotated[
+    LoraPrecision,
+    typer.Option(help="Of the LoRA, its gradients and AdamW's states; bf16 halves them and rounds small updates away."),
+]
+BaseBitsOption = Annotated[
+    BaseBits | None,
+    typer.Option(
+        help="Quantise the base model's weights to 8 or 4 bits: a quarter or an eighth of the memory of fp32. (default: off)"
+    ),
+]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        help="Keep the base model's weights in main memory and bring each to the GPU when it is needed: slower."
+    ),
+]
 PredictionType = Annotated[
     Prediction | None,
     typer.Option(help="What the U-Net predicts, where the model does not tell. (default: as it tells)"),
@@ -149,7 +179,12 @@ def plan(
     batch: Annotated[int, typer.Option(help="Records a step.")] = 1,
     samples: Annotated[int, typer.Option(help="Records to precompute.")] = 200,
     precision: Annotated[list[Precision] | None, typer.Option(help="Of the base model and the arithmetic; may be given several times. (default: fp32, and bf16 where a budget asks for it)")] = None,
-    checkpointing: Annotated[bool, typer.Option(help="Recompute activations; with a budget, it is tried where needed.")] = False,
+    lora_precision: LoraPrecisionOption = LoraPrecision.fp32,
+    optimizer: Optimizer = OptimizerKind.adamw,
+    fused_backward: FusedBackward = False,
+    base_bits: BaseBitsOption = None,
+    stream: Stream = False,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute activations. With a budget, this, an 8-bit base and streaming are tried in turn.")] = False,
     cut: Annotated[list[int] | None, typer.Option(help="May be given several times; -1 is an ordinary LoRA on all of the U-Net. (default: all)")] = None,
     budget: Annotated[str | None, typer.Option(help="Free memory, such as 4GB: pick the least hollowing and the fastest settings that fit. (default: none, a table of all)")] = None,
     as_json: Json = False,
@@ -160,8 +195,18 @@ def plan(
     from .memory import Planner, Setting, parse_bytes
     from .train import TrainSettings
 
-    training = TrainSettings(rank=rank, batch=batch, gradient_checkpointing=checkpointing)
-    setting = Setting(resolution=resolution, samples=samples, training=training)
+    training = TrainSettings(
+        rank=rank,
+        batch=batch,
+        gradient_checkpointing=checkpointing,
+        optimizer=optimizer.value,
+        lora_precision=lora_precision.value,
+        fused_backward=fused_backward,
+        max_grad_norm=math.inf if fused_backward else 1.0,
+    )
+    setting = Setting(
+        resolution=resolution, samples=samples, base_bits=_bits(base_bits), streaming=stream, training=training
+    )
     precisions: list[Any] = [each.value for each in precision or []]
     if budget is not None and cut:
         raise HollowError("A budget picks the cut itself. Leave out --cut or --budget.")
@@ -195,19 +240,17 @@ def plan(
         return
     stages, kinds = list(rows[0]["stages"]), list(rows[0]["stages"]["train"])[1:]
     table = Table(
-        "k",
-        "precision",
+        "setting",
         *stages,
         *(f"train: {kind}" for kind in kinds),
         "store",
         "TFLOP a step",
         title="peak memory in GiB, store in MiB",
     )
-    for row in rows:
+    for row, prediction in zip(rows, predictions, strict=True):
         training_peak = row["stages"]["train"]
         table.add_row(
-            "-" if row["cut"] is None else str(row["cut"]),
-            row["precision"] + (" ckpt" if row["gradient_checkpointing"] else ""),
+            str(prediction.setting),
             *(f"{row['stages'][stage]['total'] / 2**30:.2f}" for stage in stages),
             *(f"{training_peak[kind] / 2**30:.2f}" for kind in kinds),
             f"{row['store_bytes'] / 2**20:.0f}",
@@ -232,15 +275,15 @@ def train(
     alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA. (default: the rank)")] = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
     learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-4,
-    optimizer: Annotated[OptimizerKind, typer.Option(help="AdamW with states in fp32, or in 8 bits by bitsandbytes: a quarter of their memory.")] = OptimizerKind.adamw,
+    optimizer: Optimizer = OptimizerKind.adamw,
     max_grad_norm: Annotated[float, typer.Option(help="The gradient is scaled down to this norm if it is longer; inf never clips.")] = 1.0,
-    fused_backward: Annotated[bool, typer.Option(help="Update each matrix as its gradient comes, so that gradients never all exist; needs --max-grad-norm inf and no class images.")] = False,
+    fused_backward: FusedBackward = False,
     batch: Annotated[int, typer.Option(help="Records a step, one after the other: costs time, not memory.")] = 1,
     snr_gamma: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, usually 5. (default: off)")] = None,
     precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic.")] = Precision.fp32,
-    lora_precision: Annotated[LoraPrecision, typer.Option(help="Of the LoRA, its gradients and AdamW's states; bf16 halves them and rounds small updates away.")] = LoraPrecision.fp32,
-    base_bits: Annotated[BaseBits | None, typer.Option(help="Quantise the base model's weights to 8 or 4 bits: a quarter or an eighth of the memory of fp32. (default: off)")] = None,
-    stream: Annotated[bool, typer.Option(help="Keep the base model's weights in main memory and bring each to the GPU when it is needed: slower.")] = False,
+    lora_precision: LoraPrecisionOption = LoraPrecision.fp32,
+    base_bits: BaseBitsOption = None,
+    stream: Stream = False,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, a third more time.")] = False,
     strategy: Annotated[Strategy, typer.Option(help="bp: backpropagation. zo: MeZO, forward passes only, at an inference's memory, slow to learn. selective: bp on small pictures, by and by zo on large ones.")] = Strategy.bp,
     low_resolution: Annotated[int | None, typer.Option(help="selective: side of the small pictures in pixels. (default: half the resolution)")] = None,
@@ -296,7 +339,7 @@ def train(
         cut=None if cut < 0 else cut,
         samples=samples,
         class_images=class_images,
-        base_bits=None if base_bits is None else (8 if base_bits is BaseBits.eight else 4),
+        base_bits=_bits(base_bits),
         streaming=stream,
         settings=settings,
         low_resolution=low_resolution,
@@ -346,6 +389,8 @@ def sample(
     width: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")] = None,
     height: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")] = None,
     precision: Annotated[Precision, typer.Option(help="Of the model.")] = Precision.fp32,
+    base_bits: BaseBitsOption = None,
+    stream: Stream = False,
     prediction_type: PredictionType = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the GPU if there is one)")] = None,
     as_json: Json = False,
@@ -354,13 +399,17 @@ def sample(
     _quiet()
     from . import lora_file
     from .files import write_png
-    from .personalize import move
+    from .residency import quantize
+    from .residency import stream as keep_away
     from .sample import SampleSettings
     from .sample import sample as draw
 
     base = _load(model, precision, prediction_type)
     file = lora_file.load(lora, base.unet)
-    move(base, _device(device))
+    if (bits := _bits(base_bits)) is not None:
+        quantize(base.unet, bits)
+    if stream:
+        keep_away(base.unet, _device(device))
     size = (height or base.resolution, width or base.resolution)
     settings = SampleSettings(steps, guidance, negative, strength, refresh, size)
     prompts = [text for text in prompt for _ in range(images)]
@@ -371,8 +420,16 @@ def sample(
             watch("sample", Progress(done, of, 0.0))
 
         drawn = draw(
-            base, prompts, seeds, settings, lora=file, single_path=single_path, generic=generic, progress=progress
-        )  # fmt: skip
+            base,
+            prompts,
+            seeds,
+            settings,
+            lora=file,
+            single_path=single_path,
+            generic=generic,
+            device=_device(device),
+            progress=progress,
+        )
     files = []
     for number, picture in enumerate(drawn):
         files.append(out / f"{number:03}-seed{seeds[number]}.png")
@@ -389,6 +446,10 @@ def _load(path: Path, precision: Precision, prediction_type: Prediction | None) 
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.value]
     return load(path, dtype, prediction_type=prediction_type.value if prediction_type else None)
+
+
+def _bits(asked: BaseBits | None) -> "Bits | None":
+    return None if asked is None else (8 if asked is BaseBits.eight else 4)
 
 
 def _device(asked: str | None) -> str:

@@ -100,7 +100,7 @@ class AdamW8bitStates(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Makes the states."""
         for parameter in (each for group in self.param_groups for each in group["params"] if each.grad is not None):
             size, state = parameter.numel(), self.state[parameter]

@@ -229,13 +229,6 @@ def class_prompts(request: Request) -> list[str]:
     return [own[number % len(own)] for number in range(request.class_images)]
 
 
-def move(model: BaseModel, device: torch.device | str) -> None:
-    """Bring all parts of a model to a device."""
-    for part in (model.unet, model.vae, *model.text_encoders):
-        if part is not None:
-            part.to(device)
-
-
 def _check(request: Request) -> None:
     """Refuse at once what would otherwise be refused after the long stages."""
     if not request.images:

@@ -8,6 +8,7 @@ percent, what they make goes into every layer, and others read device and dtype 
 the normalisations.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast
 
@@ -102,11 +103,14 @@ class _FrozenLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A copy of the whole weight, on the device, for whoever looks at it."""
-        return self.fetch(self.dtype if self.bits else self.held[0].dtype)
+        held = self.held if self.streamer is None else [tensor.to(self.streamer.device) for tensor in self.held]
+        return self._whole(held, self.dtype if self.bits else self.held[0].dtype)
 
     def fetch(self, dtype: torch.dtype) -> Tensor:
         """The weight on the device in `dtype`, for this moment."""
-        held = self.held if self.streamer is None else self.streamer.visit(self)
+        return self._whole(self.held if self.streamer is None else self.streamer.visit(self), dtype)
+
+    def _whole(self, held: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         if self.bits:
             return _dequantized(held[0], held[1], self.shape, dtype)
         # the flag decides how torch folds a product, even without gradients, and so the last bit
@@ -193,8 +197,9 @@ class Streamer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._last: list[_FrozenLayer] = []  # in the order in which they were asked for
-        self._now: list[_FrozenLayer] = []
+        # in the order in which they were asked for; a layer that was hollowed meanwhile is free to go
+        self._last: list[weakref.ref[_FrozenLayer]] = []
+        self._now: list[weakref.ref[_FrozenLayer]] = []
         self._ahead: tuple[_FrozenLayer, _Copy] | None = None
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -206,9 +211,9 @@ class Streamer:
         """What `layer` holds, on the device; the one that comes after it is sent for."""
         copy = self._arrived(layer) or _Copy(layer.held, self.device, self._side)
         copy.wait()
-        self._now.append(layer)
-        if len(self._now) < len(self._last):
-            following = self._last[len(self._now)]
+        self._now.append(weakref.ref(layer))
+        following = self._last[len(self._now)]() if len(self._now) < len(self._last) else None
+        if following is not None:
             # where forward turns into backward, the same weight is used again
             again = copy if following is layer else _Copy(following.held, self.device, self._side)
             self._ahead = following, again

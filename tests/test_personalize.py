@@ -144,7 +144,10 @@ def test_class_pictures_differ_from_the_subjects_by_the_identifier_alone(
     assert of_class == [*generic, generic[0]]
 
 
-def test_the_middle_is_out_of_memory_while_training(model_folder: Path, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_middle_is_out_of_memory_while_training(
+    model_folder: Path, photos: Path, tmp_path: Path, streaming: bool
+) -> None:
     import gc
     import weakref
 
@@ -154,6 +157,7 @@ def test_the_middle_is_out_of_memory_while_training(model_folder: Path, photos: 
     def watched() -> BaseModel:
         model = load(model_folder)
         gone.extend(weakref.ref(part) for part in (model.unet, model.unet.mid_block, model.unet.down_blocks[3]))
+        gone.append(weakref.ref(model.unet.mid_block.resnets[0].conv1))
         gone.extend(weakref.ref(part) for part in (model.vae, *model.text_encoders))
         kept.append(weakref.ref(model.unet.down_blocks[0]))
         return model
@@ -167,7 +171,7 @@ def test_the_middle_is_out_of_memory_while_training(model_folder: Path, photos: 
             assert kept[0]() is not None
 
     loader: Callable[[], BaseModel] = watched
-    personalize(loader, ask(photos), tmp_path / "out", progress=count)
+    personalize(loader, ask(photos, streaming=streaming), tmp_path / "out", progress=count)
     assert alive == [0] * 6
 
 
