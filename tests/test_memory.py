@@ -272,9 +272,9 @@ def test_the_command_prints_json(
             main()
         return (end.value.code or 0, *capsys.readouterr())
 
-    status, out, err = plan("--cut", "-1", "--precision", "bf16", "--base-bits", "8", "--stream")
+    status, out, err = plan("--cut", "-1", "--base-bits", "8", "--optimizer", "adamw8bit")
     assert status == 0, err
-    assert [(row["cut"], row["base_bits"], row["streaming"]) for row in json.loads(out)] == [(None, 8, True)]
+    assert [(row["cut"], row["base_bits"], row["optimizer"]) for row in json.loads(out)] == [(None, 8, "adamw8bit")]
     status, out, err = plan("--budget", "4GB")
     assert status == 0, err
     assert json.loads(out)["gave_up"] == []
