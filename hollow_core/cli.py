@@ -184,7 +184,7 @@ def plan(
     fused_backward: FusedBackward = False,
     base_bits: BaseBitsOption = None,
     stream: Stream = False,
-    checkpointing: Annotated[bool, typer.Option(help="Recompute activations. With a budget, this, an 8-bit base and streaming are tried in turn.")] = False,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute activations. With a budget, this, an 8-bit base and, last, streaming are tried.")] = False,
     cut: Annotated[list[int] | None, typer.Option(help="May be given several times; -1 is an ordinary LoRA on all of the U-Net. (default: all)")] = None,
     budget: Annotated[str | None, typer.Option(help="Free memory, such as 4GB: pick the least hollowing and the fastest settings that fit. (default: none, a table of all)")] = None,
     as_json: Json = False,

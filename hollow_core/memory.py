@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -169,19 +170,21 @@ class Planner:
         """The least hollowing, and for it the fastest way, whose stages all stay within `budget` bytes.
 
         From the whole U-Net on, cut by cut, the ways are tried that give up least: `precisions` in their order,
-        then in the last of them gradient checkpointing, then a base in 8 bits, then streaming; all else is as in
-        `setting`. Sampling is not counted, as any other tool can draw with the LoRA. Raises HollowError where
-        nothing fits, saying what the smallest would need.
+        then in the last of them gradient checkpointing, then a base in 8 bits. Where no cut fits so, streaming is
+        added: last, as it is the slowest, while a cut makes steps faster. All else is as in `setting`. Sampling
+        is not counted, as any other tool can draw with the LoRA. Raises HollowError where nothing fits, saying
+        what the smallest would need.
         """
         self._check(setting)
-        ways = _ways(setting, tuple(precisions))
-        least = []
-        for cut in (None, *range(max_cut(self.config) + 1)):
+        resident = _ways(setting, tuple(precisions))
+        streamed = [replace(resident[-1], streaming=True)]
+        cuts = (None, *range(max_cut(self.config) + 1))
+        for ways, cut in product((resident, streamed), cuts):
             settings = [replace(way, cut=cut) for way in ways]
             for tried in settings if self._fits(settings[-1], budget) else []:
                 if self._fits(tried, budget):
-                    return Fit(self.predict(tried), _gave_up(tried, settings[0]))
-            least.append(settings[-1])
+                    return Fit(self.predict(tried), _gave_up(tried, resident[0]))
+        least = [replace(streamed[0], cut=cut) for cut in cuts]
         encode = self._run("encode", least[0])[0].total
         smallest, needed = least[0], self._bytes(least[0])
         for other in least[1:]:
@@ -246,11 +249,11 @@ def parse_bytes(text: str) -> int:
 
 
 def _ways(setting: Setting, precisions: tuple[Precision, ...]) -> list[Setting]:
-    """From the fastest to the smallest."""
+    """From the fastest to the smallest, without streaming unless it is asked for."""
     ways = [replace(setting, training=replace(setting.training, precision=each)) for each in precisions]
     checkpointing = replace(ways[-1], training=replace(ways[-1].training, gradient_checkpointing=True))
     quantized = replace(checkpointing, base_bits=setting.base_bits or 8)
-    return list(dict.fromkeys([*ways, checkpointing, quantized, replace(quantized, streaming=True)]))
+    return list(dict.fromkeys([*ways, checkpointing, quantized]))
 
 
 def _gave_up(setting: Setting, first: Setting) -> tuple[str, ...]:
@@ -260,11 +263,11 @@ def _gave_up(setting: Setting, first: Setting) -> tuple[str, ...]:
         given.append(f"the middle of the U-Net (cut {setting.cut})")
     if training.precision != first.training.precision:
         given.append(f"{first.training.precision} for {training.precision}")
-    if training.gradient_checkpointing:
+    if training.gradient_checkpointing != first.training.gradient_checkpointing:
         given.append("about a third of the speed (gradient checkpointing)")
     if setting.base_bits != first.base_bits:
         given.append(f"the last digits of the base ({setting.base_bits} bits a weight)")
-    if setting.streaming:
+    if setting.streaming != first.streaming:
         given.append("the time to bring weights from main memory (streaming)")
     return tuple(given)
 

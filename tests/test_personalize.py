@@ -175,6 +175,31 @@ def test_the_middle_is_out_of_memory_while_training(
     assert alive == [0] * 6
 
 
+def test_parts_visit_the_device_in_turn(model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    """The device goes by another name of the CPU here, so that to arrive is not to leave."""
+    moves: list[tuple[str, str]] = []
+
+    def watched(name: str, part: torch.nn.Module) -> None:
+        really = part.to
+
+        def to(device: object) -> torch.nn.Module:
+            moves.append((name, str(device)))
+            return really(device)
+
+        part.to = to
+
+    def loader() -> BaseModel:
+        model = load(model_folder)
+        for name, part in (("unet", model.unet), ("vae", model.vae), ("text", model.text_encoders[0])):
+            watched(name, part)
+        return model
+
+    personalize(loader, ask(photos, samples=4), tmp_path / "out", device="cpu:0")
+    encode = [("vae", "cpu:0"), ("vae", "cpu"), ("text", "cpu:0"), ("text", "cpu")]
+    assert moves[: len(encode)] == encode
+    assert {name for name, _ in moves[len(encode) :]} == {"unet"}
+
+
 def test_small_and_away_the_road_is_walked_with_one_base_and_streaming_changes_nothing(
     model_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
