@@ -103,7 +103,7 @@ class _FrozenLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A copy of the whole weight, on the device, for whoever looks at it."""
-        held = self.held if self.streamer is None else [tensor.to(self.streamer.device) for tensor in self.held]
+        held = self.held if self.streamer is None else _Copy(self.held, self.streamer.device, None).tensors
         return self._whole(held, self.dtype if self.bits else self.held[0].dtype)
 
     def fetch(self, dtype: torch.dtype) -> Tensor:
