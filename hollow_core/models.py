@@ -192,18 +192,14 @@ def encode_images(model: BaseModel, images: Sequence[TrainingImage]) -> list[Ten
     """
     if model.vae is None:
         raise HollowError("The VAE was set free already. Encode all pictures before free_encoders.")
-    vae, dtype = model.vae, model.vae.dtype
-    if dtype == torch.float16:
-        vae.to(torch.float32)  # SDXL's encoder overflows in fp16
-    latents = []
-    for image in images:
-        pixels = torch.frombuffer(bytearray(image.picture.tobytes()), dtype=torch.uint8)
-        pixels = pixels.reshape(1, image.picture.height, image.picture.width, 3).permute(0, 3, 1, 2)
-        scaled = (pixels / 127.5 - 1).to(vae.device, vae.dtype)
-        mean = retrieve_latents(vae.encode(scaled), sample_mode="argmax")
-        latents.append(((mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor).to(dtype))
-    if vae.dtype != dtype:
-        vae.to(dtype)
+    vae, dtype, latents = model.vae, model.vae.dtype, []
+    with _without_overflow(vae):
+        for image in images:
+            pixels = torch.frombuffer(bytearray(image.picture.tobytes()), dtype=torch.uint8)
+            pixels = pixels.reshape(1, image.picture.height, image.picture.width, 3).permute(0, 3, 1, 2)
+            scaled = (pixels / 127.5 - 1).to(vae.device, vae.dtype)
+            mean = retrieve_latents(vae.encode(scaled), sample_mode="argmax")
+            latents.append(((mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor).to(dtype))
     return latents
 
 
@@ -215,16 +211,23 @@ def decode_images(model: BaseModel, latents: Sequence[Tensor]) -> list[Image.Ima
     """
     if model.vae is None:
         raise HollowError("The VAE was set free already. Decode all latents before free_encoders.")
-    vae, dtype, processor = model.vae, model.vae.dtype, model.pipeline().image_processor
-    if dtype == torch.float16:
-        vae.to(torch.float32)  # SDXL's decoder overflows in fp16
-    pictures = []
-    for scaled in latents:
-        z = scaled.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        pictures += processor.postprocess(vae.decode(z).sample, output_type="pil")
-    if vae.dtype != dtype:
-        vae.to(dtype)
+    vae, processor, pictures = model.vae, model.pipeline().image_processor, []
+    with _without_overflow(vae):
+        for scaled in latents:
+            z = scaled.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+            pictures += processor.postprocess(vae.decode(z).sample, output_type="pil")
     return pictures
+
+
+@contextmanager
+def _without_overflow(vae: nn.Module) -> Iterator[None]:
+    """Inside, a VAE that was loaded in fp16 computes in fp32: SDXL's would overflow."""
+    half = vae.dtype == torch.float16
+    if half:
+        vae.to(torch.float32)
+    yield
+    if half:
+        vae.to(torch.float16)
 
 
 @contextmanager

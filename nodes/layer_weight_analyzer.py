@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from .types import CATEGORY, HollowLoraType
+from .types import CATEGORY, HOLLOW_LORA
 
 
 class HollowLayerWeightAnalyzer(io.ComfyNode):
@@ -20,7 +20,7 @@ class HollowLayerWeightAnalyzer(io.ComfyNode):
             description="Shows how much a LoRA changes each block of the U-Net, and suggests how much could be "
             "hollowed. Size of change is not influence.",
             inputs=[
-                HollowLoraType.Input("hollow_lora", tooltip="From Train Hollowed LoRA or Load Hollowed LoRA."),
+                HOLLOW_LORA,
                 io.Model.Input(
                     "model",
                     optional=True,

@@ -4,10 +4,9 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from .types import CATEGORY, HollowLoraType
+from .types import CATEGORY, HOLLOW_LORA
 
 MODEL = io.Model.Input("model", tooltip="The model that the LoRA was trained on, or one like it.")
-HOLLOW_LORA = HollowLoraType.Input("hollow_lora", tooltip="From Train Hollowed LoRA or Load Hollowed LoRA.")
 STRENGTH = io.Float.Input(
     "strength", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="How strongly the LoRA counts; 1 is as trained."
 )

@@ -4,8 +4,8 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from .two_path_model import HOLLOW_LORA, MODEL, REFRESH, STRENGTH
-from .types import CATEGORY
+from .two_path_model import MODEL, REFRESH, STRENGTH
+from .types import CATEGORY, HOLLOW_LORA
 
 
 class HollowTwoPathSampler(io.ComfyNode):

@@ -7,5 +7,6 @@ CATEGORY = "Hollow"
 HollowUNetType = io.Custom("HOLLOW_UNET")
 HollowActivationsType = io.Custom("HOLLOW_ACTIVATIONS")
 HollowLoraType = io.Custom("HOLLOW_LORA")
+HOLLOW_LORA = HollowLoraType.Input("hollow_lora", tooltip="From Train Hollowed LoRA or Load Hollowed LoRA.")
 LoraModel = io.Custom("LORA_MODEL")  # ComfyUI's own: a LoRA as a dict of tensors
 LossMap = io.Custom("LOSS_MAP")  # ComfyUI's own: {"loss": […]}
