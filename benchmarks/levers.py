@@ -22,7 +22,6 @@ from hollow_core.files import read_json, write_json
 from hollow_core.images import load_images
 from hollow_core.personalize import Request, personalize
 from hollow_core.progress import Progress
-from hollow_core.sample import sample
 
 SEEDS_A_SCENE = 3
 
@@ -92,8 +91,7 @@ def _measure(folder: Path, subject: world.Subject, lever: Mapping[str, Mapping[s
     assert outcome.result is not None
     base = run.model()
     scenes = [scene for scene in world.NEW_SCENES for _ in range(SEEDS_A_SCENE)]
-    prompts = [world.photo_caption(f"{run.IDENTIFIER} {subject.kind}", scene) for scene in scenes]
-    drawn = sample(base, prompts, range(len(prompts)), run.SAMPLING, lora=lora_file.load(outcome.file, base.unet))
+    drawn = run.draw(base, run.called(subject), scenes, lora=lora_file.load(outcome.file, base.unet))
     subject_score, prompt_score = run.score(drawn, subject, scenes)
     return {
         "losses": outcome.result.losses,

@@ -28,7 +28,6 @@ from hollow_core.hollow import hollow
 from hollow_core.images import load_images
 from hollow_core.lora import add_lora, lora_parameters
 from hollow_core.personalize import Request, personalize
-from hollow_core.sample import sample
 from hollow_core.selective import Probability, Strategy, count_by_time, falling, heat_map
 from hollow_core.steps import Step, ZerothOrder, backpropagate
 
@@ -146,8 +145,7 @@ def train_and_score(
     assert outcome.result is not None
     base, judge = run.model(), scorers.load()
     scenes = list(world.NEW_SCENES) * SEEDS_A_SCENE
-    prompts = [world.photo_caption(f"{run.IDENTIFIER} {subject.kind}", scene) for scene in scenes]
-    drawn = sample(base, prompts, range(len(prompts)), run.SAMPLING, lora=lora_file.load(outcome.file, base.unet))
+    drawn = run.draw(base, run.called(subject), scenes, lora=lora_file.load(outcome.file, base.unet))
     subject_score, scene_score = run.score(drawn, subject, scenes)
     seconds = outcome.meter.stages[-1].seconds
     return {

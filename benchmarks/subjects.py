@@ -18,7 +18,6 @@ from hollow_core.files import read_json, write_json
 from hollow_core.lora_file import LoraFile
 from hollow_core.models import BaseModel
 from hollow_core.progress import Progress
-from hollow_core.sample import sample
 
 REFRESH = (1, 2, 3, 5)
 SEEDS_A_SCENE = 3
@@ -82,9 +81,8 @@ def _scores(
     single_path: bool = False,
 ) -> dict[str, float]:
     scenes = list(world.NEW_SCENES) * SEEDS_A_SCENE
-    prompts = [world.photo_caption(f"{run.IDENTIFIER} {subject.kind}", scene) for scene in scenes]
     settings = replace(run.SAMPLING, refresh=refresh)
-    drawn = sample(base, prompts, range(len(prompts)), settings, lora=lora, single_path=single_path)
+    drawn = run.draw(base, run.called(subject), scenes, settings, lora=lora, single_path=single_path)
     subject_score, prompt_score = run.score(drawn, subject, scenes)
     return {"subject": round(subject_score, 4), "prompt": round(prompt_score, 4)}
 

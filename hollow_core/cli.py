@@ -404,12 +404,12 @@ def sample(
     from .sample import SampleSettings
     from .sample import sample as draw
 
-    base = _load(model, precision, prediction_type)
+    base, to = _load(model, precision, prediction_type), _device(device)
     file = lora_file.load(lora, base.unet)
     if (bits := _bits(base_bits)) is not None:
         quantize(base.unet, bits)
     if stream:
-        keep_away(base.unet, _device(device))
+        keep_away(base.unet, to)
     size = (height or base.resolution, width or base.resolution)
     settings = SampleSettings(steps, guidance, negative, strength, refresh, size)
     prompts = [text for text in prompt for _ in range(images)]
@@ -427,7 +427,7 @@ def sample(
             lora=file,
             single_path=single_path,
             generic=generic,
-            device=_device(device),
+            device=to,
             progress=progress,
         )
     files = []
@@ -440,12 +440,10 @@ def sample(
 
 
 def _load(path: Path, precision: Precision, prediction_type: Prediction | None) -> Any:
-    import torch
-
     from .models import load
+    from .train import DTYPES
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.value]
-    return load(path, dtype, prediction_type=prediction_type.value if prediction_type else None)
+    return load(path, DTYPES[precision.value], prediction_type=prediction_type.value if prediction_type else None)
 
 
 def _bits(asked: BaseBits | None) -> "Bits | None":

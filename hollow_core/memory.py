@@ -32,13 +32,11 @@ from .progress import Progress
 from .prompts import generic_prompt, personal_prompt
 from .residency import Bits, away, quantize, stream
 from .sample import SampleSettings, draw, encode_guided
-from .train import Precision, TrainSettings, train
+from .train import DTYPES, Precision, TrainSettings, train
 
 STAGES = ("encode", "precompute", "train", "sample")
 
 GIB = 2**30
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -227,7 +225,7 @@ class Planner:
         if stage != "train":  # which alone reads records
             setting = replace(setting, samples=1, store_dtype=torch.float16)
         if (stage, setting) not in self._runs:
-            model = outline(self._model, _DTYPES[training.precision])
+            model = outline(self._model, DTYPES[training.precision])
             if setting.base_bits is not None:
                 quantize(model.unet, setting.base_bits)
             if setting.streaming:
@@ -306,7 +304,7 @@ def _train(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     store = OneRecord(model, setting)
     del model
     few = replace(training, batch=min(training.batch, 2), save_every=0)
-    autocast = None if training.precision == "fp32" else _DTYPES[training.precision]
+    autocast = None if training.precision == "fp32" else DTYPES[training.precision]
 
     def stop_there(done: Progress) -> None:
         if done.step == _passes(setting):

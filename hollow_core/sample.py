@@ -57,15 +57,14 @@ def sample(
     recipe = None if lora is None or single_path else lora.recipe
     with visiting(device, *model.text_encoders):
         texts = [encode_guided(model, prompt, settings) for prompt in prompts]
-        generics = [
-            encode_prompt(model, generic_prompt(prompt, recipe.identifier) if generic is None else generic, size)
-            for prompt in prompts
-            if recipe is not None and recipe.cut is not None
-        ]
+        generics: list[Conditioning | None] = [None] * len(prompts)
+        if recipe is not None and recipe.cut is not None:
+            bare = [generic_prompt(prompt, recipe.identifier) if generic is None else generic for prompt in prompts]
+            generics = [encode_prompt(model, text, size) for text in bare]
     latents = []
     with _lora(model, lora, settings.strength), visiting(device, model.unet):
-        for number, (text, seed) in enumerate(zip(texts, seeds, strict=True), start=1):
-            latents.append(draw(model, text, seed, settings, recipe, *generics[number - 1 : number]))
+        for number, (text, bare_text, seed) in enumerate(zip(texts, generics, seeds, strict=True), start=1):
+            latents.append(draw(model, text, seed, settings, recipe, bare_text))
             if progress is not None:
                 progress(number, len(prompts))
     with visiting(device, model.vae):

@@ -24,6 +24,7 @@ from .steps import Step, ZerothOrder, backpropagate, record_loss
 CHECKPOINT = "checkpoint.safetensors"
 
 Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Stopped = Literal["finished", "stop", "non-finite loss", "non-finite gradient"]
 
 
@@ -117,12 +118,12 @@ class TrainSettings:
             ("steps", self.steps >= 1, "It must be at least 1."),
             ("learning_rate", 0 < self.learning_rate < math.inf, positive),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "It must be 0 or more."),
-            ("optimizer", self.optimizer in ("adamw", "adamw8bit"), "Choose adamw or adamw8bit."),
+            ("optimizer", self.optimizer in get_args(OptimizerName), "Choose adamw or adamw8bit."),
             ("batch", self.batch >= 1, "It must be at least 1."),
             ("prior_weight", 0 <= self.prior_weight < math.inf, "It must be 0 or more."),
             ("snr_gamma", self.snr_gamma is None or 0 < self.snr_gamma < math.inf, positive),
             ("max_grad_norm", self.max_grad_norm > 0, positive),
-            ("precision", self.precision in ("fp32", "bf16", "fp16"), "Choose fp32, bf16 or fp16."),
+            ("precision", self.precision in get_args(Precision), "Choose fp32, bf16 or fp16."),
             ("lora_precision", self.lora_precision in ("fp32", "bf16"), "Choose fp32 or bf16."),
             ("seed", 0 <= self.seed < 2**63, "It must be from 0 to 2⁶³ - 1."),
             ("save_every", self.save_every >= 0, "It must be 0 or more."),
@@ -214,7 +215,7 @@ def train(
         load_lora_state(unet, begun.lora, settings.lora_alpha)
     parameters = lora_parameters(unet)
     for matrix in parameters:
-        matrix.data = matrix.data.to(torch.bfloat16 if settings.lora_precision == "bf16" else torch.float32)
+        matrix.data = matrix.data.to(DTYPES[settings.lora_precision])
     optimizer_at = partial(Optimizer, parameters, settings.optimizer, weight_decay=settings.weight_decay)
     zo_learning_rate = settings.zo_learning_rate or settings.learning_rate
     optimizers = {
@@ -303,10 +304,10 @@ def train(
     return TrainResult(lora_state(unet), losses, stopped, trained_on)
 
 
-def _arithmetic(device: str, precision: str) -> AbstractContextManager[object]:
+def _arithmetic(device: str, precision: Precision) -> AbstractContextManager[object]:
     if precision == "fp32" or device == "meta":  # where `dry_run` stands in for autocast
         return nullcontext()
-    return torch.autocast(device, torch.bfloat16 if precision == "bf16" else torch.float16)
+    return torch.autocast(device, DTYPES[precision])
 
 
 def _check(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, settings: TrainSettings) -> None:

@@ -100,11 +100,7 @@ def personalised_obeys(out: Path) -> dict[str, Any]:
         base = run.model()
         lora = lora_file.load(trained.file, base.unet)
         scenes = list(world.NEW_SCENES) * 2
-        seeds = range(len(scenes))
-        heard, unheard = (
-            sample(base, [world.photo_caption(noun, scene) for scene in scenes], seeds, run.SAMPLING, lora=lora)
-            for noun in (f"{run.IDENTIFIER} {subject.kind}", subject.kind)
-        )
+        heard, unheard = (run.draw(base, noun, scenes, lora=lora) for noun in (run.called(subject), subject.kind))
         _sheet([*heard, *unheard], len(scenes)).save(out / f"subject-{number}.png")
         real = [picture for _, picture in world.reference_pictures(subject)]
         difference = (world.to_tensor(heard) - world.to_tensor(unheard)).abs().mean().item()

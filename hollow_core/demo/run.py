@@ -28,7 +28,6 @@ from . import pictures, scorers, world
 MODEL = Path(__file__).parent / "model"
 IDENTIFIER = "sks"
 CUT = 3
-SEEDS = (0, 1, 2, 3)
 
 # So small a model wants LoRA on more than attention, and a higher learning rate; the library keeps the paper's.
 SETTINGS = TrainSettings(
@@ -151,7 +150,7 @@ def captioned_references(subject: world.Subject) -> Iterator[tuple[str, Image.Im
     Without the caption the background is learned with the subject, and no new scene is heard.
     """
     for scene, picture in world.reference_pictures(subject):
-        yield scene, picture, world.photo_caption(f"{IDENTIFIER} {subject.kind}", scene)
+        yield scene, picture, world.photo_caption(called(subject), scene)
 
 
 def write_references(folder: Path, subject: world.Subject) -> None:
@@ -174,14 +173,26 @@ def draw_rows(
         ("hollowed LoRA, single path", hollowed_lora, True),
     ]
     scenes = world.NEW_SCENES
-    prompts = [world.photo_caption(f"{IDENTIFIER} {subject.kind}", scene) for scene in scenes]
     rows = []
     for name, lora, single_path in ways:
-        drawn = sample(base, prompts, SEEDS, SAMPLING, lora=lora, single_path=single_path)
+        drawn = draw(base, called(subject), scenes, lora=lora, single_path=single_path)
         rows.append(Row(name, drawn, *score(drawn, subject, scenes)))
         if progress is not None:
             progress("sample", Progress(len(rows), len(ways), 0.0))
     return rows
+
+
+def draw(
+    base: BaseModel, noun: str, scenes: Sequence[str], settings: SampleSettings = SAMPLING, **how: Any
+) -> list[Image.Image]:
+    """A picture of `noun` in each of `scenes`, with the seeds 0, 1, 2, …; `how` is for `sample`."""
+    prompts = [world.photo_caption(noun, scene) for scene in scenes]
+    return sample(base, prompts, range(len(prompts)), settings, **how)
+
+
+def called(subject: world.Subject) -> str:
+    """The subject as prompts call it: "sks cup"."""
+    return f"{IDENTIFIER} {subject.kind}"
 
 
 def score(drawn: Sequence[Image.Image], subject: world.Subject, scenes: Sequence[str]) -> tuple[float, float]:
