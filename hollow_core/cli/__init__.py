@@ -1,0 +1,18 @@
+"""The command `hollow`, a file for each of its verbs. Results go to stdout, everything else to stderr."""
+
+from rich.text import Text
+
+from ..errors import HollowError
+from . import demo, plan, sample, train
+from .app import app, console
+
+__all__ = ["demo", "main", "plan", "sample", "train"]
+
+
+def main() -> None:
+    """Run the command; a HollowError is one sentence on stderr and exit status 1."""
+    try:
+        app()
+    except HollowError as error:
+        console.print(Text(f"hollow: {error}", style="red"), soft_wrap=True)
+        raise SystemExit(1) from error

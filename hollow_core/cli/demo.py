@@ -1,0 +1,33 @@
+"""`hollow demo`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from .app import app, console
+from .options import Json
+from .watch import quiet, watching
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the LoRA, the pictures and the report.")] = Path("hollow-demo"),
+    as_json: Json = False,
+) -> None:
+    """Personalise the embedded model offline on a subject it has never seen: minutes on two cores, no GPU."""
+    quiet()
+    from ..demo import run
+
+    with watching() as watch:
+        report = run.run(out, progress=watch)
+    table = Table("", "subject score", "prompt score")
+    for name, row in report["rows"].items():
+        table.add_row(name, f"{row['subject_score']:.2f}", f"{row['prompt_score']:.2f}")
+    console.print(table)
+    console.print(Text(f"Look at {out / 'grid.png'}; the LoRA is {out / 'lora.safetensors'}."), soft_wrap=True)
+    if as_json:
+        print(json.dumps(report, indent=1))

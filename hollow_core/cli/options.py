@@ -1,0 +1,116 @@
+"""Options that several commands take, and what their values mean."""
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..residency import Bits
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+ModelPath = Annotated[
+    Path, typer.Argument(help="A .safetensors checkpoint of SD 1.x, 2.x or SDXL, or a diffusers folder.")
+]
+
+
+class Precision(str, Enum):
+    """How weights are kept and computed with."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Strategy(str, Enum):
+    """How training steps find the gradient."""
+
+    bp = "bp"
+    zo = "zo"
+    selective = "selective"
+
+
+class LoraPrecision(str, Enum):
+    """How the LoRA is kept."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class BaseBits(str, Enum):
+    """How many bits a weight of the base may take."""
+
+    eight = "8"
+    four = "4"
+
+
+class OptimizerKind(str, Enum):
+    """What updates the LoRA."""
+
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"
+
+
+class Prediction(str, Enum):
+    """What a model's U-Net predicts."""
+
+    epsilon = "epsilon"
+    v_prediction = "v_prediction"
+    sample = "sample"
+
+
+Optimizer = Annotated[
+    OptimizerKind,
+    typer.Option(help="AdamW with states in fp32, or in 8 bits by bitsandbytes: a quarter of their memory."),
+]
+FusedBackward = Annotated[
+    bool,
+    typer.Option(
+        help="Update each matrix as its gradient comes, so that gradients never all exist; needs --max-grad-norm inf and no class images."
+    ),
+]
+LoraPrecisionOption = Annotated[
+    LoraPrecision,
+    typer.Option(help="Of the LoRA, its gradients and AdamW's states; bf16 halves them and rounds small updates away."),
+]
+BaseBitsOption = Annotated[
+    BaseBits | None,
+    typer.Option(
+        help="Quantise the base model's weights to 8 or 4 bits: a quarter or an eighth of the memory of fp32. (default: off)"
+    ),
+]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        help="Keep the base model's weights in main memory and bring each to the GPU when it is needed: slower."
+    ),
+]
+PredictionType = Annotated[
+    Prediction | None,
+    typer.Option(help="What the U-Net predicts, where the model does not tell. (default: as it tells)"),
+]
+
+
+def load_model(path: Path, precision: Precision, prediction_type: Prediction | None) -> Any:
+    """`models.load`, as the options say."""
+    from ..models import load
+    from ..train import DTYPES
+
+    return load(path, DTYPES[precision.value], prediction_type=prediction_type.value if prediction_type else None)
+
+
+def bits_of(asked: BaseBits | None) -> "Bits | None":
+    """The number, None for none."""
+    return None if asked is None else (8 if asked is BaseBits.eight else 4)
+
+
+def device_of(asked: str | None) -> str:
+    """The one that was asked for, else the GPU if there is one."""
+    import torch
+
+    if asked is not None:
+        return asked
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,146 @@
+"""`hollow cuts` and `hollow plan`: what training will cost, before anything is loaded."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import HollowError
+from ..progress import Progress
+from .app import app, console
+from .options import (
+    BaseBitsOption,
+    FusedBackward,
+    Json,
+    LoraPrecision,
+    LoraPrecisionOption,
+    Optimizer,
+    OptimizerKind,
+    Precision,
+    Stream,
+    bits_of,
+)
+from .watch import quiet, watching
+
+
+@app.command()
+def cuts(
+    model: Annotated[str, typer.Argument(help="sd15, sd21, sdxl, or a diffusers folder or .safetensors checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """What each cut of a U-Net removes, and what it then costs to train."""
+    quiet()
+    from ..blocks import LAYOUTS, layout_config
+    from ..cost import cuts_table
+    from ..models import load
+
+    rows = cuts_table(layout_config(model) if model in LAYOUTS else load(Path(model)).unet.config)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("k", "hollowed", "removed %", "parameters kept", "record", "training step")
+    for row in rows:
+        first, last = row["blocks"][0], row["blocks"][-1]
+        table.add_row(
+            str(row["k"]),
+            f"{first} … {last}",
+            f"{row['removed_percent']:.1f}",
+            f"{row['parameters'] / 1e6:.1f} M",
+            f"{row['record_bytes'] / 2**20:.2f} MiB",
+            f"{row['flops']['training_step'] / 1e12:.3f} TFLOP",
+        )
+    Console().print(table)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="sd15, sd21, sdxl, or a diffusers folder or .safetensors checkpoint.")],
+    resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. (default: the model's own)")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
+    batch: Annotated[int, typer.Option(help="Records a step.")] = 1,
+    samples: Annotated[int, typer.Option(help="Records to precompute.")] = 200,
+    precision: Annotated[list[Precision] | None, typer.Option(help="Of the base model and the arithmetic; may be given several times. (default: fp32, and bf16 where a budget asks for it)")] = None,
+    lora_precision: LoraPrecisionOption = LoraPrecision.fp32,
+    optimizer: Optimizer = OptimizerKind.adamw,
+    fused_backward: FusedBackward = False,
+    base_bits: BaseBitsOption = None,
+    stream: Stream = False,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute activations. With a budget, this, an 8-bit base and, last, streaming are tried.")] = False,
+    cut: Annotated[list[int] | None, typer.Option(help="May be given several times; -1 is an ordinary LoRA on all of the U-Net. (default: all)")] = None,
+    budget: Annotated[str | None, typer.Option(help="Free memory, such as 4GB: pick the least hollowing and the fastest settings that fit. (default: none, a table of all)")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """What each cut will need: memory, disk and operations, before anything is loaded and without a GPU."""
+    quiet()
+    from ..blocks import max_cut
+    from ..memory import Planner, Setting, parse_bytes
+    from ..train import TrainSettings
+
+    training = TrainSettings(
+        rank=rank,
+        batch=batch,
+        gradient_checkpointing=checkpointing,
+        optimizer=optimizer.value,
+        lora_precision=lora_precision.value,
+        fused_backward=fused_backward,
+        max_grad_norm=math.inf if fused_backward else 1.0,
+    )
+    setting = Setting(
+        resolution=resolution, samples=samples, base_bits=bits_of(base_bits), streaming=stream, training=training
+    )
+    precisions: list[Any] = [each.value for each in precision or []]
+    if budget is not None and cut:
+        raise HollowError("A budget picks the cut itself. Leave out --cut or --budget.")
+    available = None if budget is None else parse_bytes(budget)
+    planner = Planner(model)
+    if available is None:
+        cuts = cut or [-1, *range(max_cut(planner.config) + 1)]
+        settings = [
+            replace(setting, cut=None if k < 0 else k, training=replace(training, precision=each))
+            for each in precisions or ["fp32"]
+            for k in cuts
+        ]
+        predictions = []
+        with watching() as watch:
+            for number, each in enumerate(settings, start=1):
+                predictions.append(planner.predict(each))
+                watch("plan", Progress(number, len(settings), 0.0))
+    else:
+        fit = planner.fit(available, setting, **({"precisions": precisions} if precisions else {}))
+        predictions = [fit.prediction]
+    rows = [prediction.row() for prediction in predictions]
+    if available is not None:
+        rows[0]["gave_up"] = list(fit.gave_up)
+        say = f"Fits into {budget}: {fit.prediction.setting}. Given up: {', '.join(fit.gave_up) or 'nothing'}."
+        console.print(Text(say), soft_wrap=True)
+        if (drawing := fit.prediction.stages["sample"].total) > available:
+            say = f"To sample with it as `hollow sample` does takes more, {drawing / 2**30:.2f} GiB."
+            console.print(Text(say), soft_wrap=True)
+    if as_json:
+        print(json.dumps(rows[0] if budget is not None else rows, indent=1))
+        return
+    stages, kinds = list(rows[0]["stages"]), list(rows[0]["stages"]["train"])[1:]
+    table = Table(
+        "setting",
+        *stages,
+        *(f"train: {kind}" for kind in kinds),
+        "store",
+        "TFLOP a step",
+        title="peak memory in GiB, store in MiB",
+    )
+    for row, prediction in zip(rows, predictions, strict=True):
+        training_peak = row["stages"]["train"]
+        table.add_row(
+            str(prediction.setting),
+            *(f"{row['stages'][stage]['total'] / 2**30:.2f}" for stage in stages),
+            *(f"{training_peak[kind] / 2**30:.2f}" for kind in kinds),
+            f"{row['store_bytes'] / 2**20:.0f}",
+            f"{row['step_flops'] / 1e12:.2f}",
+        )  # fmt: skip
+    Console().print(table)

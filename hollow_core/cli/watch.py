@@ -1,0 +1,67 @@
+"""What a person sees while a command works, and how they stop it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from ..progress import Progress
+from .app import console
+
+
+def quiet() -> None:
+    """Say nothing of how libraries fetch their parts; ours are the only words on stderr."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+@contextmanager
+def watching() -> Iterator[Any]:
+    """Progress bars on stderr, one a stage, with loss, time left and memory in use."""
+    from ..meter import used_bytes
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Bars(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def watch(stage: str, done: Progress) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=done.steps, note="")
+            minutes, seconds = divmod(round(done.seconds_left), 60)
+            note = f"{minutes}:{seconds:02} left, {used_bytes() / 2**30:.2f} GiB"
+            if done.loss is not None:
+                note = f"loss {done.loss:.4f}, {note}"
+            bars.update(tasks[stage], completed=done.step, note=note)
+
+        yield watch
+
+
+@contextmanager
+def stopping() -> Iterator[Any]:
+    """Ctrl-C asks for a stop at the next step; a second one interrupts at once."""
+    import signal
+
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
