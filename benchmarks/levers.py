@@ -1,19 +1,19 @@
 """What each lever of memory costs in quality and time: `python -m benchmarks.levers --out DIR`.
 
-A hollowed LoRA of one held-out subject of the embedded model, trained with the demo's settings, once with each
-lever and otherwise alike, with the same seed. The loss is the mean of the last hundred steps, the subject score
-that of two-path pictures in new scenes, drawn by the full base; time is the median training step's over the first
-row's. Minutes a lever; what is done is kept in DIR, so that a stopped run goes on. Writes DIR/levers.json and prints
-the table.
+Hollowed LoRAs of held-out subjects of the embedded model, trained with the demo's settings, once with each lever and
+otherwise alike, with the same seed. The loss is the mean of the last hundred steps, the subject score that of two-path
+pictures in new scenes, drawn by the full base, and its spread that over the subjects of the difference to the first
+lever's; time is the median training step's over the first lever's. Minutes a lever and subject; what is done is kept
+in DIR, so that a stopped run goes on. Writes DIR/levers.json and prints the table.
 """
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, pstdev
 from typing import Any
 
 from hollow_core import lora_file
@@ -41,19 +41,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("hollow-levers"), help="folder for the results")
     parser.add_argument("--levers", nargs="+", choices=LEVERS, default=list(LEVERS), help="which; the first is plain")
-    parser.add_argument("--subject", type=int, default=0, help="which held-out subject")
+    parser.add_argument("--subjects", type=int, nargs="+", default=range(len(world.HELD_OUT)), help="which, from 0")
     arguments = parser.parse_args()
-    rows = {name: measured(arguments.out, name, arguments.subject) for name in arguments.levers}
+    first = arguments.levers[0]
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.levers}
+    for subject in arguments.subjects:
+        for name in arguments.levers:
+            rows[name].append(measured(arguments.out, name, subject))
     write_json(arguments.out / "levers.json", rows)
-    first = rows[arguments.levers[0]]
-    print("\n| lever | loss | greatest difference of a step's loss | subject score | prompt score | time |")
-    print("|---|---|---|---|---|---|")
-    for name, row in rows.items():
-        apart = max(abs(a - b) for a, b in zip(row["losses"], first["losses"], strict=True))
-        print(
-            f"| {name} | {mean(row['losses'][-100:]):.4f} | {apart:.4f} | {row['subject']:.3f} | {row['prompt']:.3f} "
-            f"| {row['seconds_a_step'] / first['seconds_a_step']:.2f} |"
-        )
+    print(
+        "\n| lever | loss | greatest difference of a step's loss | subject score | difference | prompt score | time |"
+    )
+    for name, of in rows.items():
+        print(f"| {name} | " + " | ".join(summary(of, rows[first])) + " |")
+
+
+def summary(rows: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns of a lever, given each subject's row, and the first lever's."""
+    pairs = list(zip(rows, first, strict=True))
+    more = [row["subject"] - plain["subject"] for row, plain in pairs]
+    apart = max(abs(a - b) for row, plain in pairs for a, b in zip(row["losses"], plain["losses"], strict=True))
+    return [
+        f"{mean(mean(row['losses'][-100:]) for row in rows):.4f}",
+        f"{apart:.4f}",
+        f"{mean(row['subject'] for row in rows):.3f}",
+        f"{mean(more):+.3f} ± {pstdev(more):.3f}",
+        f"{mean(row['prompt'] for row in rows):.3f}",
+        f"{mean(row['seconds_a_step'] / plain['seconds_a_step'] for row, plain in pairs):.2f}",
+    ]
 
 
 def measured(out: Path, name: str, subject: int) -> dict[str, Any]:
