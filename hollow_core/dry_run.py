@@ -2,8 +2,8 @@
 
 Tensors on PyTorch's "meta" device have shapes and storages, but no memory. While inside a `DryRun` they stand
 for those on a GPU: each storage is counted from the moment it is made until nothing refers to it any more,
-and three things happen as on CUDA that the meta device does otherwise: attention never makes its matrix of
-scores, autocast casts, and values that Python asks for are there (all of them 1).
+and two things happen as on CUDA that the meta device does otherwise: attention never makes its matrix of scores,
+and values that Python asks for are there (all of them 1).
 """
 
 import weakref
@@ -49,22 +49,15 @@ class Peak:
 
 
 class DryRun:
-    """`with DryRun() as run:` … then `run.peak()` and `run.flops`.
+    """`with DryRun() as run:` … then `run.peak()` and `run.flops`."""
 
-    `autocast` is the dtype of the arithmetic where weights have another, None to compute as they are.
-    """
-
-    def __init__(self, autocast: torch.dtype | None = None) -> None:
+    def __init__(self) -> None:
         self._ledger = _Ledger()
-        self._gpu = _Gpu(autocast)
         self._stack = ExitStack()
 
     def __enter__(self) -> "DryRun":
         self._stack.enter_context(_optimizer_hooks(self._ledger))
-        if (dtype := self._gpu.autocast) is not None:
-            # meta tensors have no autocast: this is for code that asks whether it is on
-            self._stack.enter_context(torch.autocast("cpu", dtype))
-        self._stack.enter_context(self._gpu)
+        self._stack.enter_context(_Gpu())
         self._stack.enter_context(self._ledger)
         return self
 
@@ -178,25 +171,13 @@ class _Ledger(TorchDispatchMode):
         del self._numbers[address], self._alive[address]
 
 
-# Autocast's lists for CUDA, as far as Stable Diffusion's parts call them (PyTorch, "Autocast Op Reference").
-_LOWER = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.baddbmm}
-_FLOAT32 = {F.group_norm, F.layer_norm, F.softmax, torch.softmax, F.mse_loss}
-
-
 class _Gpu(TorchFunctionMode):
     """What CUDA does and the meta device does not."""
-
-    def __init__(self, autocast: torch.dtype | None) -> None:
-        super().__init__()
-        self.autocast = autocast
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.backward:
             return self._backward(args[0])
-        if self.autocast is not None and (func in _LOWER or func in _FLOAT32):
-            cast = partial(_cast, dtype=self.autocast if func in _LOWER else torch.float32)
-            args, kwargs = tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
@@ -207,10 +188,6 @@ class _Gpu(TorchFunctionMode):
         with self:
             ones = (torch.ones_like(loss),)
             engine.run_backward((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_meta and value.is_floating_point() else value
 
 
 def _attention(

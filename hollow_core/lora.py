@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -138,8 +139,26 @@ def _inject(
         inject_adapter_in_model(config, unet, _ADAPTER)
     # Views copy attributes, so this one would outlive the layers; they alone tell whether there is a LoRA.
     del unet.peft_config
-    for matrix in lora_parameters(unet):
-        matrix.data = matrix.data.float()
+    for _, layer in _lora_layers(unet):
+        layer.cast_input_dtype_enabled = False
+        for matrix in (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]):
+            matrix.__class__ = _LoraConv2d if isinstance(matrix, nn.Conv2d) else _LoraLinear
+            matrix.weight.data = matrix.weight.data.float()
+
+
+class _LoraLinear(nn.Linear):
+    """Computes in the precision of its input. peft would bring the input to the matrix's own, and each of the
+    layers that share an input would keep a copy of it, twice its size, for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class _LoraConv2d(nn.Conv2d):
+    """The same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight.to(x.dtype), None)
 
 
 def _matrices(unet: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

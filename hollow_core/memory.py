@@ -304,13 +304,12 @@ def _train(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     store = OneRecord(model, setting)
     del model
     few = replace(training, batch=min(training.batch, 2), save_every=0)
-    autocast = None if training.precision == "fp32" else DTYPES[training.precision]
 
     def stop_there(done: Progress) -> None:
         if done.step == _passes(setting):
             raise _EnoughSteps
 
-    with TemporaryDirectory() as folder, DryRun(autocast) as run, suppress(_EnoughSteps):
+    with TemporaryDirectory() as folder, DryRun() as run, suppress(_EnoughSteps):
         _hold(run, unet)
         train(unet, store.schedule, store, few, folder=folder, progress=stop_there)
     return run.peak(), run.flops * training.batch // (few.batch * _passes(setting))

@@ -21,7 +21,7 @@ from .progress import Progress, Stop, Watch
 from .prompts import generic_prompt, personal_prompt
 from .residency import Bits, quantize, stream
 from .selective import save_schedule
-from .train import TrainResult, TrainSettings, check_unfused, train
+from .train import DTYPES, TrainResult, TrainSettings, check_unfused, train
 
 LORA_FILE = "lora.safetensors"
 SCHEDULE_FILE = "schedule.png"
@@ -92,6 +92,7 @@ def personalize(
 
     with meter.stage("encode"):
         model = load()
+        model.unet.to(DTYPES[request.settings.precision])
         if request.base_bits is not None:
             quantize(model.unet, request.base_bits)
         if request.streaming:

@@ -117,9 +117,6 @@ class _FrozenLayer(nn.Module):
         return held[0].detach().to(dtype).requires_grad_(self.held[0].requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
-        device = "cpu" if x.is_meta else x.device.type  # whose autocast `dry_run` takes
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
         y: Tensor = _Multiply.apply(x, self)
         return y
 

@@ -1,7 +1,6 @@
 """Stage 2: train a LoRA on the records of a store; the loop reads top to bottom."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -59,7 +58,7 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm if it is longer; infinity never clips."""
     precision: Precision = "fp32"
-    """Of the arithmetic. Weights stay as they were loaded."""
+    """Of the base's weights and of the arithmetic; the U-Net must be loaded in it."""
     lora_precision: Literal["fp32", "bf16"] = "fp32"
     """Of the LoRA, its gradients and AdamW's states; bf16 halves them, and rounds small updates away."""
     gradient_checkpointing: bool = False
@@ -244,8 +243,7 @@ def train(
     def loss_of(index: int) -> Tensor:
         record = store.record(index)
         latents, conditioning = store.inputs(record.image)
-        with _arithmetic(unet.conv_in.weight.device.type, settings.precision):
-            return record_loss(unet, schedule, record, latents, conditioning, snr_gamma=settings.snr_gamma)
+        return record_loss(unet, schedule, record, latents, conditioning, snr_gamma=settings.snr_gamma)
 
     def save() -> None:
         moments = {way: optimizer.state() for way, optimizer in optimizers.items()}
@@ -304,13 +302,12 @@ def train(
     return TrainResult(lora_state(unet), losses, stopped, trained_on)
 
 
-def _arithmetic(device: str, precision: Precision) -> AbstractContextManager[object]:
-    if precision == "fp32" or device == "meta":  # where `dry_run` stands in for autocast
-        return nullcontext()
-    return torch.autocast(device, DTYPES[precision])
-
-
 def _check(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, settings: TrainSettings) -> None:
+    if (dtype := unet.conv_in.weight.dtype) != DTYPES[settings.precision]:
+        raise HollowError(
+            f"The U-Net is in {str(dtype).removeprefix('torch.')}, but the precision is {settings.precision}. "
+            "Load it in that precision, or ask for another."
+        )
     if store.missing:
         raise HollowError(f"The store in {store.folder} is not finished. Run precompute again: it goes on.")
     if schedule_id(schedule) != store.fingerprint.schedule:

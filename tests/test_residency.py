@@ -16,7 +16,7 @@ from hollow_core.hollow import head, hollow
 from hollow_core.lora import ALL_LAYERS, add_lora, lora_parameters, lora_state
 from hollow_core.precompute import precompute
 from hollow_core.residency import away, quantize, stream
-from hollow_core.train import TrainSettings, train
+from hollow_core.train import DTYPES, TrainSettings, train
 
 CUT = 3
 FEW = TrainSettings(rank=2, steps=4, learning_rate=1e-3)
@@ -245,7 +245,7 @@ def test_what_is_streamed_stays_in_main_memory_and_the_rest_goes(tiny_unet):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_streamed_run_is_the_resident_one_bit_by_bit(tiny_unet, tmp_path, bits, precision):
     def run(name, streamed):
-        unet, schedule = tiny_unet("sd21"), tiny_schedule()
+        unet, schedule = tiny_unet("sd21").to(DTYPES[precision]), tiny_schedule()
         if bits is not None:
             quantize(unet, bits)
         if streamed:

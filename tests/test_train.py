@@ -15,7 +15,7 @@ from hollow_core.errors import HollowError
 from hollow_core.hollow import hollow
 from hollow_core.lora import ATTENTION, lora_off, lora_parameters, lora_state
 from hollow_core.precompute import precompute
-from hollow_core.train import TrainSettings, train
+from hollow_core.train import DTYPES, TrainSettings, train
 
 CUT = 3
 FEW = TrainSettings(rank=2, steps=6, learning_rate=1e-3)
@@ -114,6 +114,7 @@ def test_same_seed_same_lora_and_another_seed_another(begin, tmp_path):
 @pytest.mark.parametrize("settings", [FEW, replace(FEW, steps=4, batch=2, precision="fp16")])
 def test_stopped_at_any_step_and_gone_on_gives_the_same_lora(begin, tmp_path, settings):
     unet, schedule, store = begin(priors=1)
+    unet.to(DTYPES[settings.precision])
     whole = train(unet, schedule, store, settings, folder=tmp_path / "whole")
     for step in range(settings.steps):
         folder, stop = tmp_path / f"stopped at {step}", iter([False] * step + [True])
@@ -197,6 +198,7 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name_but_the_store_serves(
     before = content(store.folder)
     train(unet, schedule, store, FEW, folder=tmp_path / "run")
     checkpoint = content(tmp_path / "run")
+    unet.to(DTYPES[change.get("precision", "fp32")])
     with pytest.raises(HollowError, match=rf"checkpoint\.safetensors is of a training that differs: .*{said}"):
         train(unet, schedule, store, replace(FEW, **change), folder=tmp_path / "run")
     assert content(tmp_path / "run") == checkpoint
@@ -300,6 +302,7 @@ def test_an_exploding_update_leaves_the_lora_from_before_it(begin, tmp_path):
 def test_a_non_finite_gradient_is_never_applied(begin, tmp_path, precision, skipped):
     unet, schedule, store = begin()
     unet.conv_out.register_full_backward_hook(lambda module, to_input, _: (to_input[0] * math.inf,))
+    unet.to(DTYPES[precision])
     settings = replace(FEW, steps=40, precision=precision)
     start = train(unet, schedule, store, settings, folder=tmp_path, stop=lambda: True).state
     result = train(unet, schedule, store, settings, folder=tmp_path)
@@ -311,6 +314,7 @@ def test_the_gradient_is_clipped_to_its_norm(begin, tmp_path):
     unet, schedule, store = begin(samples=1)
 
     def first_gradient(folder, **change):
+        unet.to(DTYPES[change.get("precision", "fp32")])
         train(unet, schedule, store, replace(FEW, steps=1, **change), folder=folder)
         saved = load_file(folder / "checkpoint.safetensors")
         moments = [tensor for name, tensor in saved.items() if name.endswith("exp_avg")]  # (1 - β₁) times it
@@ -328,13 +332,19 @@ def test_half_precision_is_finite_and_near_to_single(begin, tmp_path, precision)
     unet, schedule, store = begin()
     outputs = []
     unet.conv_in.register_forward_hook(lambda _module, _args, output: outputs.append(output.dtype))
+    unet.to(DTYPES[precision])
     result = train(unet, schedule, store, replace(FEW, precision=precision), folder=tmp_path / precision)
-    assert set(outputs) == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    assert set(outputs) == {DTYPES[precision]}
     assert result.stopped == "finished"
     assert result.losses == pytest.approx(exact.losses, rel=0.03)
     assert finite(result.state)
     assert {parameter.dtype for parameter in lora_parameters(unet)} == {torch.float32}
     assert any(tensor.any() for key, tensor in result.state.items() if "lora_B" in key)
+
+
+def test_a_base_in_another_precision_is_refused(begin, tmp_path):
+    with pytest.raises(HollowError, match=r"in float32, but the precision is bf16\. Load it in that precision"):
+        train(*begin(), replace(FEW, precision="bf16"), folder=tmp_path)
 
 
 def test_a_base_in_half_precision_trains_too(tiny_unet, tmp_path):

@@ -51,7 +51,9 @@ def train(
     # nodes run in inference mode, where nothing can be trained
     with torch.inference_mode(False), torch.enable_grad():
         clear_device()
-        unet = hollow(diffusers_unet(hollowed.model), hollowed.cut, {record.timestep for record in store.records})
+        whole = diffusers_unet(hollowed.model).to(stage.DTYPES[settings.precision])
+        unet = hollow(whole, hollowed.cut, {record.timestep for record in store.records})
+        del whole
         preview = Preview(hollowed.model, unet, schedule, store) if preview_every else None
         curve, learned = LossCurve(), None
 
