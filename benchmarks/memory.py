@@ -57,18 +57,18 @@ REACH: dict[str, tuple[str, Setting, tuple[str, ...], float]] = {
     ),
     "rank 16, bf16, checkpointing, 8-bit base": ("sd21", replace(SD21, base_bits=8, training=SMALL), ("train",), 0.80),
     "rank 16, bf16, checkpointing, streamed": ("sd21", replace(SD21, streaming=True, training=SMALL), ("train",), 0.45),
-    "the same, whole road": ("sd21", replace(SD21, streaming=True, training=SMALL), STAGES, 0.90),
-    "SDXL k=1, rank 16, bf16, checkpointing": ("sdxl", replace(SDXL, training=SMALL), ("train",), 3.2),
-    "the same, 8-bit AdamW": (
-        "sdxl",
-        replace(SDXL, training=replace(SMALL, optimizer="adamw8bit")),
-        ("train",),
-        3.2,
+    "the same, whole road": (
+        "sd21",
+        replace(SD21, streaming=True, class_images=1, training=SMALL),
+        STAGES,
+        0.90,
     ),
-    "the same, streamed": (
+    "SDXL k=1, rank 16, bf16, checkpointing": ("sdxl", replace(SDXL, training=SMALL), ("train",), 3.2),
+    "SDXL, streamed": ("sdxl", replace(SDXL, streaming=True, training=SMALL), ("train",), 1.5),
+    "SDXL, streamed, tiled VAE, whole road": (
         "sdxl",
-        replace(SDXL, streaming=True, training=replace(SMALL, optimizer="adamw8bit")),
-        ("train",),
+        replace(SDXL, streaming=True, tiled_vae=True, class_images=1, training=SMALL),
+        STAGES,
         1.5,
     ),
 }

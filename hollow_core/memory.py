@@ -26,11 +26,11 @@ from .hollow import Conditioning, head, hollow
 from .images import TrainingImage
 from .lora import add_lora, lora_parameters
 from .lora_file import Recipe
-from .models import BaseModel, decode_images, encode_images, encode_prompt, outline
+from .models import BaseModel, decode_images, encode_images, encode_prompt, outline, stream_weights, tile_vae
 from .precompute import Example, run_to_exit
 from .progress import Progress
 from .prompts import generic_prompt, personal_prompt
-from .residency import Bits, away, quantize, stream
+from .residency import Bits, away, quantize, stream_middle
 from .sample import SampleSettings, draw, encode_guided
 from .train import DTYPES, Precision, TrainSettings, train
 
@@ -49,12 +49,18 @@ class Setting:
     """Side of the pictures in pixels; None is the model's own."""
     samples: int = 200
     """Records in the store."""
+    class_images: int = 0
+    """Pictures of the class that the base draws, among what is encoded."""
     store_dtype: torch.dtype = torch.float16
     """How exit activations are kept."""
     base_bits: Bits | None = None
     """Bits of a weight of the frozen base; None keeps them in the precision."""
     streaming: bool = False
-    """The base's weights are in main memory and visit the device."""
+    """The weights of U-Net and text encoders are in main memory and visit the device."""
+    stream_middle: bool = False
+    """While precomputing, those of the middle are."""
+    tiled_vae: bool = False
+    """Pictures are encoded and decoded in tiles."""
     training: TrainSettings = field(default_factory=TrainSettings)
 
     def __str__(self) -> str:
@@ -65,6 +71,8 @@ class Setting:
                 *(["gradient checkpointing"] if training.gradient_checkpointing else []),
                 *([f"{self.base_bits}-bit base"] if self.base_bits else []),
                 *(["streaming"] if self.streaming else []),
+                *(["streamed middle"] if self.stream_middle else []),
+                *(["tiled VAE"] if self.tiled_vae else []),
                 *(["bf16 LoRA"] if training.lora_precision == "bf16" else []),
                 *(["8-bit AdamW"] if training.optimizer == "adamw8bit" else []),
                 *(["fused backward"] if training.fused_backward else []),
@@ -103,6 +111,8 @@ class Prediction:
             "gradient_checkpointing": training.gradient_checkpointing,
             "base_bits": self.setting.base_bits,
             "streaming": self.setting.streaming,
+            "stream_middle": self.setting.stream_middle,
+            "tiled_vae": self.setting.tiled_vae,
             "lora_precision": training.lora_precision,
             "optimizer": training.optimizer,
             "fused_backward": training.fused_backward,
@@ -168,8 +178,9 @@ class Planner:
         """The least hollowing, and for it the fastest way, whose stages all stay within `budget` bytes.
 
         From the whole U-Net on, cut by cut, the ways are tried that give up least: `precisions` in their order,
-        then in the last of them gradient checkpointing, then a base in 8 bits. Where no cut fits so, streaming is
-        added: last, as it is the slowest, while a cut makes steps faster. All else is as in `setting`. Sampling
+        then in the smallest of them gradient checkpointing, then a base in 8 bits; with a tiled VAE where pictures
+        would not fit otherwise, and a streamed middle where precomputing would not. Where no cut fits so, all is
+        streamed: last, as it is the slowest, while a cut makes steps faster. All else is as in `setting`. Sampling
         is not counted, as any other tool can draw with the LoRA. Raises HollowError where nothing fits, saying
         what the smallest would need.
         """
@@ -178,11 +189,11 @@ class Planner:
         streamed = [replace(resident[-1], streaming=True)]
         cuts = (None, *range(max_cut(self.config) + 1))
         for ways, cut in product((resident, streamed), cuts):
-            settings = [replace(way, cut=cut) for way in ways]
+            settings = [self._eased(replace(way, cut=cut), budget) for way in ways]
             for tried in settings if self._fits(settings[-1], budget) else []:
                 if self._fits(tried, budget):
                     return Fit(self.predict(tried), _gave_up(tried, resident[0]))
-        least = [replace(streamed[0], cut=cut) for cut in cuts]
+        least = [replace(streamed[0], cut=cut, tiled_vae=True, stream_middle=False) for cut in cuts]
         encode = self._run("encode", least[0])[0].total
         smallest, needed = least[0], self._bytes(least[0])
         for other in least[1:]:
@@ -208,6 +219,14 @@ class Planner:
     def _fits(self, setting: Setting, budget: int) -> bool:
         return all(self._run(stage, setting)[0].total <= budget for stage in ROAD)
 
+    def _eased(self, setting: Setting, budget: int) -> Setting:
+        """With a tiled VAE where encoding, and a streamed middle where precomputing does not fit without."""
+        if self._run("encode", setting)[0].total > budget:
+            setting = replace(setting, tiled_vae=True)
+        if not setting.streaming and self._run("precompute", setting)[0].total > budget:
+            setting = replace(setting, stream_middle=True)
+        return setting
+
     def _bytes(self, setting: Setting) -> int:
         return max(self._run(stage, setting)[0].total for stage in ROAD)
 
@@ -220,8 +239,16 @@ class Planner:
                 old = setting.training
                 training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets)
         setting = replace(setting, resolution=setting.resolution or self.resolution, training=training)
-        if stage == "encode":  # without the U-Net
-            setting = replace(setting, cut=None, base_bits=None, streaming=False)
+        if stage == "encode":
+            setting = replace(setting, cut=None, class_images=min(setting.class_images, 1))
+            if not setting.class_images:  # without the U-Net
+                setting = replace(setting, base_bits=None)
+        else:  # without class pictures
+            setting = replace(setting, class_images=0)
+        if stage != "precompute":  # where alone the middle may be away
+            setting = replace(setting, stream_middle=False)
+        if stage in ("precompute", "train"):  # without the VAE
+            setting = replace(setting, tiled_vae=False)
         if stage != "train":  # which alone reads records
             setting = replace(setting, samples=1, store_dtype=torch.float16)
         if (stage, setting) not in self._runs:
@@ -229,7 +256,11 @@ class Planner:
             if setting.base_bits is not None:
                 quantize(model.unet, setting.base_bits)
             if setting.streaming:
-                stream(model.unet, "meta")
+                stream_weights(model, "meta")
+            elif setting.stream_middle and setting.cut is not None:
+                stream_middle(model.unet, setting.cut, "meta")
+            if setting.tiled_vae:
+                tile_vae(model)
             run = {"encode": _encode, "precompute": _precompute, "train": _train, "sample": _sample}[stage]
             self._runs[stage, setting] = run(model, setting)
         return self._runs[stage, setting]
@@ -249,7 +280,8 @@ def parse_bytes(text: str) -> int:
 def _ways(setting: Setting, precisions: tuple[Precision, ...]) -> list[Setting]:
     """From the fastest to the smallest, without streaming unless it is asked for."""
     ways = [replace(setting, training=replace(setting.training, precision=each)) for each in precisions]
-    checkpointing = replace(ways[-1], training=replace(ways[-1].training, gradient_checkpointing=True))
+    smallest = min(ways, key=lambda way: DTYPES[way.training.precision].itemsize)
+    checkpointing = replace(smallest, training=replace(smallest.training, gradient_checkpointing=True))
     quantized = replace(checkpointing, base_bits=setting.base_bits or 8)
     return list(dict.fromkeys([*ways, checkpointing, quantized]))
 
@@ -265,23 +297,37 @@ def _gave_up(setting: Setting, first: Setting) -> tuple[str, ...]:
         given.append("about a third of the speed (gradient checkpointing)")
     if setting.base_bits != first.base_bits:
         given.append(f"the last digits of the base ({setting.base_bits} bits a weight)")
+    if setting.tiled_vae != first.tiled_vae:
+        given.append("seams between a picture's tiles, faint at most (tiled VAE)")
+    if setting.stream_middle != first.stream_middle:
+        given.append("the time to bring the middle from main memory while precomputing (streamed middle)")
     if setting.streaming != first.streaming:
         given.append("the time to bring weights from main memory (streaming)")
     return tuple(given)
 
 
 def _encode(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
-    """A picture, then a prompt: VAE and text encoders are there in turn, as in `personalize`."""
+    """A picture, then a prompt, and one of the class: VAE, text encoders and U-Net are there in turn, as in
+    `personalize`."""
     side = setting.resolution or model.resolution
     picture = TrainingImage(Image.new("RGB", (side, side)), None, "", (0, 0, side, side))
     assert model.vae is not None
     with DryRun() as images:
         images.hold("weights", model.vae)
         encode_images(model, [picture])
+    prompt, settings = personal_prompt("sks", "dog"), SampleSettings(steps=_passes(setting), size=(side, side))
     with DryRun() as prompts:
-        prompts.hold("weights", *model.text_encoders)
-        encode_prompt(model, personal_prompt("sks", "dog"), (side, side))
-    return _in_turn(images, prompts)
+        _hold(prompts, *model.text_encoders)
+        encode_prompt(model, prompt, settings.size)
+    if not setting.class_images:
+        return _in_turn(images, prompts)
+    with DryRun() as guided:
+        _hold(guided, *model.text_encoders)
+        text = encode_guided(model, prompt, settings)
+    with DryRun() as drawing:
+        _hold(drawing, model.unet)
+        draw(model, text, 0, settings)
+    return _in_turn(images, prompts, guided, drawing)
 
 
 def _precompute(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
@@ -332,7 +378,7 @@ def _sample(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     )
     assert model.vae is not None
     with DryRun() as prompts:
-        prompts.hold("weights", *model.text_encoders)
+        _hold(prompts, *model.text_encoders)
         text = encode_guided(model, prompt, settings)
         generic = None if setting.cut is None else encode_prompt(model, recipe.generic_prompt, settings.size)
     with DryRun() as drawing:
@@ -350,15 +396,16 @@ def _in_turn(*runs: DryRun) -> tuple[Peak, int]:
     return max((run.peak() for run in runs), key=lambda peak: peak.total), sum(run.flops for run in runs)
 
 
-def _hold(run: DryRun, unet: nn.Module) -> None:
-    """Count what of a U-Net is on the device."""
-    elsewhere = {id(tensor) for tensor in away(unet)}
-    run.name("weights", [each for each in (*unet.parameters(), *unet.buffers()) if id(each) not in elsewhere])
+def _hold(run: DryRun, *modules: nn.Module) -> None:
+    """Count what of them is on the device."""
+    for module in modules:
+        elsewhere = {id(tensor) for tensor in away(module)}
+        run.name("weights", [each for each in (*module.parameters(), *module.buffers()) if id(each) not in elsewhere])
 
 
 def _passes(setting: Setting) -> int:
     """After which the fullest moment was seen: streaming sends ahead from the second on."""
-    return 2 if setting.streaming else 1
+    return 2 if setting.streaming or setting.stream_middle else 1
 
 
 def _inputs(model: BaseModel, setting: Setting) -> tuple[Tensor, Conditioning]:

@@ -27,6 +27,7 @@ from .errors import HollowError
 from .files import read_json
 from .hollow import Conditioning
 from .images import TrainingImage
+from .residency import stream
 from .single_file import (
     LAYOUTS,
     Pipeline,
@@ -241,6 +242,24 @@ def visiting(device: torch.device | str | None, *parts: nn.Module | None) -> Ite
     finally:
         for part in there:
             part.to("cpu")
+
+
+def stream_weights(model: BaseModel, device: torch.device | str) -> None:
+    """Keep the weights of U-Net and text encoders in main memory, from where they visit `device`. Raises HollowError
+    as `residency.stream` does."""
+    for part in (model.unet, *model.text_encoders):
+        stream(part, device)
+
+
+def tile_vae(model: BaseModel) -> None:
+    """Let the VAE take pictures in overlapping tiles of half the native side: a fraction of the memory, and close
+    to the same. An AutoencoderTiny needs little, and stays as it is."""
+    if not isinstance(model.vae, AutoencoderKL):
+        return
+    model.vae.enable_tiling()
+    # diffusers' own tiles are as large as the native pictures, which thus would never be tiled
+    model.vae.tile_sample_min_size = model.resolution // 2
+    model.vae.tile_latent_min_size = model.unet.config.sample_size // 2
 
 
 def free_encoders(model: BaseModel) -> None:

@@ -13,13 +13,22 @@ from .hollow import Conditioning, head, hollow
 from .images import TrainingImage, at_resolution
 from .lora_file import Recipe
 from .meter import Meter
-from .models import BaseModel, decode_images, encode_images, encode_prompt, free_encoders, visiting
+from .models import (
+    BaseModel,
+    decode_images,
+    encode_images,
+    encode_prompt,
+    free_encoders,
+    stream_weights,
+    tile_vae,
+    visiting,
+)
 from .optimizer import optimizer_class
 from .precompute import Example, precompute
 from .prior import class_latents
 from .progress import Progress, Stop, Watch
 from .prompts import generic_prompt, personal_prompt
-from .residency import Bits, quantize, stream
+from .residency import Bits, quantize, stream_middle
 from .selective import save_schedule
 from .train import DTYPES, TrainResult, TrainSettings, check_unfused, train
 
@@ -48,7 +57,11 @@ class Request:
     base_bits: Bits | None = None
     """Quantise the base's weights to 8 or 4 bits, for all stages; None keeps them as they were loaded."""
     streaming: bool = False
-    """Keep the base's weights in main memory, from where each visits the device when it is needed."""
+    """Keep the weights of U-Net and text encoders in main memory, from where each visits the device when needed."""
+    stream_middle: bool = False
+    """While precomputing, keep the weights of the middle in main memory, as with `streaming`."""
+    tiled_vae: bool = False
+    """Encode pictures in tiles."""
     settings: TrainSettings = field(default_factory=TrainSettings)
     low_resolution: int | None = None
     """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others'."""
@@ -79,7 +92,7 @@ def personalize(
     The strategy selective leaves a picture of its schedule there, too, with the steps that were taken.
 
     `load` gives the base model, on the CPU, and keeps no reference to it. Its parts visit `device` in turn: VAE,
-    text encoders, the U-Net up to the exit, and what is left of it; all at once only to draw class pictures. What
+    text encoders, the U-Net up to the exit, and what is left of it; the whole U-Net only to draw class pictures. What
     no later stage needs leaves memory: the encoders before precomputing, the middle before training. `progress`
     is called with the name of the stage, "class pictures", "precompute" or "train". Raises HollowError as
     the stages do.
@@ -96,19 +109,21 @@ def personalize(
         if request.base_bits is not None:
             quantize(model.unet, request.base_bits)
         if request.streaming:
-            stream(model.unet, device)
+            stream_weights(model, device)
+        if request.tiled_vae:
+            tile_vae(model)
         drawn: list[torch.Tensor] = []
         if request.class_images:
-            with visiting(device, model.unet, model.vae, *model.text_encoders):
-                drawn = class_latents(
-                    model,
-                    class_prompts(request),
-                    folder / "class",
-                    resolution=request.images[0].picture.width,
-                    seed=request.settings.seed,
-                    progress=watch("class pictures"),
-                    stop=stop,
-                )
+            drawn = class_latents(
+                model,
+                class_prompts(request),
+                folder / "class",
+                resolution=request.images[0].picture.width,
+                seed=request.settings.seed,
+                device=device,
+                progress=watch("class pictures"),
+                stop=stop,
+            )
             if len(drawn) < request.class_images:
                 return Outcome(None, None, None, meter)
         examples = make_examples(model, request, drawn, device)
@@ -118,6 +133,8 @@ def personalize(
 
     with meter.stage("precompute"):
         if request.cut is not None:
+            if request.stream_middle and not request.streaming:
+                stream_middle(model.unet, request.cut, device)
             head(model.unet, request.cut).to(device)
         store = precompute(
             model.unet,

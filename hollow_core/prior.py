@@ -7,8 +7,9 @@ import torch
 
 from .errors import HollowError
 from .files import read_safetensors, write_safetensors
-from .models import BaseModel
+from .models import BaseModel, visiting
 from .progress import Clock, Stop, Watch
+from .sample import SampleSettings, draw, encode_guided
 
 
 def class_latents(
@@ -19,32 +20,38 @@ def class_latents(
     resolution: int,
     seed: int = 0,
     steps: int = 30,
+    device: torch.device | str | None = None,
     progress: Watch | None = None,
     stop: Stop | None = None,
 ) -> list[torch.Tensor]:
     """Scaled latents (1, channels, height/8, width/8), one sampled for each of the generic `prompts`.
 
-    Each is a file in `folder`, so that an interrupted run goes on; fewer come back when `stop` says so. Raises
-    HollowError where `folder` holds latents of another prompt, seed or size.
+    Each is a file in `folder`, so that an interrupted run goes on; fewer come back when `stop` says so. Text
+    encoders and U-Net visit `device` in turn; None leaves them where they are. Raises HollowError where `folder`
+    holds latents of another prompt, seed or size.
     """
-    pipeline = model.pipeline()
-    pipeline.set_progress_bar_config(disable=True)
-    paths = [folder / f"class-{index:05}.safetensors" for index in range(len(prompts))]
-    todo = [path for path in paths if not path.exists()]
-    clock, latents = Clock(len(prompts) - len(todo), len(prompts)), []
-    for index, (path, prompt) in enumerate(zip(paths, prompts, strict=True)):
-        made_for = {"prompt": prompt, "seed": str(seed), "resolution": str(resolution), "steps": str(steps)}
-        if path in todo:
-            if stop is not None and stop():
-                break
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            size = {"height": resolution, "width": resolution}
-            drawn = pipeline(prompt, **size, num_inference_steps=steps, generator=generator, output_type="latent")
-            write_safetensors(path, {"latents": drawn.images.cpu()}, made_for)
-            if progress is not None:
-                progress(clock(index + 1))
-        tensors, metadata = read_safetensors(path)
-        if metadata != made_for:
-            raise HollowError(f"{path} was drawn for something else ({metadata}). Delete {folder}, or choose another.")
-        latents.append(tensors["latents"])
+    settings = SampleSettings(steps=steps, size=(resolution, resolution))
+    paths = {folder / f"class-{index:05}.safetensors": prompt for index, prompt in enumerate(prompts)}
+    todo = {path: prompt for path, prompt in paths.items() if not path.exists()}
+    texts = {}
+    if todo:
+        with visiting(device, *model.text_encoders):
+            texts = {prompt: encode_guided(model, prompt, settings) for prompt in dict.fromkeys(todo.values())}
+    clock, latents = Clock(len(paths) - len(todo), len(paths)), []
+    with visiting(device if todo else None, model.unet):
+        for index, (path, prompt) in enumerate(paths.items()):
+            made_for = {"prompt": prompt, "seed": str(seed), "resolution": str(resolution), "steps": str(steps)}
+            if path in todo:
+                if stop is not None and stop():
+                    break
+                drawn = draw(model, texts[prompt], seed * 1_000_003 + index, settings)
+                write_safetensors(path, {"latents": drawn.cpu()}, made_for)
+                if progress is not None:
+                    progress(clock(index + 1))
+            tensors, metadata = read_safetensors(path)
+            if metadata != made_for:
+                raise HollowError(
+                    f"{path} was drawn for something else ({metadata}). Delete {folder}, or choose another."
+                )
+            latents.append(tensors["latents"])
     return latents

@@ -9,7 +9,7 @@ the normalisations.
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
+from .blocks import hollowed_layers
 from .errors import HollowError
 from .lora import lora_parameters
 
@@ -58,28 +59,35 @@ def quantize(unet: UNet2DConditionModel, bits: Bits) -> None:
         layer.register_buffer("scales", scales)
 
 
-def stream(unet: UNet2DConditionModel, device: torch.device | str) -> None:
+def stream(part: nn.Module, device: torch.device | str, only: Iterable[str] = ("",)) -> None:
     """Keep the weights of linear and convolution layers, quantised or not, in main memory, where `.to` leaves them.
 
     (Pinned for CUDA, which takes up to twice their size.) They visit `device` one ahead of use, forward and
-    backward: at most two at a time are there. What is computed is the same bit by bit. Bring the rest of `unet`
-    to `device` afterwards. Stream before `hollow`. Raises HollowError for a U-Net that is streamed or carries a LoRA.
+    backward: at most two at a time are there. What is computed is the same bit by bit. `part` is a U-Net or a text
+    encoder, and `only` names those of its modules whose weights stay away, all by default; bring the rest to `device`
+    afterwards. Stream before `hollow`. Raises HollowError for a part that is streamed or carries a LoRA.
     """
-    if any(layer.streamer for layer in _frozen(unet)):
+    if any(layer.streamer for layer in _frozen(part)):
         raise HollowError("This U-Net is streamed already. Load it anew for another device.")
     streamer = Streamer(torch.device(device))
-    for layer in _freeze(unet):
+    for layer in _freeze(part, only):
         for tensor in layer.held:
             if tensor.is_meta:  # in a dry run, which tells what is away by `away`
                 continue
             tensor.data = tensor.data.cpu().pin_memory() if streamer.device.type == "cuda" else tensor.data.cpu()
         layer.streamer = streamer
-    unet.register_forward_pre_hook(lambda *_: streamer.begin())
+    part.register_forward_pre_hook(lambda *_: streamer.begin())
 
 
-def away(unet: nn.Module) -> list[Tensor]:
-    """The tensors of a streamed U-Net that are in main memory, not on its device."""
-    return [tensor for layer in _frozen(unet) if layer.streamer for tensor in layer.held]
+def stream_middle(unet: UNet2DConditionModel, cut: int, device: torch.device | str) -> None:
+    """`stream` what `cut` hollows: until it is gone it visits `device`, so that precomputing has no more weights
+    there than training. Raises HollowError as `stream` does, and for a cut out of range."""
+    stream(unet, device, [path for layer in hollowed_layers(unet.config, cut) for path in layer.modules])
+
+
+def away(part: nn.Module) -> list[Tensor]:
+    """The tensors of a streamed U-Net or text encoder that are in main memory, not on its device."""
+    return [tensor for layer in _frozen(part) if layer.streamer for tensor in layer.held]
 
 
 class _FrozenLayer(nn.Module):
@@ -250,22 +258,23 @@ class _Copy:
             torch.cuda.current_stream(self._device).wait_event(self._arrival)
 
 
-def _frozen(unet: nn.Module) -> Iterator[_FrozenLayer]:
-    return (module for module in unet.modules() if isinstance(module, _FrozenLayer))
+def _frozen(part: nn.Module) -> Iterator[_FrozenLayer]:
+    return (module for module in part.modules() if isinstance(module, _FrozenLayer))
 
 
-def _freeze(unet: UNet2DConditionModel) -> list[_FrozenLayer]:
-    """The layers of `unet` that are to be frozen, made so where they are not yet."""
-    if lora_parameters(unet):
+def _freeze(part: nn.Module, only: Iterable[str] = ("",)) -> list[_FrozenLayer]:
+    """The layers in these modules of `part` that are to be frozen, made so where they are not yet."""
+    if lora_parameters(part):
         raise HollowError("This U-Net carries a LoRA already. Quantise and stream it before it gets one.")
-    for path, module in unet.named_modules():
+    inside = [each for path in only for each in part.get_submodule(path).named_modules(prefix=path)]
+    for path, module in inside:
         if path.split(".")[0] in _KEPT:
             continue
         if type(module) is nn.Linear:
             module.__class__ = FrozenLinear
         elif type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.padding != "same":
             module.__class__ = FrozenConv2d
-    return list(_frozen(unet))
+    return [module for _, module in inside if isinstance(module, _FrozenLayer)]
 
 
 def _quantized(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:

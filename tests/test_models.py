@@ -25,7 +25,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from hollow_core.errors import HollowError
 from hollow_core.images import TrainingImage
-from hollow_core.models import BaseModel, encode_images, encode_prompt, free_encoders, load
+from hollow_core.models import BaseModel, decode_images, encode_images, encode_prompt, free_encoders, load, tile_vae
+from hollow_core.residency import away, stream
 from hollow_core.single_file import LAYOUTS
 
 
@@ -229,6 +230,39 @@ def test_pictures_become_scaled_latents(tmp_path: Path, dtype: torch.dtype) -> N
     expected = distribution.mean * model.vae.config.scaling_factor
     torch.testing.assert_close(latents.float(), expected, rtol=2e-3, atol=2e-3)
     assert latents.shape == (1, 4, 8, 8)
+
+
+def test_a_tiled_vae_sees_a_tile_at_a_time(tmp_path: Path) -> None:
+    model = load(save_folder(tiny_pipeline("sd15"), tmp_path))
+    side = model.resolution
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+
+    def encoded(side: int) -> torch.Tensor:
+        return encode_images(
+            model, [TrainingImage(Image.fromarray(pixels[:side, :side]), None, "", (0, 0, side, side))]
+        )[0]
+
+    whole, tile = encoded(side), encoded(side // 2)
+    tile_vae(model)
+    tiled = encoded(side)
+    assert tiled.shape == whole.shape
+    assert not torch.equal(tiled, whole)
+    alone = int(0.75 * tile.shape[-1])  # a quarter is blended into the next tile
+    assert torch.equal(tiled[..., :alone, :alone], tile[..., :alone, :alone])
+    (picture,) = decode_images(model, [tiled])
+    assert picture.size == (side, side)
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+def test_streamed_text_encoders_say_the_same(tmp_path: Path, layout: str) -> None:
+    model = load(save_folder(tiny_pipeline(layout), tmp_path))
+    expected = encode_prompt(model, "a photo of a dog")
+    for encoder in model.text_encoders:
+        stream(encoder, "cpu")
+        assert away(encoder)
+    for _ in range(2):  # the second time, each weight comes one ahead
+        found = encode_prompt(model, "a photo of a dog")
+        assert torch.equal(found.encoder_hidden_states, expected.encoder_hidden_states)
 
 
 def test_encoders_leave_memory(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hollow_core.errors import HollowError
 from hollow_core.hollow import head, hollow
 from hollow_core.lora import ALL_LAYERS, add_lora, lora_parameters, lora_state
 from hollow_core.precompute import precompute
-from hollow_core.residency import away, quantize, stream
+from hollow_core.residency import away, quantize, stream, stream_middle
 from hollow_core.train import DTYPES, TrainSettings, train
 
 CUT = 3
@@ -258,6 +258,28 @@ def test_a_streamed_run_is_the_resident_one_bit_by_bit(tiny_unet, tmp_path, bits
     resident, streamed = run("resident", False), run("streamed", True)  # on the same store: it fits both
     assert streamed.losses == resident.losses
     assert all(torch.equal(streamed.state[key], tensor) for key, tensor in resident.state.items())
+
+
+def test_a_streamed_middle_changes_no_record_and_leaves_with_the_middle(tiny_unet, tmp_path):
+    schedule, records = tiny_schedule(), {}
+    for name in ("resident", "visiting"):
+        unet = tiny_unet("sd21")
+        if name == "visiting":
+            stream_middle(unet, CUT, "cpu")
+            middle = sum(tensor.numel() for tensor in away(unet))
+            assert middle == sum(module.weight.numel() for module in _middle(unet))
+            assert away(hollow(unet, CUT)) == []
+        store = precompute(unet, schedule, tiny_examples(unet), tmp_path / name, cut=CUT, samples=4)
+        records[name] = [store.record(index).exit_activation for index in range(4)]
+    assert all(map(torch.equal, records["resident"], records["visiting"]))
+
+
+def _middle(unet):
+    """The linear and convolution layers that are in the whole U-Net and not in the hollowed."""
+    remaining = set(hollow(unet, CUT).modules())
+    kept = {unet.time_embedding.linear_1, unet.time_embedding.linear_2}
+    layers = [module for module in unet.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    return [layer for layer in layers if layer not in remaining and layer not in kept]
 
 
 def test_a_store_of_another_precision_is_refused(tiny_unet, tmp_path):

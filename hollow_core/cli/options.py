@@ -83,8 +83,15 @@ BaseBitsOption = Annotated[
 Stream = Annotated[
     bool,
     typer.Option(
-        help="Keep the base model's weights in main memory and bring each to the GPU when it is needed: slower."
+        help="Keep the weights of U-Net and text encoders in main memory and bring each to the GPU when it is needed: slower."
     ),
+]
+StreamMiddle = Annotated[
+    bool, typer.Option(help="The same for the middle alone, while precomputing: then it takes no more than training.")
+]
+TiledVae = Annotated[
+    bool,
+    typer.Option(help="Encode and decode pictures in overlapping tiles of half the side: less memory for large ones."),
 ]
 PredictionType = Annotated[
     Prediction | None,

@@ -24,6 +24,8 @@ from .options import (
     OptimizerKind,
     Precision,
     Stream,
+    StreamMiddle,
+    TiledVae,
     bits_of,
 )
 from .watch import quiet, watching
@@ -65,12 +67,15 @@ def plan(
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
     batch: Annotated[int, typer.Option(help="Records a step.")] = 1,
     samples: Annotated[int, typer.Option(help="Records to precompute.")] = 200,
+    class_images: Annotated[int, typer.Option(help="Pictures of the class that the base model draws; 0 does without.")] = 0,
     precision: Annotated[list[Precision] | None, typer.Option(help="Of the base model and the arithmetic; may be given several times. (default: fp32, and bf16 where a budget asks for it)")] = None,
     lora_precision: LoraPrecisionOption = LoraPrecision.fp32,
     optimizer: Optimizer = OptimizerKind.adamw,
     fused_backward: FusedBackward = False,
     base_bits: BaseBitsOption = None,
     stream: Stream = False,
+    stream_middle: StreamMiddle = False,
+    tiled_vae: TiledVae = False,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations. With a budget, this, an 8-bit base and, last, streaming are tried.")] = False,
     cut: Annotated[list[int] | None, typer.Option(help="May be given several times; -1 is an ordinary LoRA on all of the U-Net. (default: all)")] = None,
     budget: Annotated[str | None, typer.Option(help="Free memory, such as 4GB: pick the least hollowing and the fastest settings that fit. (default: none, a table of all)")] = None,
@@ -92,7 +97,14 @@ def plan(
         max_grad_norm=math.inf if fused_backward else 1.0,
     )
     setting = Setting(
-        resolution=resolution, samples=samples, base_bits=bits_of(base_bits), streaming=stream, training=training
+        resolution=resolution,
+        samples=samples,
+        class_images=class_images,
+        base_bits=bits_of(base_bits),
+        streaming=stream,
+        stream_middle=stream_middle,
+        tiled_vae=tiled_vae,
+        training=training,
     )
     precisions: list[Any] = [each.value for each in precision or []]
     if budget is not None and cut:

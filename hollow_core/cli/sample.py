@@ -9,7 +9,18 @@ from rich.text import Text
 
 from ..progress import Progress
 from .app import app, console
-from .options import BaseBitsOption, Json, ModelPath, Precision, PredictionType, Stream, bits_of, device_of, load_model
+from .options import (
+    BaseBitsOption,
+    Json,
+    ModelPath,
+    Precision,
+    PredictionType,
+    Stream,
+    TiledVae,
+    bits_of,
+    device_of,
+    load_model,
+)
 from .watch import quiet, watching
 
 
@@ -33,6 +44,7 @@ def sample(
     precision: Annotated[Precision, typer.Option(help="Of the model.")] = Precision.fp32,
     base_bits: BaseBitsOption = None,
     stream: Stream = False,
+    tiled_vae: TiledVae = False,
     prediction_type: PredictionType = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the GPU if there is one)")] = None,
     as_json: Json = False,
@@ -41,8 +53,8 @@ def sample(
     quiet()
     from .. import lora_file
     from ..files import write_png
+    from ..models import stream_weights, tile_vae
     from ..residency import quantize
-    from ..residency import stream as keep_away
     from ..sample import SampleSettings
     from ..sample import sample as draw
 
@@ -51,7 +63,9 @@ def sample(
     if (bits := bits_of(base_bits)) is not None:
         quantize(base.unet, bits)
     if stream:
-        keep_away(base.unet, to)
+        stream_weights(base, to)
+    if tiled_vae:
+        tile_vae(base)
     size = (height or base.resolution, width or base.resolution)
     settings = SampleSettings(steps, guidance, negative, strength, refresh, size)
     prompts = [text for text in prompt for _ in range(images)]
