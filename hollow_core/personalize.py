@@ -105,7 +105,7 @@ def personalize(
 
     with meter.stage("encode"):
         model = load()
-        model.unet.to(DTYPES[request.settings.precision])
+        torch.nn.Module.to(model.unet, DTYPES[request.settings.precision])  # without diffusers' advice
         if request.base_bits is not None:
             quantize(model.unet, request.base_bits)
         if request.streaming:

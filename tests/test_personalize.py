@@ -182,10 +182,9 @@ def test_parts_visit_the_device_in_turn(model_folder: Path, photos: Path, tmp_pa
     def watched(name: str, part: torch.nn.Module) -> None:
         really = part.to
 
-        def to(where: object) -> torch.nn.Module:
-            if not isinstance(where, torch.dtype):
-                moves.append((name, str(where)))
-            return really(where)
+        def to(device: object) -> torch.nn.Module:
+            moves.append((name, str(device)))
+            return really(device)
 
         part.to = to
 

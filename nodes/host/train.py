@@ -51,7 +51,7 @@ def train(
     # nodes run in inference mode, where nothing can be trained
     with torch.inference_mode(False), torch.enable_grad():
         clear_device()
-        whole = diffusers_unet(hollowed.model).to(stage.DTYPES[settings.precision])
+        whole = torch.nn.Module.to(diffusers_unet(hollowed.model), stage.DTYPES[settings.precision])
         unet = hollow(whole, hollowed.cut, {record.timestep for record in store.records})
         del whole
         preview = Preview(hollowed.model, unet, schedule, store) if preview_every else None
