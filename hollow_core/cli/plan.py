@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -29,6 +29,9 @@ from .options import (
     bits_of,
 )
 from .watch import quiet, watching
+
+if TYPE_CHECKING:
+    from ..memory import Prediction
 
 
 @app.command()
@@ -107,52 +110,53 @@ def plan(
         training=training,
     )
     precisions: list[Any] = [each.value for each in precision or []]
-    if budget is not None and cut:
-        raise HollowError("A budget picks the cut itself. Leave out --cut or --budget.")
-    available = None if budget is None else parse_bytes(budget)
-    planner = Planner(model)
-    if available is None:
-        cuts = cut or [-1, *range(max_cut(planner.config) + 1)]
+    if budget is None:
+        planner = Planner(model)
         settings = [
             replace(setting, cut=None if k < 0 else k, training=replace(training, precision=each))
             for each in precisions or ["fp32"]
-            for k in cuts
+            for k in cut or [-1, *range(max_cut(planner.config) + 1)]
         ]
         predictions = []
         with watching() as watch:
             for number, each in enumerate(settings, start=1):
                 predictions.append(planner.predict(each))
                 watch("plan", Progress(number, len(settings), 0.0))
+        rows = [prediction.row() for prediction in predictions]
+    elif cut:
+        raise HollowError("A budget picks the cut itself. Leave out --cut or --budget.")
     else:
-        fit = planner.fit(available, setting, **({"precisions": precisions} if precisions else {}))
+        available = parse_bytes(budget)
+        fit = Planner(model).fit(available, setting, **({"precisions": precisions} if precisions else {}))
         predictions = [fit.prediction]
-    rows = [prediction.row() for prediction in predictions]
-    if available is not None:
-        rows[0]["gave_up"] = list(fit.gave_up)
-        say = f"Fits into {budget}: {fit.prediction.setting}. Given up: {', '.join(fit.gave_up) or 'nothing'}."
-        console.print(Text(say), soft_wrap=True)
+        rows = [fit.prediction.row() | {"gave_up": list(fit.gave_up)}]
+        _say(f"Fits into {budget}: {fit.prediction.setting}. Given up: {', '.join(fit.gave_up) or 'nothing'}.")
         if (drawing := fit.prediction.stages["sample"].total) > available:
-            say = f"To sample with it as `hollow sample` does takes more, {drawing / 2**30:.2f} GiB."
-            console.print(Text(say), soft_wrap=True)
+            _say(f"To sample with it as `hollow sample` does takes more, {drawing / 2**30:.2f} GiB.")
     if as_json:
-        print(json.dumps(rows[0] if budget is not None else rows, indent=1))
+        print(json.dumps(rows if budget is None else rows[0], indent=1))
         return
-    stages, kinds = list(rows[0]["stages"]), list(rows[0]["stages"]["train"])[1:]
-    table = Table(
-        "setting",
-        *stages,
-        *(f"train: {kind}" for kind in kinds),
-        "store",
-        "TFLOP a step",
-        title="peak memory in GiB, store in MiB",
-    )
-    for row, prediction in zip(rows, predictions, strict=True):
-        training_peak = row["stages"]["train"]
-        table.add_row(
+    for table in _tables(predictions):
+        Console().print(table)
+
+
+def _say(sentence: str) -> None:
+    console.print(Text(sentence), soft_wrap=True)
+
+
+def _tables(predictions: "list[Prediction]") -> list[Table]:
+    """What each stage needs, and what the bytes of training are for."""
+    stages = list(predictions[0].stages)
+    of_stages = Table("setting", *stages, "store, MiB", "TFLOP a step", title="peak memory, GiB")
+    kinds = list(predictions[0].stages["train"].bytes)
+    of_training = Table("setting", *kinds, title="of which in training, GiB")
+    for prediction in predictions:
+        of_stages.add_row(
             str(prediction.setting),
-            *(f"{row['stages'][stage]['total'] / 2**30:.2f}" for stage in stages),
-            *(f"{training_peak[kind] / 2**30:.2f}" for kind in kinds),
-            f"{row['store_bytes'] / 2**20:.0f}",
-            f"{row['step_flops'] / 1e12:.2f}",
-        )  # fmt: skip
-    Console().print(table)
+            *(f"{prediction.stages[stage].total / 2**30:.2f}" for stage in stages),
+            f"{prediction.store_bytes / 2**20:.0f}",
+            f"{prediction.step_flops / 1e12:.2f}",
+        )
+        parts = prediction.stages["train"].bytes
+        of_training.add_row(str(prediction.setting), *(f"{parts[kind] / 2**30:.2f}" for kind in kinds))
+    return [of_stages, of_training]
