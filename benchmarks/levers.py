@@ -67,7 +67,7 @@ def summary(rows: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]
         f"{mean(row['subject'] for row in rows):.3f}",
         f"{mean(more):+.3f} ± {pstdev(more):.3f}",
         f"{mean(row['prompt'] for row in rows):.3f}",
-        f"{mean(row['seconds_a_step'] / plain['seconds_a_step'] for row, plain in pairs):.2f}",
+        f"{median(row['seconds_a_step'] / plain['seconds_a_step'] for row, plain in pairs):.2f}",
     ]
 
 
