@@ -356,7 +356,7 @@ def _size(shape: Sequence[int]) -> int:
 
 
 def _number(source: str, key: str, tensor: Tensor) -> Tensor:
-    if tensor.is_complex() or tensor.dtype == torch.bool:
+    if not tensor.is_floating_point() and tensor.numel() > 1:  # alpha may be whole
         raise HollowError(f"{source} holds {key} as {tensor.dtype}. Get or make it again.")
     return tensor.float()
 
