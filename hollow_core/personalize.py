@@ -11,7 +11,7 @@ from .activations import Kind, Store
 from .errors import HollowError
 from .hollow import Conditioning, head, hollow
 from .images import TrainingImage, at_resolution
-from .lora_file import Recipe
+from .lora_file import Recipe, Written
 from .meter import Meter
 from .models import (
     BaseModel,
@@ -65,6 +65,8 @@ class Request:
     settings: TrainSettings = field(default_factory=TrainSettings)
     low_resolution: int | None = None
     """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others'."""
+    thumbnail: bool = True
+    """Whether the LoRA file shows the first picture, small, to tools that list files."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Outcome:
     result: TrainResult | None
     store: Store | None
     meter: Meter
+    written: Written | None = None
+    """What reading the LoRA back found."""
 
 
 def personalize(
@@ -169,11 +173,13 @@ def personalize(
         prediction_type=schedule.config.prediction_type,
     )
     file = folder / LORA_FILE
-    lora_file.save(file, result.state, config, alpha=request.settings.lora_alpha, layout=layout, recipe=recipe)
+    picture = request.images[0].picture if request.thumbnail else None
+    alpha = request.settings.lora_alpha
+    written = lora_file.save(file, result.state, config, alpha=alpha, layout=layout, recipe=recipe, picture=picture)
     if request.settings.strategy == "selective" and result.stopped == "finished":
         timesteps = len(schedule.alphas_cumprod)
         save_schedule(folder / SCHEDULE_FILE, request.settings.bp_low_probability, result.taken, timesteps)
-    return Outcome(file, result, store, meter)
+    return Outcome(file, result, store, meter, written)
 
 
 def make_examples(

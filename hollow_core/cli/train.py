@@ -68,6 +68,7 @@ def train(
     zo_timesteps: Annotated[tuple[int, int] | None, typer.Option(help="zo steps draw from these time steps only, such as 500 900. (default: all)")] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints from which a killed run goes on; 0 for none.")] = 100,
     seed: Annotated[int, typer.Option(help="The same seed gives the same LoRA on the same machine.")] = 0,
+    thumbnail: Annotated[bool, typer.Option(help="Put the first picture, small, into the LoRA file, for tools that list files.")] = True,
     prediction_type: PredictionType = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the GPU if there is one)")] = None,
     as_json: Json = False,
@@ -119,6 +120,7 @@ def train(
         tiled_vae=tiled_vae,
         settings=settings,
         low_resolution=low_resolution,
+        thumbnail=thumbnail,
     )
     with watching() as watch, stopping() as stop:
         outcome = personalize(loaded.pop, request, out, device=device_of(device), progress=watch, stop=stop)
@@ -131,6 +133,7 @@ def train(
                 {
                     "file": str(outcome.file) if outcome.file else None,
                     "stopped": stopped,
+                    "largest_change": outcome.written.largest if outcome.written else None,
                     "stages": stages,
                     "steps_by_time": steps_by_time,
                 }
@@ -144,4 +147,4 @@ def train(
             f"Training met a {stopped} after {outcome.result.steps if outcome.result else 0} steps; the last good LoRA is "
             f"{outcome.file}. Lower --learning-rate, or use --precision fp32, in a new --out folder."
         )
-    console.print(Text(f"The LoRA is {outcome.file}."), soft_wrap=True)
+    console.print(Text(outcome.written.sentence if outcome.written else ""), soft_wrap=True)
