@@ -26,7 +26,14 @@ def write_safetensors(
 ) -> None:
     """Write tensors contiguously; `path` appears whole or not at all. Raises HollowError if it cannot."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    _write_beside(path, lambda part: save_file(contiguous, part, dict(metadata or {})))
+
+    def save(part: Path) -> None:
+        part.touch()
+        mode = part.stat().st_mode  # as the user's umask has it; safetensors lets the owner alone read
+        save_file(contiguous, part, dict(metadata or {}))
+        part.chmod(mode)
+
+    _write_beside(path, save)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -65,7 +65,7 @@ class Request:
     settings: TrainSettings = field(default_factory=TrainSettings)
     low_resolution: int | None = None
     """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others'."""
-    thumbnail: bool = True
+    thumbnail: bool = False
     """Whether the LoRA file shows the first picture, small, to tools that list files."""
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hollow_core import lora_file
 from hollow_core.errors import HollowError
+from hollow_core.files import write_safetensors
 from hollow_core.hollow import hollow
 from hollow_core.lora import ATTENTION, add_lora, load_lora_state, lora_parameters, lora_state
 from hollow_core.lora_file import LoraFile, Recipe
@@ -307,6 +308,12 @@ def test_files_that_are_no_plain_lora_are_refused(
 def test_a_file_that_is_no_lora_is_refused(tmp_path: Path, tiny_unet: TinyUNet) -> None:
     path = as_file(tmp_path, {"conv_in.weight": torch.zeros(1)})
     assert "holds no LoRA of a U-Net. Choose a file with lora_unet_" in refusal(path, tiny_unet("sd15"))
+
+
+def test_whoever_may_read_other_new_files_may_read_a_lora(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_safetensors(tmp_path / "lora.safetensors", {"numbers": torch.zeros(1)})
+    assert (tmp_path / "lora.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_nothing_half_written(tmp_path: Path, tiny_unet: TinyUNet) -> None:
