@@ -5,17 +5,21 @@ checkpoint (LDM) for SDXL. What two-path sampling needs beyond the weights lies 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from .blocks import to_ldm
+from . import dialects
+from .blocks import Config, layout_config, to_ldm
+from .dialects import Lora, kohya_name
 from .errors import HollowError
-from .files import read_safetensors, write_safetensors
+from .files import damaged, read_json, read_safetensors, write_safetensors
 
 # The values that kohya's trainer writes.
 _BASE_VERSION = {"sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0"}
@@ -24,6 +28,14 @@ _ARCHITECTURE = {
     "sd21": "stable-diffusion-v2-512",
     "sdxl": "stable-diffusion-xl-v1-base",
 }
+_FAMILY = {
+    "sd15": ("sd_v1", "stable-diffusion-v1"),
+    "sd21": ("sd_v2", "stable-diffusion-v2"),
+    "sdxl": ("sdxl", "stable-diffusion-xl"),
+}
+# What InvokeAI goes by, too.
+_TEXT_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
+_TEXT_IN = re.compile(r"attn2[._](processor[._])?to_[kv](_lora\.down|\.lora_down|\.lora\.down|\.lora_A)")
 _SGM = "https://github.com/Stability-AI/generative-models"
 
 
@@ -101,43 +113,68 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         raise HollowError(f"{path} does not read back as it was written. Check the disk and save again.")
 
 
-def load(path: Path, unet: UNet2DConditionModel) -> LoraFile:
-    """Read a LoRA in kohya's spelling, in diffusers' or LDM names, for this U-Net.
+def read(path: Path, config: Config | None = None) -> tuple[Lora, dict[str, str]]:
+    """The LoRA in a file of any dialect, and the file's metadata. Values may be infinite or undefined.
 
-    Raises HollowError where the file is missing or truncated, where it is no such LoRA, where a layer is not
-    the U-Net's or has other shapes (the sentence names the first such key), and where a value is not finite.
+    `config` is the U-Net's; None takes that of the family (SD 1.x, SD 2.x, SDXL) of which the file tells. A config
+    of peft's, adapter_config.json, is looked for beside the file. Raises HollowError where the file is missing or
+    damaged, where it does not tell the family, and as `dialects.parse` does; what does not fit is not read at all.
     """
-    tensors, metadata = read_safetensors(path)
-    names = sorted({key.partition(".")[0] for key in tensors})
-    if not any(name.startswith("lora_unet_") for name in names):
-        raise HollowError(f"{path} holds no LoRA in kohya's spelling. Choose a file with lora_unet_… keys.")
-    _check_finite(tensors, str(path), "Take another copy of it.")
-    weights = _weights(unet)
-    modules = {name: module for module in weights for name in _spellings(unet.config, module)}
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no dict
+            metadata = file.metadata() or {}
+            config = config or layout_config(layout_of(metadata, shapes))
+            adapters = _adapters(path, metadata)
+            return dialects.parse_lazily(shapes, file.get_tensor, config, adapters, source=str(path)), metadata
+    except (OSError, SafetensorError) as error:
+        raise damaged(path, error) from error
+
+
+def _adapters(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """peft's configs of the parts that the file is for: diffusers' in the metadata, or peft's own file beside it."""
+    beside = path.with_name("adapter_config.json")
+    if path.name == "adapter_model.safetensors" and beside.exists():
+        return {"unet": read_json(beside)}
+    adapters: dict[str, dict[str, Any]] = {}
+    for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
+        part, _, name = key.rpartition(".")
+        adapters.setdefault(part or "unet", {})[name] = value
+    return adapters
+
+
+def load(path: Path, unet: UNet2DConditionModel) -> LoraFile:
+    """Read a plain LoRA in any dialect for this U-Net.
+
+    Raises HollowError as `read` does, where the file is for a text encoder, too, or is a DoRA, and where a value is
+    not finite.
+    """
+    lora, metadata = read(path, unet.config)
+    check_plain(lora, str(path))
+    alpha = next(iter(lora.layers.values())).alpha
     state: dict[str, Tensor] = {}
-    alphas: dict[str, float] = {}
-    for name in names:
-        module = modules.get(name)
-        if module is None:
-            raise _other_model(path, name, "is no layer of this U-Net")
-        down, up = (_take(path, tensors, f"{name}.lora_{side}.weight") for side in ("down", "up"))
-        weight = weights[module]
-        for side, found, needed in (
-            ("down", down.shape, (len(down), *weight.shape[1:])),
-            ("up", up.shape, (len(weight), len(down), *[1] * (weight.dim() - 2))),
-        ):
-            if tuple(found) != needed:
-                key = f"{name}.lora_{side}.weight"
-                raise _other_model(path, key, f"has shape {tuple(found)}, but this U-Net needs {needed}")
-        alphas[module] = alpha_of(tensors, name, len(down))
-        tensors.pop(f"{name}.alpha", None)
-        state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"] = down.float(), up.float()
-    if tensors:
-        raise HollowError(f"{path} is no plain LoRA: it holds {min(tensors)} too. Choose one without.")
-    alpha = next(iter(alphas.values()))
-    for module in alphas:
-        state[f"{module}.lora_B.weight"] *= alphas[module] / alpha
+    for module, layer in lora.layers.items():
+        state[f"{module}.lora_A.weight"] = layer.down
+        state[f"{module}.lora_B.weight"] = layer.up * (layer.alpha / alpha)
     return LoraFile(state, alpha, recipe_of(metadata), metadata)
+
+
+def check_plain(lora: Lora, source: str) -> None:
+    """Raises HollowError unless it is plain LoRA of a U-Net, all of it, and finite."""
+    for module, layer in (lora.layers | lora.text).items():
+        if layer.dora_scale is not None:
+            raise HollowError(f"{source} is a DoRA: it sets the magnitudes of {module}, too. Choose a plain LoRA.")
+    if extra := [*lora.left_out, *lora.text]:
+        raise HollowError(f"{source} is no plain LoRA of a U-Net: it holds {min(extra)} too. Choose one without.")
+    check_finite(lora, source)
+
+
+def check_finite(lora: Lora, source: str) -> None:
+    """Raises HollowError, naming the first layer, where a value is infinite or undefined."""
+    for module, layer in (lora.layers | lora.text).items():
+        numbers = (layer.down, layer.up, torch.tensor(layer.alpha), layer.dora_scale)
+        if not all(tensor.isfinite().all() for tensor in numbers if tensor is not None):
+            raise HollowError(f"{source} holds infinite or undefined values in {module}. Take another copy of it.")
 
 
 def alpha_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> float:
@@ -145,39 +182,10 @@ def alpha_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> float:
     return float(tensors.get(f"{name}.alpha", 0.0)) or float(rank)
 
 
-def kohya_name(module: str) -> str:
-    """ "mid_block.attentions.0.proj_in" as kohya spells it: "lora_unet_mid_block_attentions_0_proj_in"."""
-    return "lora_unet_" + module.replace(".", "_")
-
-
-def _weights(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """The weight of each layer that can carry LoRA, under the name it has without LoRA layers around it."""
-    return {
-        name.removesuffix(".base_layer"): module.weight
-        for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name
-    }
-
-
-def _spellings(config: Mapping[str, Any], module: str) -> Iterator[str]:
-    yield kohya_name(module)
-    yield kohya_name(to_ldm(config, module))
-
-
-def _take(path: Path, tensors: dict[str, Tensor], key: str) -> Tensor:
-    if key not in tensors:
-        raise HollowError(f"{path} lacks {key}, so it is no whole LoRA. Get or make it again.")
-    return tensors.pop(key)
-
-
 def _check_finite(tensors: Mapping[str, Tensor], what: str, next_step: str) -> None:
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise HollowError(f"{what} holds infinite or undefined values in {key}. {next_step}")
-
-
-def _other_model(path: Path, key: str, why: str) -> HollowError:
-    return HollowError(f"{path} was made for another kind of model: {key} {why}. Use it with its own base model.")
 
 
 def describe(title: str, layout: str, rank: int, alpha: float, recipe: Recipe) -> dict[str, str]:
@@ -205,13 +213,18 @@ def describe(title: str, layout: str, rank: int, alpha: float, recipe: Recipe) -
     return described
 
 
-def layout_of(metadata: Mapping[str, str]) -> str:
-    """ "sd15", "sd21" or "sdxl", as the metadata of a file tell. Raises HollowError where they do not."""
+def layout_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] | None = None) -> str:
+    """ "sd15", "sd21" or "sdxl", as a file tells: by the width of the text that its cross-attention takes in, where
+    the shapes of its tensors are given, else by its metadata. Raises HollowError where neither does."""
+    for key, shape in (shapes or {}).items():
+        if _TEXT_IN.search(key) and len(shape) > 1 and shape[1] in _TEXT_WIDTH:
+            return _TEXT_WIDTH[shape[1]]
     version = metadata.get("ss_base_model_version", "")
-    layout = next((name for name, written in _BASE_VERSION.items() if version.startswith(written)), None)
-    if layout is None:
-        raise HollowError(f"The LoRA's base model is {version or 'not named'}. Connect the model that it belongs to.")
-    return layout
+    architecture = metadata.get("modelspec.architecture", "")
+    for layout, (kohya, modelspec) in _FAMILY.items():
+        if version.startswith(kohya) or architecture.startswith(modelspec):
+            return layout
+    raise HollowError(f"The LoRA's base model is {version or 'not named'}. Give the model that it belongs to.")
 
 
 def recipe_of(metadata: Mapping[str, str]) -> Recipe | None:

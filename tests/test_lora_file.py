@@ -286,13 +286,14 @@ def test_damaged_files_are_refused(tmp_path: Path, tiny_unet: TinyUNet) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({f"{NAME}_to_q.lora_up.weight": None}, "lacks lora_unet_mid_block_attentions_0_"),
+        ({f"{NAME}_to_q.lora_up.weight": None}, f"lacks lora_up of {PLACE}.to_q, so it is no whole LoRA. Get"),
         (
             {f"{NAME}_to_q.lora_up.weight": torch.full((24, 2), float("nan"))},
             "holds infinite or undefined values in",
         ),
-        ({f"{NAME}_to_q.dora_scale": torch.ones(1)}, "to_q.dora_scale too. Choose one without"),
-        ({"lora_te_text_model_x.alpha": torch.ones(())}, "lora_te_text_model_x is no layer of this U-Net"),
+        ({f"{NAME}_to_q.dora_scale": torch.ones(24, 1)}, "is a DoRA: it sets the magnitudes of mid_block"),
+        ({"lora_te_text_model_x.alpha": torch.ones(())}, "holds lora_te_text_model_x.alpha too. Choose one without"),
+        ({"lora_unet_x.lora_up.weight": torch.ones(1, 1)}, "lora_unet_x is no layer of this U-Net"),
     ],
 )
 def test_files_that_are_no_plain_lora_are_refused(
@@ -305,7 +306,7 @@ def test_files_that_are_no_plain_lora_are_refused(
 
 def test_a_file_that_is_no_lora_is_refused(tmp_path: Path, tiny_unet: TinyUNet) -> None:
     path = as_file(tmp_path, {"conv_in.weight": torch.zeros(1)})
-    assert "holds no LoRA in kohya's spelling. Choose a file with lora_unet_" in refusal(path, tiny_unet("sd15"))
+    assert "holds no LoRA of a U-Net. Choose a file with lora_unet_" in refusal(path, tiny_unet("sd15"))
 
 
 def test_nothing_half_written(tmp_path: Path, tiny_unet: TinyUNet) -> None:
