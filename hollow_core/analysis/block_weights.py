@@ -61,7 +61,7 @@ def parse_block_weights(text: str, config: Config) -> dict[str, float]:
 
 def factor_of(module: str, factors: Mapping[str, float]) -> float:
     """What a module is multiplied by: 1 unless `factors`, as `parse_block_weights` gives them, name it."""
-    return next((factors[name] for name in reversed(factors) if f"{module}.".startswith(f"{name}.")), 1.0)
+    return next((factors[name] for name in reversed(list(factors)) if f"{module}.".startswith(f"{name}.")), 1.0)
 
 
 def scale(lora: Mapping[str, LoraLayer], factors: Mapping[str, float]) -> dict[str, LoraLayer]:

@@ -118,7 +118,7 @@ def _places(known: Sequence[Layer]) -> dict[str, _Place]:
         bottom += size
     wide = 0.86 * _WIDTH
     for number, layer in enumerate(mid):
-        places[layer.name] = _Place(right / 2 + (number - len(mid) / 2) * wide, -1.7, wide, 1.0)
+        places[layer.name] = _Place(right / 2 + (number - len(mid) / 2) * (wide + 0.1) + 0.05, -1.7, wide, 1.0)
     return places
 
 
@@ -133,11 +133,12 @@ def _draw_u(
     _draw_skips(axes, known, places)
     for layer in known:
         cell = _cell([each.block(layer) for each in side], scale, any(layer in hollow for hollow in hollows))
-        _draw_cell(axes, places[layer.name], (f"{slot(layer)} = {layer.name}", layer.modules[-1]), cell)
+        module = layer.kind if layer.kind == "upsampler" else layer.modules[-1]  # its cell is small
+        _draw_cell(axes, places[layer.name], (f"{slot(layer)} = {layer.name}", module), cell)
     _draw_cell(axes, places["conv_in"], ("IN00", "conv_in"), _Cell("", "", "white", "#999999"))
     if suggestion is not None:
         gone = [places[layer.name] for layer in hollowed_layers(config, suggestion.cut)]
-        edge = max(place.bottom + place.height for place in gone)
+        edge = max(max(place.bottom + place.height for place in gone), -0.35)
         axes.plot([-0.2, right + 0.2], [edge, edge], color=_CUT, linestyle=(0, (5, 3)), linewidth=1.6, zorder=5)
         say = f"recommended cut: k={suggestion.cut}\n{100 * suggestion.share:.1f} % of the change\nis below this line"
         axes.text(-0.1, min(edge, 0.9) - 0.25, say, fontsize=8, color=_CUT, va="top", linespacing=1.35)
@@ -173,7 +174,7 @@ def _draw_cell(axes: Any, place: _Place, names: tuple[str, str], cell: _Cell) ->
         box(_HATCH, facecolor="white", hatch=cell.hatch)
         box("#c4c4c4", facecolor="none")
     else:
-        box("#8a8a8a", facecolor=cell.colour)
+        box("#c4c4c4" if cell.colour == "white" else "#8a8a8a", facecolor=cell.colour)
     (first, second), right, middle = names, x + width - 0.15, y + height / 2
     ink: dict[str, Any] = {"color": cell.ink, "va": "center"}
     if place.height < 1:
@@ -233,8 +234,10 @@ def _draw_projections(axes: Any, sides: Sequence[Sequence[Analysis]], scale: _Sc
     for down, (side, _, attention) in enumerate(rows):
         for across, name in enumerate(name for name in PROJECTIONS if name.startswith(attention)):
             cell = _cell([each.projection(name) for each in side], scale)
-            look = {"edgecolor": _HATCH, "hatch": cell.hatch} if cell.hatch else {"edgecolor": "white"}
-            axes.add_patch(Rectangle((across, down), 1, 1, facecolor=cell.colour, linewidth=0.8, **look))
+            edge = _HATCH if cell.hatch else "white"
+            axes.add_patch(
+                Rectangle((across, down), 1, 1, facecolor=cell.colour, edgecolor=edge, hatch=cell.hatch, linewidth=0.8)
+            )
             axes.text(across + 0.5, down + 0.5, cell.value, ha="center", va="center", fontsize=8, color=cell.ink)
     axes.set_xlim(0, 4)
     axes.set_ylim(len(rows), 0)
