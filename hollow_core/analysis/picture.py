@@ -13,7 +13,7 @@ from .block_weights import slot
 from .change import Change
 from .report import PROJECTIONS, Analysis, Suggestion, spread, spread_relative
 
-CHANGE_SCALE = (1e-5, 1e-2)  # of mean |ΔW|, logarithmic
+CHANGE_SCALE = (1e-5, 1e-1)  # of mean |ΔW|, logarithmic
 RELATIVE_SCALE = (1e-3, 1.0)  # of ‖ΔW‖ / ‖W‖
 COLOURS = ("#2a6fdb", "#e8862e")  # of the bars: A and B
 _MAP, _CUT, _HATCH = "YlGnBu", "#d1495b", "#dedede"

@@ -3,13 +3,16 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, median, pstdev
 from typing import Any, NamedTuple
 
-from ..blocks import Config, Layer, hollowed_layers, layers, max_cut
+from ..blocks import Config, Layer, hollowed_layers, layers, layout_config, max_cut
 from ..errors import HollowError
+from ..lora_file import layout_of, read, recipe_of
 from ..lora_layer import LoraLayer
-from .base_weights import BaseWeights
+from ..models import outline
+from .base_weights import BaseWeights, base_weights
 from .block_weights import block_weights, slot
 from .change import Change, measure, together
 
@@ -124,6 +127,38 @@ def analyze(
     analysis = Analysis(name, config, described, changes, _flags(lora, changes, base is not None), cut)
     analysis.whole()
     return analysis
+
+
+def analyze_files(
+    paths: Sequence[Path], model: Path | None = None, progress: Callable[[int, int], object] | None = None
+) -> list[Analysis]:
+    """Analyze LoRA files of any dialect, all for one kind of U-Net; with the base `model` (a .safetensors checkpoint
+    or a diffusers folder) in relation to its weights, too.
+
+    Raises HollowError as `lora_file.read` and `analyze` do, and for files of different kinds of U-Nets.
+    """
+    config = None if model is None else outline(str(model)).unet.config
+    analyses: list[Analysis] = []
+    for number, path in enumerate(paths):
+        lora, metadata = read(path, config)
+        own = config or layout_config(layout_of(metadata, _shapes(lora.layers)))
+        if analyses and own != analyses[0].config:
+            raise HollowError(f"{path} is for another base model than {paths[0]}. Analyze them one by one.")
+        recipe = recipe_of(metadata)
+
+        def report(done: int, of: int, before: int = number) -> None:
+            if progress is not None:
+                progress(before * of + done, len(paths) * of)
+
+        base = None if model is None else base_weights(model, own)
+        cut = None if recipe is None else recipe.cut
+        name = path.name if [each.name for each in paths].count(path.name) == 1 else f"{path.parent.name}/{path.name}"
+        analyses.append(analyze(name, lora.layers, own, cut=cut, base=base, progress=report))
+    return analyses
+
+
+def _shapes(lora: Mapping[str, LoraLayer]) -> dict[str, tuple[int, ...]]:
+    return {f"{module}.lora_down.weight": tuple(layer.down.shape) for module, layer in lora.items()}
 
 
 class Suggestion(NamedTuple):

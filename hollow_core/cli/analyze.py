@@ -1,0 +1,174 @@
+"""`hollow analyze`."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import HollowError
+from ..progress import Progress
+from .app import app, console
+from .options import Json, Precision, device_of, load_model
+from .watch import quiet, watching
+
+
+@app.command()
+def analyze(
+    files: Annotated[list[Path], typer.Argument(help="LoRA files of any dialect: one, two to compare, or many for mean and spread.")],
+    model: Annotated[Path | None, typer.Option(help="Their base model, a .safetensors checkpoint or a diffusers folder: adds the change in relation to its weights.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Draw the U and the bars into this .png.")] = None,
+    share: Annotated[float, typer.Option(help="How much of the change a recommended cut may leave out, from 0 to 1.")] = 0.1,
+    ablate: Annotated[Path | None, typer.Option(help="Draw --prompt with each block switched off in turn into this .png; needs --model and one file.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Of --ablate, with the identifier.")] = None,
+    seed: Annotated[int, typer.Option(help="Of --ablate.")] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps of --ablate.")] = 30,
+    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance of --ablate.")] = 7.5,
+    precision: Annotated[Precision, typer.Option(help="Of the model in --ablate.")] = Precision.fp32,
+    device: Annotated[str | None, typer.Option(help="Of --ablate: cuda, mps or cpu. (default: the GPU if there is one)")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """What is in a LoRA, block by block: how much changes, at which rank, what looks wrong, what could be hollowed."""
+    quiet()
+    from ..analysis.picture import picture
+    from ..analysis.report import analyze_files, spread, suggest
+    from ..analysis.saving import saving
+    from ..blocks import layers
+    from ..files import write_png
+    from ..models import layout_name
+
+    for path in (out, ablate):
+        if path is not None and path.suffix.lower() != ".png":
+            raise HollowError(f"The name {path.name!r} does not end in .png. Choose one that does.")
+    if ablate is not None and (model is None or prompt is None or len(files) != 1):
+        raise HollowError("To ablate takes one file, its --model and a --prompt. Give all of them.")
+    with watching() as watch:
+        analyses = analyze_files(files, model, lambda done, of: watch("analyze", Progress(done, of, 0.0)))
+    suggestion = suggest(analyses, share)
+    result: dict[str, Any] = {"files": [analysis.row() for analysis in analyses], "suggestion": None}
+    if suggestion is not None:
+        console.print("How much memory the recommended cut saves …")
+        saved = saving(str(model) if model else layout_name(analyses[0].config), analyses[0], suggestion.cut)
+        result["suggestion"] = suggestion._asdict() | {"training_bytes": saved._asdict()}
+    known = layers(analyses[0].config)
+    if len(files) > 1:
+        blocks = {layer.name: spread([analysis.block(layer) for analysis in analyses]) for layer in known}
+        result["spread"] = {name: found and found._asdict() for name, found in blocks.items()}
+    if out is not None:
+        write_png(out, picture(analyses, suggestion))
+        result["chart"] = str(out)
+    if ablate is not None and model is not None and prompt is not None:
+        result["influence"] = _ablate(files[0], model, prompt, seed, steps, guidance, precision, device, ablate)
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    table = Console()
+    table.print(_table(result))
+    for row in result["files"]:
+        _say_what_else(row)
+    if suggestion is None:
+        console.print(Text(f"No cut: even the mid block holds more than {100 * share:g} % of the change."))
+    else:
+        console.print(Text(
+            f"Recommended cut: {suggestion.cut}, whose hollow holds {100 * suggestion.share:.1f} % of the change. Training "
+            f"at rank {saved.rank} in fp32 then takes {saved.hollowed / 2**30:.2f} GiB instead of "
+            f"{saved.whole / 2**30:.2f} GiB. To see what it would leave out, as block weights: "
+            f"{suggestion.block_weights}"
+        ), soft_wrap=True)  # fmt: skip
+    console.print("The size of a change is not its influence on the picture: --ablate shows that.")
+    for path in (out, ablate):
+        if path is not None:
+            console.print(Text(f"Look at {path}."), soft_wrap=True)
+
+
+def _ablate(
+    file: Path,
+    model: Path,
+    prompt: str,
+    seed: int,
+    steps: int,
+    guidance: float,
+    precision: Precision,
+    device: str | None,
+    out: Path,
+) -> dict[str, float]:
+    """Draws, and gives the difference that each block makes."""
+    from .. import lora_file
+    from ..analysis.ablation import ablate, grid
+    from ..files import write_png
+    from ..sample import SampleSettings
+
+    base = load_model(model, precision, None)
+    lora = lora_file.load(file, base.unet)
+    with watching() as watch:
+        done = ablate(
+            base,
+            lora,
+            prompt,
+            seed,
+            SampleSettings(steps, guidance),
+            device=device_of(device),
+            progress=lambda number, of: watch("ablate", Progress(number, of, 0.0)),
+        )
+    write_png(out, grid(done, prompt))
+    return {block.name: done.influence(picture) for block, picture in done.without.items()}
+
+
+def _table(result: dict[str, Any]) -> Table:
+    """A row a block: of one file everything, of two the change of each, of more mean and deviation."""
+    rows = result["files"]
+    blocks = rows[0]["blocks"]
+    if len(rows) > 2:
+        table = Table("block", "slot", "module", f"mean |ΔW| of {len(rows)} files", "standard deviation")
+        for block in blocks:
+            found = result["spread"][block["block"]]
+            cells = [f"{found['mean']:.2e}", f"{found['deviation']:.1e}"] if found else ["", ""]
+            table.add_row(block["block"], block["slot"], block["module"], *cells)
+        return table
+    if len(rows) == 2:
+        table = Table("block", "slot", "module", *(f"mean |ΔW|, {row['name']}" for row in rows))
+        for pair in zip(*(row["blocks"] for row in rows), strict=True):
+            block = pair[0]
+            table.add_row(block["block"], block["slot"], block["module"], *map(_change, pair))
+        return table
+    influence = result.get("influence", {})
+    table = Table(
+        "block", "slot", "module", "mean |ΔW|", "share", "‖ΔW‖/‖W‖", "rank", *(["influence"] if influence else [])
+    )
+    for block in blocks:
+        relative = "" if block["relative"] is None else f"{100 * block['relative']:.2g} %"
+        rank, name = block["effective_rank"], block["block"]
+        table.add_row(
+            name,
+            block["slot"],
+            block["module"],
+            _change(block),
+            f"{100 * block['share']:.1f} %",
+            relative,
+            "" if rank is None else str(rank),
+            *([f"{100 * influence[name]:.2f} %" if name in influence else ""] if influence else []),
+        )
+    return table
+
+
+def _change(block: dict[str, Any]) -> str:
+    if block["mean"] is None:
+        return "hollowed" if block["hollowed"] else "no LoRA"
+    return f"{block['mean']:.2e}"
+
+
+def _say_what_else(row: dict[str, Any]) -> None:
+    """How few ranks would do, and what looks wrong, each kind once."""
+    kept = row["kept_by_rank"]
+    enough = next(rank for rank in kept if kept[rank] >= 0.95 or rank == max(kept))
+    console.print(
+        Text(f"{row['name']}: of rank {max(kept)}, rank {enough} keeps {100 * kept[enough]:.0f} %."), soft_wrap=True
+    )
+    modules: dict[str, str] = {flag["what"]: flag["module"] for flag in reversed(row["flags"])}
+    for what, number in Counter(flag["what"] for flag in row["flags"]).items():
+        more = f", and {number - 1} more" if number > 1 else ""
+        console.print(Text(f"{row['name']}: {modules[what]}{more} {what}.", style="yellow"), soft_wrap=True)
