@@ -12,6 +12,7 @@ kohya and ComfyUI keep alpha beside the matrices, diffusers and peft in a config
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,10 +51,10 @@ def parse(
 ) -> Lora:
     """Read the LoRA that `tensors` hold, for the U-Net of `config`.
 
-    `adapters` are peft's configs {"unet": …, "text_encoder": …}, for the alpha of layers that have none of their
-    own. Values may be infinite or undefined. Raises HollowError, beginning with `source`, where it is no LoRA, or
-    one of another method (LoHa, LoKr); where a layer lacks a matrix, is not the U-Net's or has other shapes, of which
-    the sentence names the first.
+    `adapters` are of peft's configs {"unet": …, "text_encoder": …} what tells the alpha of layers that have none of
+    their own: lora_alpha, alpha_pattern and use_rslora. Values may be infinite or undefined. Raises HollowError,
+    beginning with `source`, where it is no LoRA, or one of another method (LoHa, LoKr); where a layer lacks a matrix,
+    is not the U-Net's or has other shapes, of which the sentence names the first.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     return parse_lazily(shapes, tensors.__getitem__, config, adapters, source=source)
@@ -93,13 +94,93 @@ def parse_lazily(
     layers: dict[str, LoraLayer] = {}
     for module, keys in found.items():
         parts = {part: _number(source, key, tensor_of(key)) for part, key in keys.items()}
-        layers[module] = _layer(parts, weights.get(module), _configured_alpha(module, adapters or {}))
+        layers[module] = _layer(
+            parts, weights.get(module), _configured_alpha(module, shapes[keys["down"]][0], adapters or {})
+        )
     return Lora(
         dialects[0],
         {module: layer for module, layer in layers.items() if module in weights},
         {module: layer for module, layer in layers.items() if module not in weights},
         tuple(left_out),
     )
+
+
+def spell(
+    layers: Mapping[str, LoraLayer], text: Mapping[str, LoraLayer], config: Config, dialect: str, *, ldm: bool
+) -> dict[str, Tensor]:
+    """The content of a file in `dialect`, with names as in `Lora`; `ldm` asks kohya's for the original checkpoint's
+    names, as is usual for SDXL.
+
+    Diffusers and peft files get matrices for which alpha is the rank, as many of their readers know no other. Raises
+    HollowError for a peft file with layers of a text encoder.
+    """
+    if dialect == "peft" and text:
+        raise HollowError("A peft file is for one model, but this LoRA changes a text encoder, too. Choose diffusers.")
+    tensors: dict[str, Tensor] = {}
+    for module, layer in {**layers, **text}.items():
+        name = (
+            _spelled(module, config, dialect, ldm=ldm) if module in layers else _spelled_text(module, config, dialect)
+        )
+        out, ones = len(layer.up), [1] * (layer.up.dim() - 1)
+        if dialect in ("diffusers", "peft"):
+            layer = at_alpha_rank(layer)
+            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = layer.down, layer.up
+            if layer.dora_scale is not None:  # in peft's shape
+                shape = (out,) if len(ones) == 1 else (1, out, *ones[1:])
+                tensors[f"{name}.lora_magnitude_vector"] = layer.dora_scale.reshape(shape)
+        else:
+            tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = layer.down, layer.up
+            tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
+            if layer.dora_scale is not None:
+                tensors[f"{name}.dora_scale"] = layer.dora_scale.reshape(out, *ones)
+    return tensors
+
+
+def adapter_config(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
+    """peft's config of a LoRA as `spell` writes it for peft and diffusers; {} without layers."""
+    ranks = {module: len(layer.down) for module, layer in layers.items()}
+    if not ranks:
+        return {}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    unusual = {module: rank for module, rank in ranks.items() if rank != usual}
+    return {
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": unusual,
+        "alpha_pattern": unusual,
+        "target_modules": sorted(ranks),
+        "use_dora": any(layer.dora_scale is not None for layer in layers.values()),
+    }
+
+
+def at_alpha_rank(layer: LoraLayer) -> LoraLayer:
+    """The same ΔW with alpha = rank; both matrices then are of like size, where fp16 is most exact."""
+    if layer.scale == 1:
+        return layer
+    down, up = float(layer.down.abs().max()), float(layer.up.abs().max())
+    factor = math.sqrt(abs(layer.scale) * up / down) if up and down else 1.0
+    return layer._replace(down=layer.down * factor, up=layer.up * (layer.scale / factor), alpha=float(len(layer.down)))
+
+
+def zero_padded(layers: Mapping[str, LoraLayer], config: Config) -> dict[str, LoraLayer]:
+    """With zeros for layers of the kinds that are there, attn1.to_q for example, in blocks that have none.
+
+    In the order of the U-Net, for tools that count blocks in order. Raises HollowError for a DoRA, whose magnitudes
+    in those blocks would be the base model's.
+    """
+    if any(layer.dora_scale is not None for layer in layers.values()):
+        raise HollowError("A DoRA cannot be padded with zeros. Write it without.")
+    kinds = {_kind(module): layer for module, layer in layers.items()}
+    padded: dict[str, LoraLayer] = {}
+    for module, (out, *into) in weight_shapes(config).items():
+        if module in layers:
+            padded[module] = layers[module]
+        elif like := kinds.get(_kind(module)):
+            rank = len(like.down)
+            padded[module] = LoraLayer(
+                torch.zeros(rank, *into), torch.zeros(out, rank, *[1] * (len(into) - 1)), float(rank)
+            )
+    return padded
 
 
 def weight_shapes(config: Config) -> dict[str, Shape]:
@@ -174,6 +255,32 @@ def _spellings(weights: Mapping[str, Shape], config: Config) -> Iterator[tuple[s
         yield from (("diffusers", module, f"{prefix}{module}") for prefix in ("unet.", ""))
         yield "peft", module, f"base_model.model.{module}"
         yield "comfy", module, f"diffusion_model.{ldm}"
+
+
+def _spelled(module: str, config: Config, dialect: str, *, ldm: bool) -> str:
+    if dialect == "kohya":
+        return kohya_name(to_ldm(config, module) if ldm else module)
+    if dialect == "comfy":
+        return f"diffusion_model.{to_ldm(config, module)}"
+    return {"diffusers": "unet.", "peft": "base_model.model."}[dialect] + module
+
+
+def _spelled_text(module: str, config: Config, dialect: str) -> str:
+    """For a layer of a text encoder, of which SDXL has two; SD 2.x has OpenCLIP's."""
+    encoder, _, name = module.partition(".")
+    first, xl = encoder == "text_encoder", config.get("addition_embed_type") == "text_time"
+    if dialect == "kohya":
+        prefix = ("lora_te1_" if xl else "lora_te_") if first else "lora_te2_"
+        return prefix + name.replace(".", "_")
+    if dialect == "comfy":
+        clip = ("clip_h" if config["cross_attention_dim"] == 1024 else "clip_l") if first else "clip_g"
+        return f"text_encoders.{clip}.transformer.{name}"
+    return module
+
+
+def _kind(module: str) -> str:
+    """ "down_blocks.1.attentions.0.proj_in" and "mid_block.attentions.0.proj_in" are of one kind."""
+    return re.sub(r"^(down_blocks|up_blocks|mid_block)\.", "", re.sub(r"(\w+s)\.\d+\.", r"\1.", module))
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -260,17 +367,14 @@ def _layer(parts: Mapping[str, Tensor], weight: Shape | None, configured_alpha: 
     )
 
 
-def _configured_alpha(module: str, adapters: Mapping[str, Mapping[str, Any]]) -> float | None:
+def _configured_alpha(module: str, rank: int, adapters: Mapping[str, Mapping[str, Any]]) -> float | None:
     """The alpha that peft's config of this part of the model gives a layer; None without one."""
-    part, name = ("unet", module) if not module.startswith("text_encoder") else module.split(".", 1)
+    part, name = module.split(".", 1) if module.startswith("text_encoder") else ("unet", module)
     adapter = adapters.get(part)
     if not adapter:
         return None
     from peft.utils.other import get_pattern_key
 
-    def told(pattern: str, otherwise: str) -> float:
-        patterns = adapter.get(pattern) or {}
-        return float(patterns.get(get_pattern_key(list(patterns), name), adapter[otherwise]))
-
-    alpha, rank = told("alpha_pattern", "lora_alpha"), told("rank_pattern", "r")
-    return alpha * math.sqrt(rank) if adapter.get("use_rslora") else alpha
+    alphas = adapter["alpha_pattern"]
+    alpha = float(alphas.get(get_pattern_key(list(alphas), name), adapter["lora_alpha"]))
+    return alpha * math.sqrt(rank) if adapter["use_rslora"] else alpha

@@ -1,55 +1,50 @@
-"""LoRA files in kohya's spelling, which every tool reads: `lora_unet_….lora_down.weight`, `lora_up`, `alpha`.
+"""LoRA files: written in any dialect and read back, read from any dialect, converted. See `dialects` for the spelling.
 
-The layer's path is spelled with underscores, in diffusers' names for SD 1.x and 2.x, in those of the original
-checkpoint (LDM) for SDXL. What two-path sampling needs beyond the weights lies in the metadata, `hollow.*`.
+What a hollowed LoRA needs beyond its weights to be sampled on two paths lies in the metadata, `hollow.*`.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import dialects
-from .blocks import Config, layout_config, to_ldm
+from .blocks import Config, layout_config
 from .dialects import Lora, kohya_name
 from .errors import HollowError
-from .files import damaged, read_json, read_safetensors, write_safetensors
+from .files import damaged, read_json, read_safetensors, write_json, write_safetensors
+from .lora_layer import LoraLayer
+from .lora_metadata import Recipe, describe, describe_converted, layout_of, network, recipe_of, thumbnail
+from .models import layout_name
 
-# The values that kohya's trainer writes.
-_BASE_VERSION = {"sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0"}
-_ARCHITECTURE = {
-    "sd15": "stable-diffusion-v1",
-    "sd21": "stable-diffusion-v2-512",
-    "sdxl": "stable-diffusion-xl-v1-base",
-}
-_FAMILY = {
-    "sd15": ("sd_v1", "stable-diffusion-v1"),
-    "sd21": ("sd_v2", "stable-diffusion-v2"),
-    "sdxl": ("sdxl", "stable-diffusion-xl"),
-}
-# What InvokeAI goes by, too.
-_TEXT_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
-_TEXT_IN = re.compile(r"attn2[._](processor[._])?to_[kv](_lora\.down|\.lora_down|\.lora\.down|\.lora_A)")
-_SGM = "https://github.com/Stability-AI/generative-models"
+__all__ = [
+    "LoraFile",
+    "Recipe",
+    "Written",
+    "alpha_of",
+    "convert",
+    "describe",
+    "kohya_name",
+    "layout_of",
+    "load",
+    "read",
+    "recipe_of",
+    "save",
+    "to_kohya",
+    "write",
+    "write_dialect",
+]
 
-
-class Recipe(NamedTuple):
-    """How a LoRA was trained, as far as sampling on two paths needs it; stored under `hollow.*`."""
-
-    cut: int | None
-    """The paper's k; None for an ordinary LoRA on the whole U-Net."""
-    identifier: str
-    class_word: str
-    personal_prompt: str
-    generic_prompt: str
-    prediction_type: str = "epsilon"
-    """The base model's: "epsilon" or "v_prediction"."""
+_PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PEFT_HEAD = {"peft_type": "LORA", "base_model_name_or_path": None, "inference_mode": True, "bias": "none"}
+_ADVICE = "Lower the learning rate and train again, or write fp32."
 
 
 class LoraFile(NamedTuple):
@@ -65,46 +60,103 @@ class LoraFile(NamedTuple):
     """All of it, as stored."""
 
 
+class Written(NamedTuple):
+    """What was found when a file was read back: every key belongs to a layer, and every number is as it was."""
+
+    path: Path
+    """The file; for peft the folder."""
+    dialect: str
+    layers: int
+    """Of the U-Net."""
+    text_layers: int
+    """Of text encoders."""
+    largest: float
+    """The largest |ΔW|, of any weight."""
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        text = f" and {self.text_layers} of text encoders" if self.text_layers else ""
+        effect = f"the largest |ΔW| is {self.largest:.2g}" if self.largest else "all of them zero, so it has NO effect"
+        return f"{self.path} ({self.dialect}): {self.layers} layers of the U-Net{text}, every key matched; {effect}."
+
+
 def save(
     path: Path,
     state: Mapping[str, Tensor],
-    config: Mapping[str, Any],
+    config: Config,
     *,
     alpha: float,
     layout: str,
     recipe: Recipe,
     metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write a LoRA (names as in `LoraFile.state`, any dtype) as fp16, and read it back to compare.
+    picture: Image.Image | None = None,
+) -> Written:
+    """Write a LoRA (names as in `LoraFile.state`, any dtype) in kohya's dialect and fp16, and read it back.
 
-    `config` is the U-Net's; `layout` "sdxl" asks for LDM names; `metadata` comes on top of the standard one.
-    Raises HollowError where the name does not end in .safetensors, where a value is not finite in fp16, and
-    where the file cannot be written; then nothing is left at `path` that was not there before.
+    `config` is the U-Net's; `layout` "sdxl" asks for LDM names; `metadata` comes on top of the standard one, with
+    `picture` as thumbnail. Raises HollowError as `write_dialect` does.
     """
-    tensors = to_kohya(state, config, alpha=alpha, layout=layout)
-    rank = max(len(tensor) for key, tensor in state.items() if key.endswith("lora_A.weight"))
+    layers = _layers(state, alpha)
+    rank = max(len(layer.down) for layer in layers.values())
     described = describe(path.stem, layout, rank, alpha, recipe) | dict(metadata or {})
-    write(path, tensors, described)
+    if picture is not None:
+        described |= thumbnail(picture)
+    lora = Lora("kohya", layers, {}, ())
+    return write_dialect(path, lora, config, described, dialect="kohya", ldm=layout == "sdxl")
 
 
-def to_kohya(state: Mapping[str, Tensor], config: Mapping[str, Any], *, alpha: float, layout: str) -> dict[str, Tensor]:
+def to_kohya(state: Mapping[str, Tensor], config: Config, *, alpha: float, layout: str) -> dict[str, Tensor]:
     """What a file holds: `lora_unet_….lora_down.weight`, `.lora_up.weight` and `.alpha` of each layer, in fp16.
 
     Raises HollowError where a value is not finite in fp16.
     """
-    tensors: dict[str, Tensor] = {}
-    for module in sorted({key.rsplit(".lora_", 1)[0] for key in state}):
-        name = kohya_name(to_ldm(config, module) if layout == "sdxl" else module)
-        tensors[f"{name}.lora_down.weight"] = state[f"{module}.lora_A.weight"]
-        tensors[f"{name}.lora_up.weight"] = state[f"{module}.lora_B.weight"]
-        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
-    tensors = {key: tensor.detach().to("cpu", torch.float16) for key, tensor in tensors.items()}
-    _check_finite(tensors, "The LoRA", "Lower the learning rate and train again.")
-    return tensors
+    return _spell(Lora("kohya", _layers(state, alpha), {}, ()), config, "kohya", layout == "sdxl", torch.float16)
+
+
+def write_dialect(
+    path: Path,
+    lora: Lora,
+    config: Config,
+    metadata: Mapping[str, str],
+    *,
+    dialect: str = "kohya",
+    ldm: bool = False,
+    zero_pad: bool = False,
+    dtype: torch.dtype = torch.float16,
+) -> Written:
+    """Write a LoRA for the U-Net of `config`, read it back, and match every key to a layer.
+
+    For peft, `path` is a folder. `ldm` is as for `dialects.spell`; `zero_pad` writes zeros for the blocks that have no
+    LoRA, for tools that count blocks in order. Raises HollowError where the name does not end in .safetensors, where
+    a value is not finite in `dtype`, and where the file cannot be written; then nothing is left at `path` that was
+    not there before.
+    """
+    if dialect not in dialects.DIALECTS:
+        raise HollowError(f"There is no dialect {dialect!r}. Choose one of {', '.join(dialects.DIALECTS)}.")
+    if zero_pad:
+        lora = lora._replace(layers=dialects.zero_padded(lora.layers, config))
+    tensors = _spell(lora, config, dialect, ldm, dtype)
+    rank = max(len(layer.down) for layer in lora.layers.values())
+    alphas = {layer.alpha for layer in lora.layers.values()} if dialect in ("kohya", "comfy") else {rank}
+    described = dict(metadata) | network(rank, alphas.pop() if len(alphas) == 1 else None)
+    file = path
+    if dialect == "diffusers":
+        described |= {"format": "pt", "lora_adapter_metadata": json.dumps(_diffusers_adapters(lora))}
+    elif dialect == "peft":
+        if path.suffix == ".safetensors":
+            raise HollowError(f"A peft LoRA is a folder, not {path.name}. Give a name without .safetensors.")
+        file, described = path / _PEFT_FILE, described | {"format": "pt"}
+        write_json(path / _PEFT_CONFIG, _PEFT_HEAD | dialects.adapter_config(lora.layers))
+    write(file, tensors, described)
+    again, _ = read(path, config)
+    if again.left_out or again.layers.keys() != lora.layers.keys() or again.text.keys() != lora.text.keys():
+        raise HollowError(f"{path} does not read back as it was written. Check the disk and save again.")
+    return Written(path, dialect, len(again.layers), len(again.text), _largest_change(again))
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write what `to_kohya` and `describe` give, and read it back to compare. Raises HollowError as `save` does."""
+    """Write tensors as they are, and read them back to compare. Raises HollowError as `write_dialect` does."""
     if path.suffix != ".safetensors":
         raise HollowError(f"The name {path.name!r} does not end in .safetensors. Choose one that does.")
     write_safetensors(path, tensors, metadata)
@@ -114,12 +166,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def read(path: Path, config: Config | None = None) -> tuple[Lora, dict[str, str]]:
-    """The LoRA in a file of any dialect, and the file's metadata. Values may be infinite or undefined.
+    """The LoRA in a file of any dialect, or in peft's folder, and the file's metadata; values may be infinite or NaN.
 
-    `config` is the U-Net's; None takes that of the family (SD 1.x, SD 2.x, SDXL) of which the file tells. A config
-    of peft's, adapter_config.json, is looked for beside the file. Raises HollowError where the file is missing or
-    damaged, where it does not tell the family, and as `dialects.parse` does; what does not fit is not read at all.
+    `config` is the U-Net's; None takes that of the family (SD 1.x, SD 2.x, SDXL) of which the file tells. Raises
+    HollowError where the file is missing or damaged, where it does not tell the family, and as `dialects.parse` does;
+    what does not fit is not read at all.
     """
+    if path.is_dir():
+        path = path / _PEFT_FILE
     try:
         with safe_open(path, "pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no dict
@@ -131,18 +185,6 @@ def read(path: Path, config: Config | None = None) -> tuple[Lora, dict[str, str]
         raise damaged(path, error) from error
 
 
-def _adapters(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """peft's configs of the parts that the file is for: diffusers' in the metadata, or peft's own file beside it."""
-    beside = path.with_name("adapter_config.json")
-    if path.name == "adapter_model.safetensors" and beside.exists():
-        return {"unet": read_json(beside)}
-    adapters: dict[str, dict[str, Any]] = {}
-    for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
-        part, _, name = key.rpartition(".")
-        adapters.setdefault(part or "unet", {})[name] = value
-    return adapters
-
-
 def load(path: Path, unet: UNet2DConditionModel) -> LoraFile:
     """Read a plain LoRA in any dialect for this U-Net.
 
@@ -150,7 +192,12 @@ def load(path: Path, unet: UNet2DConditionModel) -> LoraFile:
     not finite.
     """
     lora, metadata = read(path, unet.config)
-    check_plain(lora, str(path))
+    for module, layer in lora.layers.items():
+        if layer.dora_scale is not None:
+            raise HollowError(f"{path} is a DoRA: it sets the magnitudes of {module}, too. Choose a plain LoRA.")
+    if extra := [*lora.left_out, *lora.text]:
+        raise HollowError(f"{path} is no plain LoRA of a U-Net: it holds {min(extra)} too. Choose one without.")
+    _check_finite(lora, path)
     alpha = next(iter(lora.layers.values())).alpha
     state: dict[str, Tensor] = {}
     for module, layer in lora.layers.items():
@@ -159,22 +206,35 @@ def load(path: Path, unet: UNet2DConditionModel) -> LoraFile:
     return LoraFile(state, alpha, recipe_of(metadata), metadata)
 
 
-def check_plain(lora: Lora, source: str) -> None:
-    """Raises HollowError unless it is plain LoRA of a U-Net, all of it, and finite."""
-    for module, layer in (lora.layers | lora.text).items():
-        if layer.dora_scale is not None:
-            raise HollowError(f"{source} is a DoRA: it sets the magnitudes of {module}, too. Choose a plain LoRA.")
-    if extra := [*lora.left_out, *lora.text]:
-        raise HollowError(f"{source} is no plain LoRA of a U-Net: it holds {min(extra)} too. Choose one without.")
-    check_finite(lora, source)
+def convert(
+    source: Path,
+    target: Path,
+    dialect: str,
+    *,
+    config: Config | None = None,
+    zero_pad: bool = False,
+    dtype: torch.dtype = torch.float16,
+) -> Written:
+    """Write the LoRA of one file in another dialect, with its metadata as `describe_converted` says.
 
-
-def check_finite(lora: Lora, source: str) -> None:
-    """Raises HollowError, naming the first layer, where a value is infinite or undefined."""
-    for module, layer in (lora.layers | lora.text).items():
-        numbers = (layer.down, layer.up, torch.tensor(layer.alpha), layer.dora_scale)
-        if not all(tensor.isfinite().all() for tensor in numbers if tensor is not None):
-            raise HollowError(f"{source} holds infinite or undefined values in {module}. Take another copy of it.")
+    Layers of text encoders come along; peft has no place for them. `config` is the U-Net's, needed where it is none
+    of SD 1.x, 2.x and SDXL. Raises HollowError as `read` and `write_dialect` do, where a value is not finite, and
+    where the file holds more than LoRA and DoRA.
+    """
+    lora, metadata = read(source, config)
+    if lora.left_out:
+        raise HollowError(
+            f"{source} holds {lora.left_out[0]}, which is no LoRA and would be lost. Convert one without."
+        )
+    _check_finite(lora, source)
+    if config is None:
+        layout = layout_of(metadata, {f"{module}.lora_A": layer.down.shape for module, layer in lora.layers.items()})
+        config = layout_config(layout)
+    else:
+        layout = layout_name(config)
+    described = describe_converted(metadata, target.stem, layout)
+    ldm = layout == "sdxl"
+    return write_dialect(target, lora, config, described, dialect=dialect, ldm=ldm, zero_pad=zero_pad, dtype=dtype)
 
 
 def alpha_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> float:
@@ -182,54 +242,85 @@ def alpha_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> float:
     return float(tensors.get(f"{name}.alpha", 0.0)) or float(rank)
 
 
-def _check_finite(tensors: Mapping[str, Tensor], what: str, next_step: str) -> None:
+def _layers(state: Mapping[str, Tensor], alpha: float) -> dict[str, LoraLayer]:
+    modules = sorted({key.rsplit(".lora_", 1)[0] for key in state})
+    return {
+        module: LoraLayer(state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"], float(alpha))
+        for module in modules
+    }
+
+
+def _spell(lora: Lora, config: Config, dialect: str, ldm: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`dialects.spell` in `dtype`. An alpha that is too small or too large for it goes into the matrices."""
+
+    def held(layer: LoraLayer) -> LoraLayer:
+        alpha = float(torch.tensor(layer.alpha, dtype=dtype))
+        return layer if abs(alpha - layer.alpha) <= 1e-2 * abs(layer.alpha) else dialects.at_alpha_rank(layer)
+
+    layers, text = ({module: held(layer) for module, layer in part.items()} for part in (lora.layers, lora.text))
+    tensors = dialects.spell(layers, text, config, dialect, ldm=ldm)
+    tensors = {key: tensor.detach().to("cpu", dtype) for key, tensor in tensors.items()}
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise HollowError(f"{what} holds infinite or undefined values in {key}. {next_step}")
+            raise HollowError(f"The LoRA holds infinite or undefined values in {key}. {_ADVICE}")
+    return tensors
 
 
-def describe(title: str, layout: str, rank: int, alpha: float, recipe: Recipe) -> dict[str, str]:
-    """What kohya's trainer and the modelspec standard write, as far as tools read it, and our own."""
-    trigger = f"{recipe.identifier} {recipe.class_word}".strip()
-    velocity = recipe.prediction_type == "v_prediction"
-    described = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": f"{alpha:g}",
-        "ss_v2": str(layout == "sd21"),
-        "ss_output_name": title,
-        "ss_tag_frequency": json.dumps({recipe.class_word: {trigger: 1}}),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.implementation": _SGM if layout == "sdxl" else "diffusers",
-        "modelspec.title": title,
-        "modelspec.trigger_phrase": trigger,
-        "modelspec.prediction_type": "v" if velocity else "epsilon",
-        **{f"hollow.{field}": json.dumps(value) for field, value in recipe._asdict().items()},
+def _diffusers_adapters(lora: Lora) -> dict[str, Any]:
+    """As diffusers' `save_lora_weights` puts peft's configs into the metadata: {"unet.r": …, "text_encoder.r": …}."""
+    parts: dict[str, dict[str, LoraLayer]] = {"unet": lora.layers}
+    for module, layer in lora.text.items():
+        encoder, _, name = module.partition(".")
+        parts.setdefault(encoder, {})[name] = layer
+    return {
+        f"{part}.{key}": value
+        for part, layers in parts.items()
+        for key, value in dialects.adapter_config(layers).items()
     }
-    if layout in _BASE_VERSION:
-        described["ss_base_model_version"] = _BASE_VERSION[layout]
-        architecture = "stable-diffusion-v2-768-v" if layout == "sd21" and velocity else _ARCHITECTURE[layout]
-        described["modelspec.architecture"] = f"{architecture}/lora"
-    return described
 
 
-def layout_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] | None = None) -> str:
-    """ "sd15", "sd21" or "sdxl", as a file tells: by the width of the text that its cross-attention takes in, where
-    the shapes of its tensors are given, else by its metadata. Raises HollowError where neither does."""
-    for key, shape in (shapes or {}).items():
-        if _TEXT_IN.search(key) and len(shape) > 1 and shape[1] in _TEXT_WIDTH:
-            return _TEXT_WIDTH[shape[1]]
-    version = metadata.get("ss_base_model_version", "")
-    architecture = metadata.get("modelspec.architecture", "")
-    for layout, (kohya, modelspec) in _FAMILY.items():
-        if version.startswith(kohya) or architecture.startswith(modelspec):
-            return layout
-    raise HollowError(f"The LoRA's base model is {version or 'not named'}. Give the model that it belongs to.")
+def _adapters(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """peft's configs of the parts that a file is for: diffusers' in the metadata, or peft's own beside the file.
 
-
-def recipe_of(metadata: Mapping[str, str]) -> Recipe | None:
-    """The recipe that `describe` wrote; None in another tool's file."""
+    Raises HollowError where one is damaged.
+    """
+    beside = path.with_name(_PEFT_CONFIG)
+    told: dict[str, dict[str, Any]] = {}
     try:
-        return Recipe(**{field: json.loads(metadata[f"hollow.{field}"]) for field in Recipe._fields})
-    except (KeyError, ValueError):
-        return None
+        if path.name == _PEFT_FILE and beside.exists():
+            told = {"unet": read_json(beside)}
+        else:
+            for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
+                part, _, name = key.rpartition(".")
+                told.setdefault(part or "unet", {})[name] = value
+        return {part: _checked(adapter) for part, adapter in told.items()}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, re.error) as error:
+        raise HollowError(
+            f"The config of peft's in or beside {path} is damaged. Get or make the LoRA again."
+        ) from error
+
+
+def _checked(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """What reading needs of peft's config, with what is missing as peft has it."""
+    alphas = (adapter.get("alpha_pattern") or {}).items()
+    return {
+        "lora_alpha": float(adapter.get("lora_alpha", 8)),
+        "alpha_pattern": {re.compile(name).pattern: float(alpha) for name, alpha in alphas},
+        "use_rslora": bool(adapter.get("use_rslora")),
+    }
+
+
+def _check_finite(lora: Lora, path: Path) -> None:
+    for module, layer in (lora.layers | lora.text).items():
+        numbers = (layer.down, layer.up, torch.tensor(layer.alpha), layer.dora_scale)
+        if not all(tensor.isfinite().all() for tensor in numbers if tensor is not None):
+            raise HollowError(f"{path} holds infinite or undefined values in {module}. Take another copy of it.")
+
+
+def _largest_change(lora: Lora) -> float:
+    """Of any weight, the largest |(alpha / rank) B A|."""
+    changes = (
+        layer.scale * (layer.up.flatten(1) @ layer.down.flatten(1)).abs().max()
+        for layer in (lora.layers | lora.text).values()
+    )
+    return max(float(change.abs()) for change in changes)

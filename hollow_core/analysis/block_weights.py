@@ -7,12 +7,20 @@ are those with attention (17 numbers for SD, 12 for SDXL), or all of them (26, 2
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from ..blocks import Config, Layer, layers
+import torch
+
+from ..blocks import Config, Layer, layers, layout_config
+from ..dialects import Lora
 from ..errors import HollowError
+from ..lora_file import Written, layout_of, read, write_dialect
 from ..lora_layer import LoraLayer
+from ..lora_metadata import describe_converted
+from ..models import layout_name
 
-_OUTSIDE = {"conv_in": "IN00"}  # what has a slot without being one of the U's layers
+# What has a slot without being one of the U's layers.
+_OUTSIDE = {"text_encoder": "BASE", "text_encoder_2": "BASE", "conv_in": "IN00"}
 
 
 def slot(layer: Layer) -> str:
@@ -50,7 +58,7 @@ def parse_block_weights(text: str, config: Config) -> dict[str, float]:
                 f"{text!r} are no block weights for this U-Net. Write {short} or {long} numbers with commas between "
                 "them, or name blocks, as in IN08=0.5."
             )
-        pairs = list(zip(names[1:], map(_number, parts[1:]), strict=True))
+        pairs = list(zip(names, map(_number, parts), strict=True))
     factors: dict[str, float] = {}
     for name, factor in pairs:
         for module in _modules(name, config):
@@ -80,11 +88,39 @@ def scale(lora: Mapping[str, LoraLayer], factors: Mapping[str, float]) -> dict[s
     return scaled
 
 
+def scale_file(
+    source: Path, target: Path, text: str, *, config: Config | None = None, dtype: torch.dtype = torch.float16
+) -> Written:
+    """Write the LoRA of a file, scaled as `text` says, in the dialect and with the metadata that it has.
+
+    `config` is the U-Net's, needed where it is none of SD 1.x, 2.x and SDXL. Raises HollowError as `read`,
+    `parse_block_weights`, `scale` and `write_dialect` do, and where the file holds more than LoRA.
+    """
+    lora, metadata = read(source, config)
+    if lora.left_out:
+        raise HollowError(f"{source} holds {lora.left_out[0]}, which is no LoRA and would be lost. Scale one without.")
+    config = config or config_of(lora, metadata)
+    layout = layout_name(config)
+    factors = parse_block_weights(text, config)
+    scaled = lora._replace(layers=scale(lora.layers, factors), text=scale(lora.text, factors))
+    described = describe_converted(metadata, target.stem, layout)
+    return write_dialect(target, scaled, config, described, dialect=lora.dialect, ldm=layout == "sdxl", dtype=dtype)
+
+
+def config_of(lora: Lora, metadata: Mapping[str, str]) -> Config:
+    """The config of the U-Net that a LoRA is for: that of its family, SD 1.x, SD 2.x or SDXL.
+
+    Raises HollowError where neither the shapes nor the metadata tell.
+    """
+    shapes = {f"{module}.lora_A": tuple(layer.down.shape) for module, layer in lora.layers.items()}
+    return layout_config(layout_of(metadata, shapes))
+
+
 def _modules(name: str, config: Config) -> Sequence[str]:
     known = layers(config)
     upper = re.sub(r"^(IN|OUT)(\d)$", r"\g<1>0\2", name.upper().replace("M00", "MID"))
     found = [module for layer in known if name == layer.name or upper == slot(layer) for module in layer.modules]
-    found += [module for module, there in _OUTSIDE.items() if upper == there]
+    found += [module for module, there in _OUTSIDE.items() if there == upper]
     if not found and any(f"{module}.".startswith(f"{name}.") for layer in known for module in layer.modules):
         found = [name]
     if not found:

@@ -11,7 +11,7 @@ from PIL import Image
 from ..blocks import Layer, hollowed_layers, layers
 from .block_weights import slot
 from .change import Change
-from .report import PROJECTIONS, Analysis, Suggestion, spread, spread_relative
+from .report import PROJECTIONS, SMALL_SHARE, Analysis, Suggestion, sides, spread, spread_relative, suggest
 
 CHANGE_SCALE = (1e-5, 1e-1)  # of mean |ΔW|, logarithmic
 RELATIVE_SCALE = (1e-3, 1.0)  # of ‖ΔW‖ / ‖W‖
@@ -55,8 +55,9 @@ class _Scale(NamedTuple):
         return f"{digits}·10{str(int(power)).translate(_RAISED)}"
 
 
-def picture(analyses: Sequence[Analysis], suggestion: Suggestion | None = None) -> Image.Image:
-    """One LoRA, two side by side (A and B), or the mean and the spread of several.
+def picture(analyses: Sequence[Analysis], share: float = SMALL_SHARE) -> Image.Image:
+    """One LoRA, two side by side (A and B), or the mean and the spread of several; with the cut that `suggest`
+    recommends for `share`.
 
     Where all of them know the base model, the U's colours are the relative change, otherwise mean |ΔW|; the bars
     are always mean |ΔW|. All belong to U-Nets of one config.
@@ -66,25 +67,25 @@ def picture(analyses: Sequence[Analysis], suggestion: Suggestion | None = None) 
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    sides = [[each] for each in analyses] if len(analyses) <= 2 else [list(analyses)]
+    panels = sides(analyses)
     relative = all(each.whole().relative is not None for each in analyses)
     places = _places(layers(analyses[0].config))
     top = max(place.bottom + place.height for place in places.values())
     height, width = 0.43 * (top + 3.5) + 1.2, 7.6
-    figure = Figure(figsize=(width * len(sides) + 5.2, height), dpi=_DPI, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width * len(panels) + 5.2, height), dpi=_DPI, layout="constrained", facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, len(sides) + 1, width_ratios=[width] * len(sides) + [5.2], height_ratios=[5, 1])
+    grid = figure.add_gridspec(2, len(panels) + 1, width_ratios=[width] * len(panels) + [5.2], height_ratios=[5, 1])
     scale = _Scale(ScalarMappable(LogNorm(*(RELATIVE_SCALE if relative else CHANGE_SCALE)), _MAP), relative)
-    panels = []
-    for number, side in enumerate(sides):
-        panels.append(figure.add_subplot(grid[:, number]))
-        _draw_u(panels[-1], side, places, scale, suggestion)
-        panels[-1].set_title(_title(side, "AB"[number] if len(sides) == 2 else ""), fontsize=11, fontweight="bold")
-    bar = figure.colorbar(scale.paint, ax=panels, location="bottom", extend="both", shrink=0.6, aspect=45, pad=0.01)
+    axes = []
+    for number, side in enumerate(panels):
+        axes.append(figure.add_subplot(grid[:, number]))
+        _draw_u(axes[-1], side, places, scale, suggest(side, share))
+        axes[-1].set_title(_title(side, "AB"[number] if len(panels) == 2 else ""), fontsize=11, fontweight="bold")
+    bar = figure.colorbar(scale.paint, ax=axes, location="bottom", extend="both", shrink=0.6, aspect=45, pad=0.01)
     bar.set_label("change in relation to the weights, ‖ΔW‖ / ‖W‖" if relative else "mean |ΔW|", fontsize=9)
     bar.ax.tick_params(labelsize=8)
-    _draw_bars(figure.add_subplot(grid[0, -1]), sides)
-    _draw_projections(figure.add_subplot(grid[1, -1]), sides, scale)
+    _draw_bars(figure.add_subplot(grid[0, -1]), panels)
+    _draw_projections(figure.add_subplot(grid[1, -1]), panels, scale)
     note = "The size of a change is not its influence on the picture."
     if flags := sum(len(each.flags) for each in analyses):
         note = f"{flags} {'thing looks' if flags == 1 else 'things look'} wrong; the figures tell.   {note}"
@@ -188,16 +189,16 @@ def _draw_cell(axes: Any, place: _Place, names: tuple[str, str], cell: _Cell) ->
     axes.text(right, lower, cell.note, fontsize=6.3, ha="right", **ink)
 
 
-def _draw_bars(axes: Any, sides: Sequence[Sequence[Analysis]]) -> None:
-    known = layers(sides[0][0].config)
+def _draw_bars(axes: Any, panels: Sequence[Sequence[Analysis]]) -> None:
+    known = layers(panels[0][0].config)
     names = [f"{layer.name}  {slot(layer)}" for layer in known]
-    every = [[spread([each.block(layer) for each in side]) for layer in known] for side in sides]
+    every = [[spread([each.block(layer) for each in side]) for layer in known] for side in panels]
     largest = max((found.mean + found.deviation for row in every for found in row if found), default=0.0) or 1.0
-    thick = 0.8 / len(sides)
+    thick = 0.8 / len(panels)
     for number, row in enumerate(every):
-        at = [place + (number - (len(sides) - 1) / 2) * thick for place in range(len(known))]
+        at = [place + (number - (len(panels) - 1) / 2) * thick for place in range(len(known))]
         values = [found.mean if found else 0.0 for found in row]
-        errors = [found.deviation if found else 0.0 for found in row] if len(sides[number]) > 1 else None
+        errors = [found.deviation if found else 0.0 for found in row] if len(panels[number]) > 1 else None
         axes.barh(
             at,
             values,
@@ -205,14 +206,14 @@ def _draw_bars(axes: Any, sides: Sequence[Sequence[Analysis]]) -> None:
             color=COLOURS[number],
             xerr=errors,
             error_kw={"ecolor": "#444444", "elinewidth": 0.9, "capsize": 2},
-            label="AB"[number] if len(sides) > 1 else None,
+            label="AB"[number] if len(panels) > 1 else None,
         )
     without = [place for place, found in enumerate(zip(*every, strict=True)) if not any(found)]
     axes.barh(
         without, largest, color="none", edgecolor="#dddddd", hatch="////", linewidth=0, height=0.8, label="no LoRA"
     )
     axes.set_yticks(range(len(known)), names, fontsize=7.5, family="monospace")
-    if without or len(sides) > 1:
+    if without or len(panels) > 1:
         axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
     axes.set_ylim(len(known) - 0.4, -0.6)
     axes.set_xlim(0, largest * 1.03)
@@ -223,14 +224,14 @@ def _draw_bars(axes: Any, sides: Sequence[Sequence[Analysis]]) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel(
-        "mean |ΔW| of each block (Eq. 3)" + (", ± standard deviation" if len(sides[0]) > 1 else ""), fontsize=9
+        "mean |ΔW| of each block (Eq. 3)" + (", ± standard deviation" if len(panels[0]) > 1 else ""), fontsize=9
     )
 
 
-def _draw_projections(axes: Any, sides: Sequence[Sequence[Analysis]], scale: _Scale) -> None:
+def _draw_projections(axes: Any, panels: Sequence[Sequence[Analysis]], scale: _Scale) -> None:
     from matplotlib.patches import Rectangle
 
-    rows = [(side, letter, which) for side, letter in zip(sides, "AB", strict=False) for which in ("attn1", "attn2")]
+    rows = [(side, letter, which) for side, letter in zip(panels, "AB", strict=False) for which in ("attn1", "attn2")]
     for down, (side, _, attention) in enumerate(rows):
         for across, name in enumerate(name for name in PROJECTIONS if name.startswith(attention)):
             cell = _cell([each.projection(name) for each in side], scale)
@@ -242,7 +243,7 @@ def _draw_projections(axes: Any, sides: Sequence[Sequence[Analysis]], scale: _Sc
     axes.set_xlim(0, 4)
     axes.set_ylim(len(rows), 0)
     axes.set_xticks([0.5, 1.5, 2.5, 3.5], ["q", "k", "v", "out"], fontsize=8)
-    labels = [f"{letter} {attention}" if len(sides) > 1 else attention for _, letter, attention in rows]
+    labels = [f"{letter} {attention}" if len(panels) > 1 else attention for _, letter, attention in rows]
     axes.set_yticks([place + 0.5 for place in range(len(rows))], labels, fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

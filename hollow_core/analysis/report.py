@@ -7,13 +7,13 @@ from pathlib import Path
 from statistics import mean, median, pstdev
 from typing import Any, NamedTuple
 
-from ..blocks import Config, Layer, hollowed_layers, layers, layout_config, max_cut
+from ..blocks import Config, Layer, hollowed_layers, layers, max_cut
 from ..errors import HollowError
-from ..lora_file import layout_of, read, recipe_of
+from ..lora_file import read, recipe_of
 from ..lora_layer import LoraLayer
 from ..models import outline
 from .base_weights import BaseWeights, base_weights
-from .block_weights import block_weights, slot
+from .block_weights import block_weights, config_of, slot
 from .change import Change, measure, together
 
 PROJECTIONS = tuple(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("q", "k", "v", "out"))
@@ -141,24 +141,20 @@ def analyze_files(
     analyses: list[Analysis] = []
     for number, path in enumerate(paths):
         lora, metadata = read(path, config)
-        own = config or layout_config(layout_of(metadata, _shapes(lora.layers)))
+        own = config or config_of(lora, metadata)
         if analyses and own != analyses[0].config:
             raise HollowError(f"{path} is for another base model than {paths[0]}. Analyze them one by one.")
         recipe = recipe_of(metadata)
 
         def report(done: int, of: int, before: int = number) -> None:
-            if progress is not None:
-                progress(before * of + done, len(paths) * of)
+            if progress is not None:  # in hundredths of a file
+                progress(100 * before + 100 * done // of, 100 * len(paths))
 
         base = None if model is None else base_weights(model, own)
         cut = None if recipe is None else recipe.cut
         name = path.name if [each.name for each in paths].count(path.name) == 1 else f"{path.parent.name}/{path.name}"
         analyses.append(analyze(name, lora.layers, own, cut=cut, base=base, progress=report))
     return analyses
-
-
-def _shapes(lora: Mapping[str, LoraLayer]) -> dict[str, tuple[int, ...]]:
-    return {f"{module}.lora_down.weight": tuple(layer.down.shape) for module, layer in lora.items()}
 
 
 class Suggestion(NamedTuple):
@@ -186,6 +182,11 @@ def suggest(analyses: Sequence[Analysis], share: float = SMALL_SHARE) -> Suggest
     zeros = {slot(layer): 0.0 for layer in hollowed_layers(config, fitting[-1])}
     everywhere = any(layer.kind != "RA" and each.block(layer) for each in analyses for layer in layers(config))
     return Suggestion(fitting[-1], shares[fitting[-1]], block_weights(config, zeros, all_blocks=everywhere))
+
+
+def sides(analyses: Sequence[Analysis]) -> list[Sequence[Analysis]]:
+    """What is looked at as one: a LoRA, or each of two that are compared, or all of many."""
+    return [[each] for each in analyses] if len(analyses) <= 2 else [analyses]
 
 
 class Spread(NamedTuple):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -35,10 +36,11 @@ def analyze(
     """What is in a LoRA, block by block: how much changes, at which rank, what looks wrong, what could be hollowed."""
     quiet()
     from ..analysis.picture import picture
-    from ..analysis.report import analyze_files, spread, suggest
+    from ..analysis.report import analyze_files, sides, spread, suggest
     from ..analysis.saving import saving
     from ..blocks import layers
     from ..files import write_png
+    from ..memory import Planner
     from ..models import layout_name
 
     for path in (out, ablate):
@@ -48,41 +50,39 @@ def analyze(
         raise HollowError("To ablate takes one file, its --model and a --prompt. Give all of them.")
     with watching() as watch:
         analyses = analyze_files(files, model, lambda done, of: watch("analyze", Progress(done, of, 0.0)))
-    suggestion = suggest(analyses, share)
-    result: dict[str, Any] = {"files": [analysis.row() for analysis in analyses], "suggestion": None}
-    if suggestion is not None:
-        console.print("How much memory the recommended cut saves …")
-        saved = saving(str(model) if model else layout_name(analyses[0].config), analyses[0], suggestion.cut)
-        result["suggestion"] = suggestion._asdict() | {"training_bytes": saved._asdict()}
-    known = layers(analyses[0].config)
-    if len(files) > 1:
+    result: dict[str, Any] = {"files": [analysis.row() for analysis in analyses], "suggestions": []}
+    planner = None
+    for side in sides(analyses):
+        if (suggestion := suggest(side, share)) is None:
+            result["suggestions"].append(None)
+            continue
+        if planner is None:
+            console.print("What the recommended cut saves, by a dry run …")
+            planner = Planner(str(model) if model else layout_name(side[0].config))
+        saved = saving(planner, side[0], suggestion.cut)
+        result["suggestions"].append(suggestion._asdict() | {"training_bytes": saved._asdict()})
+    if len(files) > 2:
+        known = layers(analyses[0].config)
         blocks = {layer.name: spread([analysis.block(layer) for analysis in analyses]) for layer in known}
         result["spread"] = {name: found and found._asdict() for name, found in blocks.items()}
     if out is not None:
-        write_png(out, picture(analyses, suggestion))
+        write_png(out, picture(analyses, share))
         result["chart"] = str(out)
     if ablate is not None and model is not None and prompt is not None:
         result["influence"] = _ablate(files[0], model, prompt, seed, steps, guidance, precision, device, ablate)
     if as_json:
         print(json.dumps(result, indent=1))
         return
-    table = Console()
-    table.print(_table(result))
+    Console().print(_table(result))
     for row in result["files"]:
         _say_what_else(row)
-    if suggestion is None:
-        console.print(Text(f"No cut: even the mid block holds more than {100 * share:g} % of the change."))
-    else:
-        console.print(Text(
-            f"Recommended cut: {suggestion.cut}, whose hollow holds {100 * suggestion.share:.1f} % of the change. Training "
-            f"at rank {saved.rank} in fp32 then takes {saved.hollowed / 2**30:.2f} GiB instead of "
-            f"{saved.whole / 2**30:.2f} GiB. To see what it would leave out, as block weights: "
-            f"{suggestion.block_weights}"
-        ), soft_wrap=True)  # fmt: skip
-    console.print("The size of a change is not its influence on the picture: --ablate shows that.")
+    names = [row["name"] for row in result["files"]] if len(files) <= 2 else [f"{len(files)} files"]
+    for name, suggested in zip(names, result["suggestions"], strict=True):
+        _say(f"{name}: {_recommendation(suggested, share)}")
+    _say("The size of a change is not its influence on the picture: --ablate shows that.")
     for path in (out, ablate):
         if path is not None:
-            console.print(Text(f"Look at {path}."), soft_wrap=True)
+            _say(f"Look at {path}.")
 
 
 def _ablate(
@@ -121,38 +121,35 @@ def _ablate(
 def _table(result: dict[str, Any]) -> Table:
     """A row a block: of one file everything, of two the change of each, of more mean and deviation."""
     rows = result["files"]
-    blocks = rows[0]["blocks"]
+    table = Table("block", "slot", "module", box=SIMPLE_HEAD)
+    influence, relative = result.get("influence"), rows[0]["whole"]["relative"] is not None
     if len(rows) > 2:
-        table = Table("block", "slot", "module", f"mean |ΔW| of {len(rows)} files", "standard deviation")
-        for block in blocks:
-            found = result["spread"][block["block"]]
+        figures = [f"mean |ΔW| of {len(rows)}", "deviation"]
+    elif len(rows) == 2:
+        figures = [f"mean |ΔW| of {letter}" for letter in "AB"]
+    else:
+        figures = ["mean |ΔW|", "share", "rank"]
+        figures += [*(["‖ΔW‖/‖W‖"] if relative else []), *(["influence"] if influence else [])]
+    for figure in figures:
+        table.add_column(figure, justify="right")
+    for same in zip(*(row["blocks"] for row in rows), strict=True):
+        block = same[0]
+        name = block["block"]
+        if len(rows) > 2:
+            found = result["spread"][name]
             cells = [f"{found['mean']:.2e}", f"{found['deviation']:.1e}"] if found else ["", ""]
-            table.add_row(block["block"], block["slot"], block["module"], *cells)
-        return table
-    if len(rows) == 2:
-        table = Table("block", "slot", "module", *(f"mean |ΔW|, {row['name']}" for row in rows))
-        for pair in zip(*(row["blocks"] for row in rows), strict=True):
-            block = pair[0]
-            table.add_row(block["block"], block["slot"], block["module"], *map(_change, pair))
-        return table
-    influence = result.get("influence", {})
-    table = Table(
-        "block", "slot", "module", "mean |ΔW|", "share", "‖ΔW‖/‖W‖", "rank", *(["influence"] if influence else [])
-    )
-    for block in blocks:
-        relative = "" if block["relative"] is None else f"{100 * block['relative']:.2g} %"
-        rank, name = block["effective_rank"], block["block"]
-        table.add_row(
-            name,
-            block["slot"],
-            block["module"],
-            _change(block),
-            f"{100 * block['share']:.1f} %",
-            relative,
-            "" if rank is None else str(rank),
-            *([f"{100 * influence[name]:.2f} %" if name in influence else ""] if influence else []),
-        )
+        elif len(rows) == 2:
+            cells = [_change(each) for each in same]
+        else:
+            cells = [_change(block), _percent(block["share"] or None), str(block["effective_rank"] or "")]
+            cells += [_percent(block["relative"])] if relative else []
+            cells += [_percent(influence.get(name))] if influence else []
+        table.add_row(name, block["slot"], block["module"], *cells)
     return table
+
+
+def _percent(figure: float | None) -> str:
+    return "" if figure is None else f"{100 * figure:.2g} %"
 
 
 def _change(block: dict[str, Any]) -> str:
@@ -161,14 +158,31 @@ def _change(block: dict[str, Any]) -> str:
     return f"{block['mean']:.2e}"
 
 
+def _recommendation(suggested: dict[str, Any] | None, share: float) -> str:
+    if suggested is None:
+        return f"no cut, as even the mid block holds more than {100 * share:g} % of the change."
+    saved = suggested["training_bytes"]
+    return (
+        f"recommended cut {suggested['cut']}, whose hollow holds {100 * suggested['share']:.1f} % of the change. Training "
+        f"in fp32 at rank {saved['rank']} takes {_size(saved['hollowed'])} with it, {_size(saved['whole'])} without. As block "
+        f"weights, to see what it would leave out: {suggested['block_weights']}"
+    )
+
+
 def _say_what_else(row: dict[str, Any]) -> None:
     """How few ranks would do, and what looks wrong, each kind once."""
     kept = row["kept_by_rank"]
     enough = next(rank for rank in kept if kept[rank] >= 0.95 or rank == max(kept))
-    console.print(
-        Text(f"{row['name']}: of rank {max(kept)}, rank {enough} keeps {100 * kept[enough]:.0f} %."), soft_wrap=True
-    )
+    _say(f"{row['name']}: of rank {max(kept)}, rank {enough} keeps {100 * kept[enough]:.0f} %.")
     modules: dict[str, str] = {flag["what"]: flag["module"] for flag in reversed(row["flags"])}
     for what, number in Counter(flag["what"] for flag in row["flags"]).items():
-        more = f", and {number - 1} more" if number > 1 else ""
-        console.print(Text(f"{row['name']}: {modules[what]}{more} {what}.", style="yellow"), soft_wrap=True)
+        more = f", and {number - 1} more: each" if number > 1 else ""
+        _say(f"{row['name']}: {modules[what]}{more} {what}.", "yellow")
+
+
+def _say(text: str, style: str = "") -> None:
+    console.print(Text(text, style=style), soft_wrap=True)
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
