@@ -72,7 +72,7 @@ def grid(ablation: Ablation, prompt: str) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     title, small = ImageFont.load_default(16), ImageFont.load_default(12)
     pen.text((MARGIN, 8), f"Each block of the LoRA switched off in turn: {prompt}", "black", title)
-    note = f"Below each: its difference to the whole LoRA's, ×{GAIN}. This is influence; the size of a change is not."
+    note = f"Below each: its difference to the whole LoRA's, {GAIN} times as bright. Size of change is not influence."
     pen.text((MARGIN, 32), note, "#666666", small)
     for number, (name, picture) in enumerate(entries):
         left, top = MARGIN + number % columns * width, HEADER + number // columns * height

@@ -71,14 +71,14 @@ def measure(layer: LoraLayer, weight: Tensor | None = None) -> Change:
         difference = layer.scale * up[rows] @ down
         if base is not None:
             of_base = base[rows].float()
-            base_squared += of_base.norm().item() ** 2
+            base_squared += of_base.square().sum().item()
             if layer.dora_scale is not None:
                 moved = of_base + difference
                 magnitude = layer.dora_scale.flatten()[rows, None].float()
                 difference = magnitude * moved / moved.norm(dim=1, keepdim=True) - of_base
-        total += torch.linalg.vector_norm(difference, 1).item()
         if whole:
-            squared += difference.norm().item() ** 2
+            squared += difference.square().sum().item()
+        total += difference.abs_().sum().item()  # pairwise, as `sum` adds up, where `norm` would lose digits
     factors = [torch.linalg.qr(matrix, mode="r").R for matrix in (up, down.T)]
     squares = (layer.scale * torch.linalg.svdvals(factors[0] @ factors[1].T)).double().square().tolist()
     return Change(

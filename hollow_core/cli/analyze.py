@@ -35,13 +35,10 @@ def analyze(
 ) -> None:  # fmt: skip
     """What is in a LoRA, block by block: how much changes, at which rank, what looks wrong, what could be hollowed."""
     quiet()
+    from ..analysis.figures import figures
     from ..analysis.picture import picture
-    from ..analysis.report import analyze_files, sides, spread, suggest
-    from ..analysis.saving import saving
-    from ..blocks import layers
+    from ..analysis.report import analyze_files
     from ..files import write_png
-    from ..memory import Planner
-    from ..models import layout_name
 
     for path in (out, ablate):
         if path is not None and path.suffix.lower() != ".png":
@@ -50,21 +47,8 @@ def analyze(
         raise HollowError("To ablate takes one file, its --model and a --prompt. Give all of them.")
     with watching() as watch:
         analyses = analyze_files(files, model, lambda done, of: watch("analyze", Progress(done, of, 0.0)))
-    result: dict[str, Any] = {"files": [analysis.row() for analysis in analyses], "suggestions": []}
-    planner = None
-    for side in sides(analyses):
-        if (suggestion := suggest(side, share)) is None:
-            result["suggestions"].append(None)
-            continue
-        if planner is None:
-            console.print("What the recommended cut saves, by a dry run …")
-            planner = Planner(str(model) if model else layout_name(side[0].config))
-        saved = saving(planner, side[0], suggestion.cut)
-        result["suggestions"].append(suggestion._asdict() | {"training_bytes": saved._asdict()})
-    if len(files) > 2:
-        known = layers(analyses[0].config)
-        blocks = {layer.name: spread([analysis.block(layer) for analysis in analyses]) for layer in known}
-        result["spread"] = {name: found and found._asdict() for name, found in blocks.items()}
+    console.print("What the recommended cut saves, by a dry run …")
+    result = figures(analyses, share, None if model is None else str(model))
     if out is not None:
         write_png(out, picture(analyses, share))
         result["chart"] = str(out)
@@ -74,9 +58,9 @@ def analyze(
         print(json.dumps(result, indent=1))
         return
     Console().print(_table(result))
-    for row in result["files"]:
+    for row in result["loras"]:
         _say_what_else(row)
-    names = [row["name"] for row in result["files"]] if len(files) <= 2 else [f"{len(files)} files"]
+    names = [row["name"] for row in result["loras"]] if len(files) <= 2 else [f"{len(files)} files"]
     for name, suggested in zip(names, result["suggestions"], strict=True):
         _say(f"{name}: {_recommendation(suggested, share)}")
     _say("The size of a change is not its influence on the picture: --ablate shows that.")
@@ -120,8 +104,8 @@ def _ablate(
 
 def _table(result: dict[str, Any]) -> Table:
     """A row a block: of one file everything, of two the change of each, of more mean and deviation."""
-    rows = result["files"]
-    table = Table("block", "slot", "module", box=SIMPLE_HEAD)
+    rows = result["loras"]
+    table = Table("block", "slot", "module", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     influence, relative = result.get("influence"), rows[0]["whole"]["relative"] is not None
     if len(rows) > 2:
         figures = [f"mean |ΔW| of {len(rows)}", "deviation"]
@@ -163,9 +147,9 @@ def _recommendation(suggested: dict[str, Any] | None, share: float) -> str:
         return f"no cut, as even the mid block holds more than {100 * share:g} % of the change."
     saved = suggested["training_bytes"]
     return (
-        f"recommended cut {suggested['cut']}, whose hollow holds {100 * suggested['share']:.1f} % of the change. Training "
-        f"in fp32 at rank {saved['rank']} takes {_size(saved['hollowed'])} with it, {_size(saved['whole'])} without. As block "
-        f"weights, to see what it would leave out: {suggested['block_weights']}"
+        f"recommended cut {suggested['cut']}, whose hollow holds {100 * suggested['share']:.1f} % of the change. "
+        f"Training in fp32 at rank {saved['rank']} takes {_size(saved['hollowed'])} with it, {_size(saved['whole'])} "
+        f"without. As block weights, to see what it would leave out: {suggested['block_weights']}"
     )
 
 
