@@ -123,7 +123,7 @@ def spell(
         )
         out, ones = len(layer.up), [1] * (layer.up.dim() - 1)
         if dialect in ("diffusers", "peft"):
-            layer = at_alpha_rank(layer)
+            layer = with_alpha(layer, float(len(layer.down)))
             tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = layer.down, layer.up
             if layer.dora_scale is not None:  # in peft's shape
                 shape = (out,) if len(ones) == 1 else (1, out, *ones[1:])
@@ -153,13 +153,14 @@ def adapter_config(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
     }
 
 
-def at_alpha_rank(layer: LoraLayer) -> LoraLayer:
-    """The same ΔW with alpha = rank; both matrices then are of like size, where fp16 is most exact."""
-    if layer.scale == 1:
+def with_alpha(layer: LoraLayer, alpha: float) -> LoraLayer:
+    """The same ΔW with another alpha; both matrices are then of like size, where fp16 is most exact."""
+    if layer.alpha == alpha:
         return layer
+    scale = layer.alpha / alpha
     down, up = float(layer.down.abs().max()), float(layer.up.abs().max())
-    factor = math.sqrt(abs(layer.scale) * up / down) if up and down else 1.0
-    return layer._replace(down=layer.down * factor, up=layer.up * (layer.scale / factor), alpha=float(len(layer.down)))
+    factor = math.sqrt(abs(scale) * up / down) if up and down else 1.0
+    return layer._replace(down=layer.down * factor, up=layer.up * (scale / factor), alpha=alpha)
 
 
 def zero_padded(layers: Mapping[str, LoraLayer], config: Config) -> dict[str, LoraLayer]:
@@ -178,7 +179,7 @@ def zero_padded(layers: Mapping[str, LoraLayer], config: Config) -> dict[str, Lo
         elif like := kinds.get(_kind(module)):
             rank = len(like.down)
             padded[module] = LoraLayer(
-                torch.zeros(rank, *into), torch.zeros(out, rank, *[1] * (len(into) - 1)), float(rank)
+                torch.zeros(rank, *into), torch.zeros(out, rank, *[1] * (len(into) - 1)), like.alpha
             )
     return padded
 

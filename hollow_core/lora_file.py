@@ -5,6 +5,7 @@ What a hollowed LoRA needs beyond its weights to be sampled on two paths lies in
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,8 +95,8 @@ def save(
 ) -> Written:
     """Write a LoRA (names as in `LoraFile.state`, any dtype) in kohya's dialect and fp16, and read it back.
 
-    `config` is the U-Net's; `layout` "sdxl" asks for LDM names; `metadata` comes on top of the standard one, with
-    `picture` as thumbnail. Raises HollowError as `write_dialect` does.
+    `config` is the U-Net's, `layout` its family; `metadata` comes on top of the standard one, with `picture` as
+    thumbnail. Raises HollowError as `write_dialect` does.
     """
     layers = _layers(state, alpha)
     rank = max(len(layer.down) for layer in layers.values())
@@ -103,7 +104,7 @@ def save(
     if picture is not None:
         described |= thumbnail(picture)
     lora = Lora("kohya", layers, {}, ())
-    return write_dialect(path, lora, config, described, dialect="kohya", ldm=layout == "sdxl")
+    return write_dialect(path, lora, config, described)
 
 
 def to_kohya(state: Mapping[str, Tensor], config: Config, *, alpha: float, layout: str) -> dict[str, Tensor]:
@@ -121,25 +122,24 @@ def write_dialect(
     metadata: Mapping[str, str],
     *,
     dialect: str = "kohya",
-    ldm: bool = False,
     zero_pad: bool = False,
     dtype: torch.dtype = torch.float16,
 ) -> Written:
     """Write a LoRA for the U-Net of `config`, read it back, and match every key to a layer.
 
-    For peft, `path` is a folder. `ldm` is as for `dialects.spell`; `zero_pad` writes zeros for the blocks that have no
-    LoRA, for tools that count blocks in order. Raises HollowError where the name does not end in .safetensors, where
-    a value is not finite in `dtype`, and where the file cannot be written; then nothing is left at `path` that was
-    not there before.
+    kohya's dialect has diffusers' names for SD 1.x and 2.x, LDM names for SDXL. For peft, `path` is a folder.
+    `zero_pad` writes zeros for the blocks that have no LoRA, for tools that count blocks in order. Raises HollowError
+    where the name does not end in .safetensors, where a value is not finite in `dtype`, and where the file cannot be
+    written; then nothing is left at `path` that was not there before.
     """
     if dialect not in dialects.DIALECTS:
         raise HollowError(f"There is no dialect {dialect!r}. Choose one of {', '.join(dialects.DIALECTS)}.")
     if zero_pad:
         lora = lora._replace(layers=dialects.zero_padded(lora.layers, config))
-    tensors = _spell(lora, config, dialect, ldm, dtype)
+    tensors = _spell(lora, config, dialect, layout_name(config) == "sdxl", dtype)
     rank = max(len(layer.down) for layer in lora.layers.values())
-    alphas = {layer.alpha for layer in lora.layers.values()} if dialect in ("kohya", "comfy") else {rank}
-    described = dict(metadata) | network(rank, alphas.pop() if len(alphas) == 1 else None)
+    alpha = Counter(layer.alpha for layer in lora.layers.values()).most_common(1)[0][0]
+    described = dict(metadata) | network(rank, alpha if dialect in ("kohya", "comfy") else rank)
     file = path
     if dialect == "diffusers":
         described |= {"format": "pt", "lora_adapter_metadata": json.dumps(_diffusers_adapters(lora))}
@@ -233,8 +233,7 @@ def convert(
     else:
         layout = layout_name(config)
     described = describe_converted(metadata, target.stem, layout)
-    ldm = layout == "sdxl"
-    return write_dialect(target, lora, config, described, dialect=dialect, ldm=ldm, zero_pad=zero_pad, dtype=dtype)
+    return write_dialect(target, lora, config, described, dialect=dialect, zero_pad=zero_pad, dtype=dtype)
 
 
 def alpha_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> float:
@@ -251,13 +250,19 @@ def _layers(state: Mapping[str, Tensor], alpha: float) -> dict[str, LoraLayer]:
 
 
 def _spell(lora: Lora, config: Config, dialect: str, ldm: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`dialects.spell` in `dtype`. An alpha that is too small or too large for it goes into the matrices."""
+    """`dialects.spell` in `dtype`.
 
-    def held(layer: LoraLayer) -> LoraLayer:
-        alpha = float(torch.tensor(layer.alpha, dtype=dtype))
-        return layer if abs(alpha - layer.alpha) <= 1e-2 * abs(layer.alpha) else dialects.at_alpha_rank(layer)
-
-    layers, text = ({module: held(layer) for module, layer in part.items()} for part in (lora.layers, lora.text))
+    All layers get the alpha that most have, as diffusers loses those of attention in kohya's files that differ; and
+    the usual rank, where that alpha is too small or too large for `dtype`.
+    """
+    both = [*lora.layers.values(), *lora.text.values()]
+    alpha = Counter(layer.alpha for layer in both).most_common(1)[0][0]
+    if abs(float(torch.tensor(alpha, dtype=dtype)) - alpha) > 1e-2 * abs(alpha):
+        alpha = float(len(both[0].down))
+    layers, text = (
+        {module: dialects.with_alpha(layer, alpha) for module, layer in part.items()}
+        for part in (lora.layers, lora.text)
+    )
     tensors = dialects.spell(layers, text, config, dialect, ldm=ldm)
     tensors = {key: tensor.detach().to("cpu", dtype) for key, tensor in tensors.items()}
     for key, tensor in tensors.items():
@@ -270,8 +275,9 @@ def _diffusers_adapters(lora: Lora) -> dict[str, Any]:
     """As diffusers' `save_lora_weights` puts peft's configs into the metadata: {"unet.r": …, "text_encoder.r": …}."""
     parts: dict[str, dict[str, LoraLayer]] = {"unet": lora.layers}
     for module, layer in lora.text.items():
-        encoder, _, name = module.partition(".")
-        parts.setdefault(encoder, {})[name] = layer
+        encoder, name = module.split(".", 1)
+        # peft matches the ends of names, and transformers 5 has no text_model
+        parts.setdefault(encoder, {})[name.removeprefix("text_model.")] = layer
     return {
         f"{part}.{key}": value
         for part, layers in parts.items()

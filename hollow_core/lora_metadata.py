@@ -89,12 +89,12 @@ def describe_converted(metadata: Mapping[str, str], title: str, layout: str) -> 
     return _common(title, layout, velocity=told in ("v", "True")) | kept
 
 
-def network(rank: int, alpha: float | None) -> dict[str, str]:
-    """kohya's words for what the file holds; `alpha` None where layers differ in it."""
+def network(rank: int, alpha: float) -> dict[str, str]:
+    """kohya's words for what a file holds."""
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
-        "ss_network_alpha": "Dynamic" if alpha is None else f"{alpha:g}",
+        "ss_network_alpha": f"{alpha:g}",
     }
 
 

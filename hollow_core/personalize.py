@@ -52,6 +52,8 @@ class Request:
     settings: TrainSettings = field(default_factory=TrainSettings)
     low_resolution: int | None = None
     """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others'."""
+    thumbnail: bool = True
+    """Whether the LoRA file shows the first picture, small, to tools that list files."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,9 @@ def personalize(
         prediction_type=schedule.config.prediction_type,
     )
     file = folder / LORA_FILE
-    lora_file.save(file, result.state, config, alpha=request.settings.lora_alpha, layout=layout, recipe=recipe)
+    picture = request.images[0].picture if request.thumbnail else None
+    alpha = request.settings.lora_alpha
+    lora_file.save(file, result.state, config, alpha=alpha, layout=layout, recipe=recipe, picture=picture)
     if request.settings.strategy == "selective" and result.stopped == "finished":
         timesteps = len(schedule.alphas_cumprod)
         save_schedule(folder / SCHEDULE_FILE, request.settings.bp_low_probability, result.taken, timesteps)

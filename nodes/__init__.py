@@ -5,7 +5,7 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 from .demo_model import HollowDemoModel
 from .hollow_unet import HollowUNet
 from .layer_weight_analyzer import HollowLayerWeightAnalyzer
-from .lora_files import HollowLoadLoRA, HollowSaveLoRA
+from .lora_files import HollowConvertLoRA, HollowLoadLoRA, HollowSaveLoRA
 from .precompute_activations import HollowPrecompute
 from .scale_blocks import HollowScaleBlocks
 from .split_prompt import HollowSplitPrompt
@@ -30,5 +30,6 @@ class HollowExtension(ComfyExtension):
             HollowTwoPathModel,
             HollowLayerWeightAnalyzer,
             HollowScaleBlocks,
+            HollowConvertLoRA,
             HollowDemoModel,
         ]

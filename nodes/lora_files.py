@@ -1,10 +1,31 @@
-"""Save and Load Hollowed LoRA: an ordinary LoRA file in ComfyUI's loras folder."""
+"""Save, Load and Convert: LoRA files in ComfyUI's loras folder."""
 
 from typing import Any
 
 from comfy_api.v0_0_2 import io
 
 from .types import CATEGORY, HollowLoraType, LoraModel
+
+DIALECTS = ("kohya", "diffusers", "peft", "comfy")
+NAME_TIP = "File in the loras folder, without .safetensors; a / makes a folder. Overwritten if there."
+DIALECT = io.Combo.Input(
+    "dialect",
+    options=list(DIALECTS),
+    default=DIALECTS[0],
+    optional=True,
+    tooltip="Whose spelling: kohya's suits ComfyUI, A1111, Forge, InvokeAI and diffusers alike; peft makes a folder.",
+)
+ZERO_PAD = io.Boolean.Input(
+    "zero_pad",
+    default=False,
+    optional=True,
+    tooltip="Write zeros for the blocks that have no LoRA, for nodes that count blocks in order (block weights).",
+)
+MODEL = io.Model.Input(
+    "model",
+    optional=True,
+    tooltip="The model it belongs to. Needed for models other than SD1.5, SD2.1 and SDXL.",
+)
 
 
 class HollowSaveLoRA(io.ComfyNode):
@@ -18,29 +39,81 @@ class HollowSaveLoRA(io.ComfyNode):
             display_name="Save Hollowed LoRA",
             category=CATEGORY,
             description="Writes the LoRA into ComfyUI's loras folder, for ComfyUI, A1111, Forge, InvokeAI and "
-            "diffusers, and reads it back to be sure.",
+            "diffusers, reads it back to be sure, and tells how large its largest change is.",
             is_output_node=True,
             inputs=[
                 HollowLoraType.Input("hollow_lora", tooltip="From Train Hollowed LoRA."),
-                io.String.Input(
-                    "name",
-                    default="hollow/my-subject",
-                    tooltip="File in the loras folder, without .safetensors; a / makes a folder. Overwritten if there.",
+                io.String.Input("name", default="hollow/my-subject", tooltip=NAME_TIP),
+                DIALECT,
+                ZERO_PAD,
+                io.Image.Input(
+                    "thumbnail",
+                    optional=True,
+                    tooltip="A picture that tools which list LoRA files will show, kept small inside the file.",
                 ),
+                MODEL,
             ],
             outputs=[io.String.Output("path", display_name="path")],
         )
 
     @classmethod
-    def execute(cls, hollow_lora: Any, name: str) -> io.NodeOutput:
+    def execute(
+        cls,
+        hollow_lora: Any,
+        name: str,
+        dialect: str = DIALECTS[0],
+        zero_pad: bool = False,
+        thumbnail: Any = None,
+        model: Any = None,
+    ) -> io.NodeOutput:
         """The path of the written file."""
-        from ..hollow_core.lora_file import write
-        from .host.files import lora_path
+        from .host.lora_files import save
 
-        path = lora_path(name)
-        titled = {"ss_output_name": path.stem, "modelspec.title": path.stem}
-        write(path, hollow_lora.state, hollow_lora.metadata | titled)
-        return io.NodeOutput(str(path), ui={"text": (f"{path}, {path.stat().st_size / 2**20:.1f} MB",)})
+        path, told = save(hollow_lora, name, dialect, zero_pad, thumbnail, model)
+        return io.NodeOutput(str(path), ui={"text": (told,)})
+
+
+class HollowConvertLoRA(io.ComfyNode):
+    """A LoRA file in another tool's spelling."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs, outputs and what they are for."""
+        from .host.files import known_loras
+
+        return io.Schema(
+            node_id="HollowConvertLoRA",
+            display_name="Convert LoRA",
+            category=CATEGORY,
+            description="Writes a LoRA or DoRA of SD1.5, SD2.1 or SDXL, from whatever trainer, as another tool wants "
+            "it, and reads it back to be sure.",
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input("lora", options=known_loras(), tooltip="A file in ComfyUI's loras folder."),
+                io.String.Input("name", default="hollow/converted", tooltip=NAME_TIP),
+                DIALECT,
+                ZERO_PAD,
+                MODEL,
+            ],
+            outputs=[io.String.Output("path", display_name="path")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora: str, **rest: Any) -> float:
+        """Converted again where the file was written anew."""
+        from .host.files import known_lora
+
+        return known_lora(lora).stat().st_mtime
+
+    @classmethod
+    def execute(
+        cls, lora: str, name: str, dialect: str = DIALECTS[0], zero_pad: bool = False, model: Any = None
+    ) -> io.NodeOutput:
+        """The path of the written file."""
+        from .host.lora_files import convert
+
+        path, told = convert(lora, name, dialect, zero_pad, model)
+        return io.NodeOutput(str(path), ui={"text": (told,)})
 
 
 class HollowLoadLoRA(io.ComfyNode):
@@ -73,15 +146,7 @@ class HollowLoadLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
         """The LoRA in both spellings of the graph."""
-        from ..hollow_core.errors import HollowError
-        from ..hollow_core.files import read_safetensors
-        from ..hollow_core.lora_file import recipe_of
-        from .handles import HollowLora
-        from .host.files import known_lora
+        from .host.lora_files import load
 
-        path = known_lora(name)
-        state, metadata = read_safetensors(path)
-        recipe = recipe_of(metadata)
-        if recipe is None:
-            raise HollowError(f"{path.name} was not trained by Hollow. Use it with ComfyUI's own LoRA loader.")
-        return io.NodeOutput(HollowLora(state, recipe, metadata), state)
+        lora = load(name)
+        return io.NodeOutput(lora, lora.state)

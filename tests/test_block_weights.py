@@ -126,7 +126,6 @@ def test_a_scaled_file_changes_so_much_less(family: str, dialect: str, tmp_path:
         config,
         {"modelspec.author": "mine"},
         dialect=dialect,
-        ldm=family == "sdxl",
     )
     written = scale_file(source, target, "IN08=0.5,MID=0")
     assert written.layers == 3

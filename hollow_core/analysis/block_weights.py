@@ -100,11 +100,10 @@ def scale_file(
     if lora.left_out:
         raise HollowError(f"{source} holds {lora.left_out[0]}, which is no LoRA and would be lost. Scale one without.")
     config = config or config_of(lora, metadata)
-    layout = layout_name(config)
     factors = parse_block_weights(text, config)
     scaled = lora._replace(layers=scale(lora.layers, factors), text=scale(lora.text, factors))
-    described = describe_converted(metadata, target.stem, layout)
-    return write_dialect(target, scaled, config, described, dialect=lora.dialect, ldm=layout == "sdxl", dtype=dtype)
+    described = describe_converted(metadata, target.stem, layout_name(config))
+    return write_dialect(target, scaled, config, described, dialect=lora.dialect, dtype=dtype)
 
 
 def config_of(lora: Lora, metadata: Mapping[str, str]) -> Config:

@@ -64,6 +64,7 @@ def train(
     zo_timesteps: Annotated[tuple[int, int] | None, typer.Option(help="zo steps draw from these time steps only, such as 500 900. (default: all)")] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints from which a killed run goes on; 0 for none.")] = 100,
     seed: Annotated[int, typer.Option(help="The same seed gives the same LoRA on the same machine.")] = 0,
+    thumbnail: Annotated[bool, typer.Option(help="Put the first picture, small, into the LoRA file, for tools that list files.")] = True,
     prediction_type: PredictionType = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the GPU if there is one)")] = None,
     as_json: Json = False,
@@ -113,6 +114,7 @@ def train(
         streaming=stream,
         settings=settings,
         low_resolution=low_resolution,
+        thumbnail=thumbnail,
     )
     with watching() as watch, stopping() as stop:
         outcome = personalize(loaded.pop, request, out, device=device_of(device), progress=watch, stop=stop)

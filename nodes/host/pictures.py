@@ -1,4 +1,4 @@
-"""Pictures as ComfyUI's IMAGE."""
+"""Pictures as ComfyUI's IMAGE, and back."""
 
 import torch
 from PIL import Image
@@ -9,3 +9,9 @@ def to_image(picture: Image.Image) -> Tensor:
     """An RGB picture as an IMAGE (1, height, width, 3) in 0…1."""
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return pixels.reshape(1, picture.height, picture.width, 3).float() / 255
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """The first picture of an IMAGE (batch, height, width, 3)."""
+    pixels = (image[0, ..., :3] * 255).round().clamp(0, 255).to("cpu", torch.uint8).contiguous()
+    return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), bytes(pixels.flatten().tolist()))

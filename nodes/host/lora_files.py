@@ -1,0 +1,73 @@
+"""LoRA files between the graph and ComfyUI's loras folder."""
+
+from pathlib import Path
+
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...hollow_core import dialects, lora_file
+from ...hollow_core.blocks import Config, layout_config
+from ...hollow_core.errors import HollowError
+from ...hollow_core.files import read_safetensors
+from ...hollow_core.lora_metadata import layout_of, recipe_of, thumbnail
+from ...hollow_core.models import layout_name
+from ..handles import HollowLora
+from .files import known_lora, lora_path
+from .pictures import to_picture
+from .unet import unet_config
+
+
+def save(
+    lora: HollowLora, name: str, dialect: str, zero_pad: bool, image: Tensor | None, model: ModelPatcher | None
+) -> tuple[Path, str]:
+    """Where the LoRA was written, and what reading it back found. Raises HollowError as `write_dialect` does."""
+    path = _target(name, dialect)
+    metadata = lora.metadata | {"ss_output_name": path.stem, "modelspec.title": path.stem}
+    if image is not None:
+        metadata |= thumbnail(to_picture(image))
+    config = _config(lora, model)
+    if config is None:
+        if dialect != "kohya" or zero_pad:
+            raise HollowError("This LoRA is for none of SD1.5, SD2.1 and SDXL. Connect its model to this node.")
+        lora_file.write(path, lora.state, metadata)
+        return path, f"{path}, {path.stat().st_size / 2**20:.1f} MB. Connect its model to see what it changes."
+    parsed = dialects.parse(lora.state, config)
+    written = lora_file.write_dialect(path, parsed, config, metadata, dialect=dialect, zero_pad=zero_pad)
+    return path, written.sentence
+
+
+def convert(source: str, name: str, dialect: str, zero_pad: bool, model: ModelPatcher | None) -> tuple[Path, str]:
+    """Where the LoRA was written, and what reading it back found. Raises HollowError as `lora_file.convert` does."""
+    config = None if model is None else unet_config(model)
+    path = _target(name, dialect)
+    written = lora_file.convert(known_lora(source), path, dialect, config=config, zero_pad=zero_pad)
+    return path, written.sentence
+
+
+def load(name: str) -> HollowLora:
+    """A LoRA of Hollow's, in kohya's spelling whatever the file's. Raises HollowError for another tool's LoRA."""
+    path = known_lora(name)
+    state, metadata = read_safetensors(path)
+    recipe = recipe_of(metadata)
+    if recipe is None:
+        raise HollowError(f"{path.name} was not trained by Hollow. Use it with ComfyUI's own LoRA loader.")
+    if not all(key.startswith("lora_unet_") for key in state):
+        config = layout_config(layout_of(metadata, {key: tensor.shape for key, tensor in state.items()}))
+        lora, _ = lora_file.read(path, config)
+        state = dialects.spell(lora.layers, {}, config, "kohya", ldm=layout_name(config) == "sdxl")
+    return HollowLora(state, recipe, metadata)
+
+
+def _target(name: str, dialect: str) -> Path:
+    """A file, or for peft a folder."""
+    return lora_path(name).with_suffix("") if dialect == "peft" else lora_path(name)
+
+
+def _config(lora: HollowLora, model: ModelPatcher | None) -> Config | None:
+    """The U-Net's; None where neither a model nor the LoRA tells."""
+    if model is not None:
+        return unet_config(model)
+    try:
+        return layout_config(layout_of(lora.metadata))
+    except HollowError:
+        return None
