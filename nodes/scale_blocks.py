@@ -33,7 +33,7 @@ class HollowScaleBlocks(io.ComfyNode):
                 ),
             ],
             outputs=[
-                HollowLoraType.Output("hollow_lora", display_name="hollow LoRA"),
+                HollowLoraType.Output("scaled", display_name="hollow LoRA"),
                 LoraModel.Output("lora_model", display_name="LoRA", tooltip="For ComfyUI's own LoRA nodes."),
             ],
         )
