@@ -142,7 +142,7 @@ def _draw_u(
         edge = max(max(place.bottom + place.height for place in gone), -0.35)
         axes.plot([-0.2, right + 0.2], [edge, edge], color=_CUT, linestyle=(0, (5, 3)), linewidth=1.6, zorder=5)
         say = f"recommended cut: k={suggestion.cut}\n{100 * suggestion.share:.1f} % of the change\nis below this line"
-        axes.text(-0.1, min(edge, 0.9) - 0.25, say, fontsize=8, color=_CUT, va="top", linespacing=1.35)
+        axes.text(-0.1, -0.5, say, fontsize=8, color=_CUT, va="top", linespacing=1.35)
     axes.set_xlim(-0.3, right + 0.3)
     axes.set_ylim(-1.9, top + 0.1)
     axes.axis("off")

@@ -135,7 +135,7 @@ def test_a_graph_looks_into_loras_and_scales_them(demo: Any, tmp_path: Path) -> 
     assert second["mean"] == pytest.approx(first["mean"] / 2, rel=1e-2)
     assert second["relative"] == pytest.approx(first["relative"] / 2, rel=1e-2)
 
-    with pytest.raises(HollowError, match="no 'cup'. Check the name"):
+    with pytest.raises(HollowError, match="The loras folder has no 'cup'"):
         analyze(None, demo.model, "cup")
     with pytest.raises(HollowError, match="nothing to analyze"):
         analyze(None, demo.model)
