@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,21 +166,22 @@ def test_mean_and_spread_are_over_the_loras(tiny_unet: TinyUNet) -> None:
 def test_what_looks_wrong_is_flagged_and_the_rest_measured(tiny_unet: TinyUNet) -> None:
     unet = tiny_unet("sd15")
     lora = trained(unet)
-    nan, zero, odd, outlier, *_ = lora
+    nan, huge, zero, odd, outlier, *_ = lora
     lora[nan].up[0, 0] = math.nan
+    lora[huge].up[0, 0] = 1e30  # finite, but its square is not
     lora[zero].up.zero_()
     lora[odd] = lora[odd]._replace(alpha=1000.0, up=lora[odd].up / 250)
     lora[outlier] = lora[outlier]._replace(up=lora[outlier].up * 100)
     analysis = analyze("it", lora, unet.config)
     flagged = {flag.module: flag.what for flag in analysis.flags}
-    assert set(flagged) == {nan, zero, odd, outlier}
-    assert flagged[nan] == "holds NaN or infinity"
+    assert set(flagged) == {nan, huge, zero, odd, outlier}
+    assert flagged[nan] == flagged[huge] == "holds NaN, infinity or the like"
     assert flagged[zero] == "has no effect: its up matrix is all zero"
     assert flagged[odd] == "has an odd alpha, 1000 at rank 2"
     assert "times as much as is usual here" in flagged[outlier]
     assert math.isfinite(analysis.whole().mean)
     assert analysis.row()["modules"][nan]["mean"] is None
-    assert picture([analysis]).width > 100
+    assert picture([replace(analysis, name="a $name$ of 日本" * 9)]).width > 100
 
 
 def test_two_pictures_have_the_same_colours_for_the_same_change(tiny_unet: TinyUNet) -> None:

@@ -3,6 +3,7 @@
 The scale of colours is the same in every picture, so that two of them compare.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ RELATIVE_SCALE = (1e-3, 1.0)  # of ‖ΔW‖ / ‖W‖
 COLOURS = ("#2a6fdb", "#e8862e")  # of the bars: A and B
 _MAP, _CUT, _HATCH = "YlGnBu", "#d1495b", "#dedede"
 _DPI = 120
+_LONGEST = 60  # letters of a name
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 # Of the U, in rows: the width of a cell, how much it moves inwards with each level, the gap in the middle.
@@ -80,25 +82,29 @@ def picture(analyses: Sequence[Analysis], share: float = SMALL_SHARE) -> Image.I
     for number, side in enumerate(panels):
         axes.append(figure.add_subplot(grid[:, number]))
         _draw_u(axes[-1], side, places, scale, suggest(side, share))
-        axes[-1].set_title(_title(side, "AB"[number] if len(panels) == 2 else ""), fontsize=11, fontweight="bold")
+        title = _title(side, "AB"[number] if len(panels) == 2 else "")
+        axes[-1].set_title(title, fontsize=11, fontweight="bold", parse_math=False)  # a name may have dollars
     bar = figure.colorbar(scale.paint, ax=axes, location="bottom", extend="both", shrink=0.6, aspect=45, pad=0.01)
     bar.set_label("change in relation to the weights, ‖ΔW‖ / ‖W‖" if relative else "mean |ΔW|", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     _draw_bars(figure.add_subplot(grid[0, -1]), panels)
     _draw_projections(figure.add_subplot(grid[1, -1]), panels, scale)
     note = "The size of a change is not its influence on the picture."
-    if flags := sum(len(each.flags) for each in analyses):
-        note = f"{flags} {'thing looks' if flags == 1 else 'things look'} wrong; the figures tell.   {note}"
+    if flags := sum(len({flag.module for flag in each.flags}) for each in analyses):
+        note = f"{flags} {'module looks' if flags == 1 else 'modules look'} wrong; the figures tell which.   {note}"
     figure.supxlabel(note, fontsize=9, color="#666666")
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name may have letters that the font has not
+        canvas.draw()
     return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
 
 
 def _title(side: Sequence[Analysis], letter: str) -> str:
     if len(side) > 1:
         return f"mean of {len(side)} LoRAs"
+    name = side[0].name if len(side[0].name) <= _LONGEST else f"{side[0].name[: _LONGEST - 1]}…"
     hollowed = "" if side[0].cut is None else f", hollowed at k={side[0].cut}"
-    return f"{letter}: {side[0].name}{hollowed}" if letter else f"{side[0].name}{hollowed}"
+    return f"{letter}: {name}{hollowed}" if letter else f"{name}{hollowed}"
 
 
 def _places(known: Sequence[Layer]) -> dict[str, _Place]:
@@ -191,7 +197,7 @@ def _draw_cell(axes: Any, place: _Place, names: tuple[str, str], cell: _Cell) ->
 
 def _draw_bars(axes: Any, panels: Sequence[Sequence[Analysis]]) -> None:
     known = layers(panels[0][0].config)
-    names = [f"{layer.name}  {slot(layer)}" for layer in known]
+    names = [f"{layer.name}  {slot(layer):<5}" for layer in known]
     every = [[spread([each.block(layer) for each in side]) for layer in known] for side in panels]
     largest = max((found.mean + found.deviation for row in every for found in row if found), default=0.0) or 1.0
     thick = 0.8 / len(panels)

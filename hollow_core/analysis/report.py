@@ -22,6 +22,7 @@ PROJECTIONS = tuple(f"{attention}.{name}" for attention in ("attn1", "attn2") fo
 SMALL_SHARE = 0.1  # of all change: what a suggested cut may leave out
 USUAL_SCALE = (1 / 256, 2.0)  # alpha / rank: kohya's alpha 1 at rank 256, and twice the rank
 OUTLIER = 10  # times the median of the file
+LARGEST = 1e18  # norm whose square fp32 still holds
 
 
 class Flag(NamedTuple):
@@ -41,10 +42,12 @@ class Analysis:
     lora: Mapping[str, tuple[int, float]]
     """Rank and alpha of each module."""
     changes: Mapping[str, Change]
-    """Of each module whose values are finite."""
+    """Of each module whose values can be measured."""
     flags: Sequence[Flag]
     cut: int | None = None
     """How much was hollowed when it was trained; None where nothing was, or where the file does not tell."""
+    text_layers: int = 0
+    """How many layers of text encoders the file has beside; they are not measured."""
 
     def block(self, layer: Layer) -> Change | None:
         """Of one layer of the U; None where it has no LoRA."""
@@ -60,7 +63,7 @@ class Analysis:
         """Of everything."""
         found = together(self.changes.values())
         if found is None:
-            raise HollowError(f"{self.name} holds no finite numbers. Get or train it again.")
+            raise HollowError(f"{self.name} holds nothing but NaN and infinity. Get or train it again.")
         return found
 
     def hollow_share(self, cut: int) -> float:
@@ -79,6 +82,7 @@ class Analysis:
         return {
             "name": self.name,
             "cut": self.cut,
+            "text_layers": self.text_layers,
             "whole": _row(whole),
             "kept_by_rank": {rank: round(whole.kept(rank), 4) for rank in [*ranks, len(whole.squares)]},
             "blocks": [
@@ -108,23 +112,25 @@ def analyze(
     *,
     cut: int | None = None,
     base: BaseWeights | None = None,
+    text_layers: int = 0,
     progress: Callable[[int, int], object] | None = None,
 ) -> Analysis:
     """Measure every module of a LoRA on a U-Net with this config; `base` gives the relative change, too.
 
-    Raises HollowError for a LoRA of which no module belongs to this U-Net, and for one without a finite number.
+    `cut` and `text_layers` are only noted. Raises HollowError for a LoRA of which no module belongs to this U-Net, and
+    for one without a finite number.
     """
     known = layers(config)
     if not any(inside(module, layer) for module in lora for layer in known):
         raise HollowError(f"{name} changes no layer of this U-Net. Give the model that it was made for.")
     changes = {}
     for number, (module, layer) in enumerate(lora.items(), start=1):
-        if _is_finite(layer):
+        if _is_measurable(layer):
             changes[module] = measure(layer, None if base is None else base(module))
         if progress is not None:
             progress(number, len(lora))
     described = {module: (len(layer.down), layer.alpha) for module, layer in lora.items()}
-    analysis = Analysis(name, config, described, changes, _flags(lora, changes, base is not None), cut)
+    analysis = Analysis(name, config, described, changes, _flags(lora, changes, base is not None), cut, text_layers)
     analysis.whole()
     return analysis
 
@@ -153,7 +159,9 @@ def analyze_files(
         base = None if model is None else base_weights(model, own)
         cut = None if recipe is None else recipe.cut
         name = path.name if [each.name for each in paths].count(path.name) == 1 else f"{path.parent.name}/{path.name}"
-        analyses.append(analyze(name, lora.layers, own, cut=cut, base=base, progress=report))
+        analyses.append(
+            analyze(name, lora.layers, own, cut=cut, base=base, text_layers=len(lora.text), progress=report)
+        )
     return analyses
 
 
@@ -216,9 +224,11 @@ def _spread(values: Sequence[float]) -> Spread | None:
     return Spread(mean(values), pstdev(values)) if values else None
 
 
-def _is_finite(layer: LoraLayer) -> bool:
+def _is_measurable(layer: LoraLayer) -> bool:
+    """Without NaN and infinity, now and in fp32 products: ‖BA‖ ≤ ‖B‖‖A‖."""
     tensors = [tensor for tensor in (layer.down, layer.up, layer.dora_scale) if tensor is not None]
-    return math.isfinite(layer.alpha) and all(bool(tensor.isfinite().all()) for tensor in tensors)
+    norms = [tensor.double().norm().item() for tensor in tensors]
+    return all(norm < LARGEST for norm in [*norms, abs(layer.scale) * norms[0] * norms[1]])
 
 
 def _flags(lora: Mapping[str, LoraLayer], changes: Mapping[str, Change], with_base: bool) -> list[Flag]:
@@ -226,7 +236,7 @@ def _flags(lora: Mapping[str, LoraLayer], changes: Mapping[str, Change], with_ba
     typical = median([change.mean for change in changes.values() if change.total] or [0.0])
     for module, layer in lora.items():
         if module not in changes:
-            flags.append(Flag(module, "holds NaN or infinity"))
+            flags.append(Flag(module, "holds NaN, infinity or the like"))
             continue
         if not layer.up.any():
             flags.append(Flag(module, "has no effect: its up matrix is all zero"))

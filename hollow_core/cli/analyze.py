@@ -58,12 +58,15 @@ def analyze(
         print(json.dumps(result, indent=1))
         return
     Console().print(_table(result))
-    for row in result["loras"]:
-        _say_what_else(row)
-    names = [row["name"] for row in result["loras"]] if len(files) <= 2 else [f"{len(files)} files"]
-    for name, suggested in zip(names, result["suggestions"], strict=True):
+    names = [row["name"] for row in result["loras"]]
+    if len(names) == 2:
+        names = [f"{letter}, {name}" for letter, name in zip("AB", names, strict=True)]
+    for name, row in zip(names, result["loras"], strict=True):
+        _say_what_else(name, row)
+    for name, suggested in zip(names if len(names) <= 2 else [f"all {len(names)}"], result["suggestions"], strict=True):
         _say(f"{name}: {_recommendation(suggested, share)}")
-    _say("The size of a change is not its influence on the picture: --ablate shows that.")
+    if ablate is None:
+        _say("The size of a change is not its influence on the picture: --ablate shows that.")
     for path in (out, ablate):
         if path is not None:
             _say(f"Look at {path}.")
@@ -153,15 +156,17 @@ def _recommendation(suggested: dict[str, Any] | None, share: float) -> str:
     )
 
 
-def _say_what_else(row: dict[str, Any]) -> None:
+def _say_what_else(name: str, row: dict[str, Any]) -> None:
     """How few ranks would do, and what looks wrong, each kind once."""
     kept = row["kept_by_rank"]
     enough = next(rank for rank in kept if kept[rank] >= 0.95 or rank == max(kept))
-    _say(f"{row['name']}: of rank {max(kept)}, rank {enough} keeps {100 * kept[enough]:.0f} %.")
+    _say(f"{name}: of rank {max(kept)}, rank {enough} keeps {100 * kept[enough]:.0f} %.")
+    if row["text_layers"]:
+        _say(f"{name}: {row['text_layers']} layers of text encoders are not measured.")
     modules: dict[str, str] = {flag["what"]: flag["module"] for flag in reversed(row["flags"])}
     for what, number in Counter(flag["what"] for flag in row["flags"]).items():
         more = f", and {number - 1} more: each" if number > 1 else ""
-        _say(f"{row['name']}: {modules[what]}{more} {what}.", "yellow")
+        _say(f"{name}: {modules[what]}{more} {what}.", "yellow")
 
 
 def _say(text: str, style: str = "") -> None:

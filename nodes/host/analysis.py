@@ -37,7 +37,7 @@ def analyses_of(lora: HollowLora | None, model: ModelPatcher | None, files: str)
         content, metadata = read(path, config)
         own, recipe = config or config_of(content, metadata), recipe_of(metadata)
         cut = None if recipe is None else recipe.cut
-        found.append(analyze(path.stem, content.layers, own, cut=cut, base=base))
+        found.append(analyze(path.stem, content.layers, own, cut=cut, base=base, text_layers=len(content.text)))
         if own != found[0].config:
             raise HollowError(f"{path.name} is for another base model than the first LoRA. Analyze them apart.")
     return found
