@@ -10,10 +10,12 @@
 kohya and ComfyUI keep alpha beside the matrices, diffusers and peft in a config (`adapters` below), if at all.
 """
 
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -69,8 +71,7 @@ def parse_lazily(
     source: str = "The LoRA",
 ) -> Lora:
     """`parse` of a file that is open: nothing is read before every name and shape is found to fit."""
-    weights = weight_shapes(config)
-    names = {spelled: (dialect, module) for dialect, module, spelled in _spellings(weights, config)}
+    weights, names = _known(json.dumps(dict(config)))
     found: dict[str, dict[str, str]] = {}  # {module: {part: key}}
     dialects, left_out = [], []
     for key in sorted(shapes):
@@ -186,13 +187,7 @@ def zero_padded(layers: Mapping[str, LoraLayer], config: Config) -> dict[str, Lo
 
 def weight_shapes(config: Config) -> dict[str, Shape]:
     """The shape of the weight of each layer of a U-Net that can carry LoRA."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(dict(config))
-    return {
-        name: tuple(module.weight.shape)
-        for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
+    return dict(_known(json.dumps(dict(config)))[0])
 
 
 def kohya_name(module: str) -> str:
@@ -245,6 +240,20 @@ _TEXT_LAYER = re.compile(
     r"(?:text_model[._])?encoder[._]layers[._](\d+)[._](self_attn|mlp)[._]([a-z]+[12]?(?:_[a-z]+)?)"
 )
 _OLD_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+@lru_cache(maxsize=4)
+def _known(config: str) -> tuple[dict[str, Shape], dict[str, tuple[str, str]]]:
+    """Of a U-Net's config as JSON: {module: shape of its weight}, and {any spelling: (dialect, module)}."""
+    told = json.loads(config)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(told)
+    weights = {
+        name: tuple(module.weight.shape)
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    return weights, {spelled: (dialect, module) for dialect, module, spelled in _spellings(weights, told)}
 
 
 def _spellings(weights: Mapping[str, Shape], config: Config) -> Iterator[tuple[str, str, str]]:
@@ -347,7 +356,7 @@ def _size(shape: Sequence[int]) -> int:
 
 
 def _number(source: str, key: str, tensor: Tensor) -> Tensor:
-    if tensor.is_complex() or tensor.dtype == torch.bool:
+    if not tensor.is_floating_point() and tensor.numel() > 1:  # alpha may be whole
         raise HollowError(f"{source} holds {key} as {tensor.dtype}. Get or make it again.")
     return tensor.float()
 

@@ -229,6 +229,30 @@ def test_train_selectively_counts_its_steps(hollow: Hollow, model_folder: Path, 
     assert (tmp_path / "out" / "schedule.png").exists()
 
 
+def test_convert_says_what_the_written_file_holds(hollow: Hollow, model_folder: Path, tmp_path: Path) -> None:
+    """Of a public family without more ado; of any other model with --model."""
+    place = "mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    for width, text, model in ((1280, 768, []), (24, 12, ["--model", model_folder])):
+        lora = tmp_path / f"{width}.safetensors"
+        down, up = torch.full((2, text), 0.5), torch.full((width, 2), 0.25)
+        save_file({f"lora_unet_{place}.lora_down.weight": down, f"lora_unet_{place}.lora_up.weight": up}, lora)
+        done = hollow("convert", lora, tmp_path / "out.safetensors", "--to", "comfy", "--dtype", "fp32", *model)
+        assert done.status == 0, done.stderr
+        assert "(comfy): 1 layers of the U-Net, every key matched; the largest |ΔW| is 0.25." in done.stderr
+        done = hollow("convert", lora, tmp_path / "peft", "--to", "peft", "--zero-pad", "--json", *model)
+        assert done.status == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert told == {
+            "path": str(tmp_path / "peft"),
+            "dialect": "peft",
+            "layers": 16,
+            "text_layers": 0,
+            "largest": 0.25,
+        }
+        done = hollow("convert", tmp_path / "peft", tmp_path / "back.safetensors", *model)
+        assert "back.safetensors (kohya): 16 layers" in done.stderr
+
+
 def refusals(folder: Path, photos: Path, model_folder: Path) -> dict[str, tuple[list[object], str]]:
     """{what is wrong: (arguments, part of the sentence)}"""
     empty = folder / "empty"
@@ -273,6 +297,14 @@ def refusals(folder: Path, photos: Path, model_folder: Path) -> dict[str, tuple[
         "a LoRA of another architecture": (sample(foreign), "was made for another kind of model"),
         "a truncated LoRA": (sample(cut_off), "is not a whole safetensors file"),
         "a LoRA that is not there": (sample(folder / "nothing.safetensors"), "does not exist"),
+        "a conversion of an unknown model's": (
+            ["convert", foreign, folder / "a.safetensors"],
+            "base model is not named",
+        ),
+        "a conversion for another model": (
+            ["convert", foreign, folder / "a.safetensors", "--model", model_folder],
+            "was made for another kind of model",
+        ),
         "no such layout": (["cuts", "sd99"], "does not exist"),
     }
 

@@ -101,9 +101,13 @@ def test_prompts_and_cut_are_in_the_file_and_captions_are_used(
     model_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
     (photos / "0.txt").write_text("a sks dog on the moon")
-    outcome = personalize(lambda: load(model_folder), ask(photos), tmp_path / "out")
-    with safe_open(outcome.file, "pt") as lora:
-        metadata = lora.metadata()
+    metadata = {}
+    for thumbnail in (False, True):
+        before = metadata
+        outcome = personalize(lambda: load(model_folder), ask(photos, thumbnail=thumbnail), tmp_path / "out")
+        with safe_open(outcome.file, "pt") as lora:
+            metadata = lora.metadata()
+    assert metadata.keys() - before.keys() == {"modelspec.thumbnail"}
     assert json.loads(metadata["hollow.cut"]) == 3
     assert json.loads(metadata["hollow.generic_prompt"]) == "a photo of a dog"
     prompts = json.loads((tmp_path / "out" / "store" / "store.json").read_text())["fingerprint"]["prompts"]

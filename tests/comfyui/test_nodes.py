@@ -27,6 +27,7 @@ from hollow_pack.nodes import (
     two_path_model,
     two_path_sampler,
 )
+from safetensors import safe_open
 from tiny_models import tiny_flux
 
 SETTINGS: dict[str, Any] = {
@@ -93,6 +94,7 @@ def test_a_graph_trains_saves_and_samples(demo: Any, tmp_path: Path) -> None:
     again, _ = lora_files.HollowLoadLoRA.execute("hollow/cup.safetensors").args
     assert again.recipe == lora.recipe
     assert again.state.keys() == lora.state.keys()
+    save_and_convert(lora, demo, tmp_path / "loras" / "hollow")
 
     drawn = two_path_sampler.HollowTwoPathSampler.execute(
         model=demo.model,
@@ -153,6 +155,26 @@ def test_patches_of_the_graph_count_as_the_models_weights(demo: Any) -> None:
         for model in (demo.model, doubled)
     ]
     assert relative[1]["relative"] == pytest.approx(relative[0]["relative"] / 2, rel=1e-5)
+
+
+def save_and_convert(lora: Any, demo: Any, folder: Path) -> None:
+    """In another dialect, padded with zeros and with a thumbnail; and back."""
+    saved = lora_files.HollowSaveLoRA.execute(
+        lora, "hollow/d", dialect="diffusers", zero_pad=True, thumbnail=torch.rand(1, 40, 30, 3), model=demo.model
+    )
+    assert "every key matched; the largest |ΔW| is" in saved.ui["text"][0]
+    with safe_open(folder / "d.safetensors", "pt") as file:
+        assert all(key.startswith("unet.") for key in file.keys())  # noqa: SIM118 - no dict
+        assert file.metadata()["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
+    converted = lora_files.HollowConvertLoRA.execute("hollow/d.safetensors", "hollow/k", model=demo.model)
+    assert Path(converted.args[0]) == folder / "k.safetensors"
+    with safe_open(folder / "k.safetensors", "pt") as file:
+        keys = set(file.keys())
+    assert lora.state.keys() < keys  # and the zeros
+    peft = lora_files.HollowSaveLoRA.execute(lora, "hollow/p", dialect="peft", model=demo.model).args[0]
+    assert sorted(path.name for path in Path(peft).iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    with pytest.raises(Exception, match=r"for none of SD1\.5, SD2\.1 and SDXL\. Connect its model"):
+        lora_files.HollowSaveLoRA.execute(lora, "hollow/d", dialect="diffusers")
 
 
 def test_the_base_is_as_before(demo: Any) -> None:

@@ -1,0 +1,65 @@
+"""ComfyUI's own loader on the dialects that are meant for it: nothing is left over, and each weight changes by ΔW."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("comfy", reason="COMFYUI_DIR names no checkout of ComfyUI")
+
+import comfy.lora
+import comfy.sd
+import comfy.utils
+import torch
+from tiny_models import tiny_model, tiny_unet
+
+from hollow_core.blocks import to_ldm
+from hollow_core.dialects import Lora, spell, weight_shapes
+from hollow_core.lora_file import write_dialect
+from hollow_core.lora_layer import LoraLayer
+
+
+def random_layer(out: int, into: list[int], number: int, generator: torch.Generator) -> LoraLayer:
+    rank = 1 + number % 3
+    up = torch.randn(out, rank, *[1] * (len(into) - 1), generator=generator)
+    return LoraLayer(torch.randn(rank, *into, generator=generator), up, float(1 + number % 5))
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "comfy"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_comfyui_changes_every_weight_by_what_the_file_says(name: str, dialect: str, tmp_path: Path) -> None:
+    config, generator = tiny_unet(name).config, torch.Generator().manual_seed(0)
+    shapes = weight_shapes(config)
+    layers = {
+        module: random_layer(out, into, number, generator)
+        for number, (module, (out, *into)) in enumerate(shapes.items())
+    }
+    lora = Lora("kohya", layers, {}, ())
+    path = write_dialect(tmp_path / "a.safetensors", lora, config, {}, dialect=dialect, dtype=torch.float32).path
+    model, file = tiny_model(name), comfy.utils.load_torch_file(str(path))
+    patches = comfy.lora.load_lora(file, comfy.lora.model_lora_keys_unet(model.model, {}))
+    assert {key for patch in patches.values() for key in patch.loaded_keys} == file.keys()
+    patched, _ = comfy.sd.load_lora_for_models(model, None, file, 1.0, 1.0)
+    weights = model.model.state_dict()
+    for module, layer in layers.items():
+        key = f"diffusion_model.{to_ldm(config, module)}.weight"
+        change = layer.scale * (layer.up.flatten(1) @ layer.down.flatten(1)).reshape(weights[key].shape)
+        found = comfy.lora.calculate_weight(patched.patches[key], weights[key].clone(), key)
+        assert torch.allclose(found, weights[key] + change, atol=1e-4), module
+    assert len(patched.patches) == len(layers)
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "comfy"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_comfyui_finds_the_text_encoders(name: str, dialect: str) -> None:
+    clips = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"} if name == "sdxl" else {"text_encoder": "clip_l"}
+    place = "text_model.encoder.layers.0"
+    ours = [f"{place}.{layer}" for layer in ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")]
+    theirs = {f"{clip}.transformer.{layer}.weight": torch.zeros(4, 4) for clip in clips.values() for layer in ours}
+    layer = LoraLayer(torch.ones(1, 4), torch.ones(4, 1), 1.0)
+    text = {f"{encoder}.{inner}": layer for encoder in clips for inner in ours}
+    file = spell({}, text, tiny_unet(name).config, dialect, ldm=name == "sdxl")
+    known = comfy.lora.model_lora_keys_clip(SimpleNamespace(state_dict=lambda: theirs), {})
+    patches = comfy.lora.load_lora(file, known)
+    assert patches.keys() == theirs.keys()
+    assert {key for patch in patches.values() for key in patch.loaded_keys} == file.keys()
