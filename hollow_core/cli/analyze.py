@@ -47,7 +47,7 @@ def analyze(
         raise HollowError("To ablate takes one file, its --model and a --prompt. Give all of them.")
     with watching() as watch:
         analyses = analyze_files(files, model, lambda done, of: watch("analyze", Progress(done, of, 0.0)))
-    console.print("What the recommended cut saves, by a dry run …")
+    console.print("Which cut, and what it would save, by a dry run …")
     result = figures(analyses, share, None if model is None else str(model))
     if out is not None:
         write_png(out, picture(analyses, share))
