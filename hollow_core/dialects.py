@@ -77,13 +77,13 @@ def parse_lazily(
     for key in sorted(shapes):
         name, part = _split(key)
         if part in _OTHER_METHODS:
-            raise HollowError(f"{source} is a {_OTHER_METHODS[part]}, which Hollow does not read. Choose a LoRA.")
+            raise HollowError(f"{source} is {_OTHER_METHODS[part]}, which Hollow does not read. Choose a LoRA.")
         module = _text_module(name)
-        if part and module is None and name.startswith(_UNET_PREFIXES):
-            if name not in names:
-                raise other_model(source, name, "is no layer of this U-Net")
+        if part and name in names:
             dialect, module = names[name]
             dialects.append(dialect)
+        elif part and module is None and name.startswith(_UNET_PREFIXES):
+            raise other_model(source, name, "is no layer of this U-Net")
         if not part or module is None:
             left_out.append(key)
         elif found.setdefault(module, {}).setdefault(part, key) != key:
@@ -223,7 +223,7 @@ _PARTS = {
     "lokr": r"\.lokr_\w+",
     "oft": r"\.oft_\w+",
 }
-_OTHER_METHODS = {"hada": "LoHa", "lokr": "LoKr", "oft": "OFT"}
+_OTHER_METHODS = {"hada": "a LoHa", "lokr": "a LoKr", "oft": "an OFT"}
 _END = re.compile("(?:" + "|".join(f"(?P<{part}>{end})" for part, end in _PARTS.items()) + ")$")
 
 _TEXT_PREFIXES = {
@@ -296,7 +296,7 @@ def _kind(module: str) -> str:
 def _split(key: str) -> tuple[str, str]:
     """The name of the layer in `key`, and which part of it: one of _PARTS, or "" for none of them."""
     end = _END.search(key)
-    if end is None or end.lastgroup is None:
+    if end is None:
         return key, ""
     name = key[: end.start()]
     if ".processor.to_" in name:  # diffusers' LoRA as an attention processor
@@ -331,12 +331,14 @@ def _check_shapes(
     into: Sequence[int] = parts["down"][1:] if weight is None else weight[1:]
     needed = {"down": (rank, *into), "up": (out if weight is None else weight[0], rank)}
     if "mid" in parts:
+        if len(into) != 3:
+            raise other_model(source, keys["mid"], "is for a convolution, which this layer is not")
         needed |= {"down": (rank, into[0]), "mid": (rank, rank, *into[1:])}
     for part, shape in needed.items():
         if _trimmed(parts[part]) != _trimmed(shape):
             raise other_model(source, keys[part], f"has shape {parts[part]}, but this U-Net needs {shape}")
     for part, dims in (("alpha", 1), ("dora_scale", out), ("magnitude", out)):
-        if part in parts and (_size(parts[part]) != dims or (part == "dora_scale" and parts[part][0] != out)):
+        if part in parts and (math.prod(parts[part]) != dims or (part == "dora_scale" and parts[part][0] != out)):
             raise HollowError(f"{source} holds {keys[part]} of shape {parts[part]}, not {dims}. Get or make it again.")
 
 
@@ -346,13 +348,6 @@ def _trimmed(shape: Sequence[int]) -> Shape:
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
-
-
-def _size(shape: Sequence[int]) -> int:
-    product = 1
-    for length in shape:
-        product *= length
-    return product
 
 
 def _number(source: str, key: str, tensor: Tensor) -> Tensor:

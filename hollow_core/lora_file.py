@@ -112,7 +112,8 @@ def to_kohya(state: Mapping[str, Tensor], config: Config, *, alpha: float, layou
 
     Raises HollowError where a value is not finite in fp16.
     """
-    return _spell(Lora("kohya", _layers(state, alpha), {}, ()), config, "kohya", layout == "sdxl", torch.float16)
+    lora = _with_one_alpha(Lora("kohya", _layers(state, alpha), {}, ()), torch.float16)
+    return _spell(lora, config, "kohya", layout == "sdxl", torch.float16)
 
 
 def write_dialect(
@@ -136,9 +137,10 @@ def write_dialect(
         raise HollowError(f"There is no dialect {dialect!r}. Choose one of {', '.join(dialects.DIALECTS)}.")
     if zero_pad:
         lora = lora._replace(layers=dialects.zero_padded(lora.layers, config))
+    lora = _with_one_alpha(lora, dtype)
     tensors = _spell(lora, config, dialect, layout_name(config) == "sdxl", dtype)
     rank = max(len(layer.down) for layer in lora.layers.values())
-    alpha = Counter(layer.alpha for layer in lora.layers.values()).most_common(1)[0][0]
+    alpha = next(iter(lora.layers.values())).alpha
     described = dict(metadata) | network(rank, alpha if dialect in ("kohya", "comfy") else rank)
     file = path
     if dialect == "diffusers":
@@ -249,11 +251,10 @@ def _layers(state: Mapping[str, Tensor], alpha: float) -> dict[str, LoraLayer]:
     }
 
 
-def _spell(lora: Lora, config: Config, dialect: str, ldm: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`dialects.spell` in `dtype`.
+def _with_one_alpha(lora: Lora, dtype: torch.dtype) -> Lora:
+    """The same LoRA, all layers with the alpha that most have, as diffusers loses others in kohya's files.
 
-    All layers get the alpha that most have, as diffusers loses those of attention in kohya's files that differ; and
-    the usual rank, where that alpha is too small or too large for `dtype`.
+    It is a rank, where that alpha is too small or too large for `dtype`.
     """
     both = [*lora.layers.values(), *lora.text.values()]
     alpha = Counter(layer.alpha for layer in both).most_common(1)[0][0]
@@ -263,7 +264,12 @@ def _spell(lora: Lora, config: Config, dialect: str, ldm: bool, dtype: torch.dty
         {module: dialects.with_alpha(layer, alpha) for module, layer in part.items()}
         for part in (lora.layers, lora.text)
     )
-    tensors = dialects.spell(layers, text, config, dialect, ldm=ldm)
+    return lora._replace(layers=layers, text=text)
+
+
+def _spell(lora: Lora, config: Config, dialect: str, ldm: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`dialects.spell` in `dtype`. Raises HollowError where a value is not finite in it."""
+    tensors = dialects.spell(lora.layers, lora.text, config, dialect, ldm=ldm)
     tensors = {key: tensor.detach().to("cpu", dtype) for key, tensor in tensors.items()}
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -325,8 +331,8 @@ def _check_finite(lora: Lora, path: Path) -> None:
 
 def _largest_change(lora: Lora) -> float:
     """Of any weight, the largest |(alpha / rank) B A|."""
-    changes = (
-        layer.scale * (layer.up.flatten(1) @ layer.down.flatten(1)).abs().max()
-        for layer in (lora.layers | lora.text).values()
-    )
-    return max(float(change.abs()) for change in changes)
+    largest = 0.0
+    for layer in (lora.layers | lora.text).values():
+        least, most = torch.aminmax(layer.up.flatten(1) @ layer.down.flatten(1))
+        largest = max(largest, abs(layer.scale) * max(-float(least), float(most)))
+    return largest

@@ -11,7 +11,7 @@ from .activations import Kind, Store
 from .errors import HollowError
 from .hollow import Conditioning, head, hollow
 from .images import TrainingImage, at_resolution
-from .lora_file import Recipe
+from .lora_file import Recipe, Written
 from .meter import Meter
 from .models import BaseModel, decode_images, encode_images, encode_prompt, free_encoders, visiting
 from .optimizer import optimizer_class
@@ -65,6 +65,8 @@ class Outcome:
     result: TrainResult | None
     store: Store | None
     meter: Meter
+    written: Written | None = None
+    """What reading the LoRA back found."""
 
 
 def personalize(
@@ -155,11 +157,11 @@ def personalize(
     file = folder / LORA_FILE
     picture = request.images[0].picture if request.thumbnail else None
     alpha = request.settings.lora_alpha
-    lora_file.save(file, result.state, config, alpha=alpha, layout=layout, recipe=recipe, picture=picture)
+    written = lora_file.save(file, result.state, config, alpha=alpha, layout=layout, recipe=recipe, picture=picture)
     if request.settings.strategy == "selective" and result.stopped == "finished":
         timesteps = len(schedule.alphas_cumprod)
         save_schedule(folder / SCHEDULE_FILE, request.settings.bp_low_probability, result.taken, timesteps)
-    return Outcome(file, result, store, meter)
+    return Outcome(file, result, store, meter, written)
 
 
 def make_examples(

@@ -85,6 +85,8 @@ def test_train_then_sample(hollow: Hollow, model_folder: Path, photos: Path, tmp
     result = json.loads(done.stdout)
     assert result["file"] == str(out / "lora.safetensors")
     assert result["stopped"] == "finished"
+    assert result["largest_change"] > 0
+    assert "every key matched; the largest |ΔW| is" in done.stderr
     assert {stage["name"] for stage in result["stages"]} == {"encode", "precompute", "train"}
 
     pictures = tmp_path / "pictures"

@@ -340,6 +340,7 @@ OLD = "mid_block.attentions.0.transformer_blocks.0.attn1.processor"
         ("kohya", f"lycoris_{PLACE.replace('.', '_')}_to_out_0.lora_down.weight", "lora_up.weight"),
         ("diffusers", f"unet.{PLACE}.to_out.0.lora.down.weight", "lora.up.weight"),
         ("diffusers", f"{PLACE}.to_out.0.lora_A.weight", "lora_B.weight"),
+        ("diffusers", f"unet.{PLACE}.to_out.0.lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
         ("diffusers", f"unet.{OLD}.to_out_lora.down.weight", "to_out_lora.up.weight"),
         ("peft", f"base_model.model.{PLACE}.to_out.0.lora_A.default.weight", "lora_B.default.weight"),
         ("comfy", "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_out.0.lora_A.weight", "lora_B.weight"),
@@ -348,7 +349,7 @@ OLD = "mid_block.attentions.0.transformer_blocks.0.attn1.processor"
 def test_other_spellings_are_read(dialect: str, down: str, up: str) -> None:
     tensors = {
         down: torch.randn(3, 24),
-        re.sub(r"(to_out_lora|lora_A|lora_down|lora\.down).*", up, down): torch.randn(24, 3),
+        re.sub(r"(to_out_lora|lora_A|lora_down|lora\.down|lora_linear_layer).*", up, down): torch.randn(24, 3),
     }
     found = dialects.parse(tensors, TINY["sd15"])
     assert found.dialect == dialect
@@ -388,6 +389,22 @@ def test_three_convolutions_are_folded_into_two() -> None:
     assert torch.allclose(conv(conv(picture, layer.down), layer.up), expected, atol=1e-4)
 
 
+def test_shapes_that_no_layer_has_are_refused() -> None:
+    name = kohya_name(f"{PLACE}.to_q")
+    whole = {f"{name}.lora_down.weight": torch.ones(2, 24), f"{name}.lora_up.weight": torch.ones(24, 2)}
+    for more, sentence in (
+        ({f"{name}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "is for a convolution, which this layer is not"),
+        ({f"{name}.dora_scale": torch.ones(1, 24)}, r"dora_scale of shape \(1, 24\), not 24"),
+        ({f"{name}.alpha": torch.ones(3)}, r"alpha of shape \(3,\), not 1"),
+        ({f"{name}.lora_up.weight": torch.ones(24, 3)}, r"has shape \(24, 3\), but this U-Net needs \(24, 2\)"),
+        ({f"unet.{PLACE}.to_q.lora_A.weight": torch.ones(2, 24)}, "attn1.to_q twice"),
+    ):
+        with pytest.raises(HollowError, match=sentence):
+            dialects.parse(whole | more, TINY["sd15"])
+    bare = {"conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "conv_in.lora_B.weight": torch.ones(8, 2, 1, 1)}
+    assert dialects.parse(bare, TINY["sd15"]).layers.keys() == {"conv_in"}
+
+
 def test_text_encoders_come_along(tmp_path: Path) -> None:
     """In every dialect but peft's, under the names of SD 1.x, 2.x or SDXL; two-path sampling takes none."""
     pipeline = tiny_pipeline("sdxl")
@@ -416,7 +433,7 @@ def test_text_encoders_come_along(tmp_path: Path) -> None:
     [
         ("hada_w1_a", "is a LoHa, which Hollow does not read. Choose a LoRA"),
         ("lokr_w1", "is a LoKr, which Hollow does not read. Choose a LoRA"),
-        ("oft_blocks", "is a OFT, which Hollow does not read. Choose a LoRA"),
+        ("oft_blocks", "is an OFT, which Hollow does not read. Choose a LoRA"),
     ],
 )
 def test_other_methods_are_named_and_refused(part: str, sentence: str) -> None:

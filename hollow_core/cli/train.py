@@ -127,6 +127,7 @@ def train(
                 {
                     "file": str(outcome.file) if outcome.file else None,
                     "stopped": stopped,
+                    "largest_change": outcome.written.largest if outcome.written else None,
                     "stages": stages,
                     "steps_by_time": steps_by_time,
                 }
@@ -140,4 +141,4 @@ def train(
             f"Training met a {stopped} after {outcome.result.steps if outcome.result else 0} steps; the last good LoRA is "
             f"{outcome.file}. Lower --learning-rate, or use --precision fp32, in a new --out folder."
         )
-    console.print(Text(f"The LoRA is {outcome.file}."), soft_wrap=True)
+    console.print(Text(outcome.written.sentence if outcome.written else ""), soft_wrap=True)
