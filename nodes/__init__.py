@@ -7,6 +7,7 @@ from .hollow_unet import HollowUNet
 from .layer_weight_analyzer import HollowLayerWeightAnalyzer
 from .lora_files import HollowConvertLoRA, HollowLoadLoRA, HollowSaveLoRA
 from .precompute_activations import HollowPrecompute
+from .scale_blocks import HollowScaleBlocks
 from .split_prompt import HollowSplitPrompt
 from .train_lora import HollowTrainLoRA
 from .two_path_model import HollowTwoPathModel
@@ -28,6 +29,7 @@ class HollowExtension(ComfyExtension):
             HollowTwoPathSampler,
             HollowTwoPathModel,
             HollowLayerWeightAnalyzer,
+            HollowScaleBlocks,
             HollowConvertLoRA,
             HollowDemoModel,
         ]

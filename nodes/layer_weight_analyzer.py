@@ -1,14 +1,14 @@
-"""Layer Weight Analyzer: what a LoRA changed, block by block."""
+"""Layer Weight Analyzer: what is in a LoRA, block by block."""
 
 from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from .types import CATEGORY, HOLLOW_LORA
+from .types import CATEGORY, HollowLoraType
 
 
 class HollowLayerWeightAnalyzer(io.ComfyNode):
-    """The paper's Fig. 2 for a LoRA of your own."""
+    """The paper's Fig. 2 for LoRAs of your own."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -17,36 +17,71 @@ class HollowLayerWeightAnalyzer(io.ComfyNode):
             node_id="HollowLayerWeightAnalyzer",
             display_name="Layer Weight Analyzer",
             category=CATEGORY,
-            description="Shows how much a LoRA changes each block of the U-Net, and suggests how much could be "
-            "hollowed. Size of change is not influence.",
+            description="Shows how much a LoRA changes each block of the U-Net, at which rank, what looks wrong, and "
+            "how much could be hollowed: of one LoRA, of two to compare, or the mean of many. Size of change is not "
+            "influence.",
             inputs=[
-                HOLLOW_LORA,
+                HollowLoraType.Input(
+                    "hollow_lora", optional=True, tooltip="From Train Hollowed LoRA or Load Hollowed LoRA."
+                ),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The model it belongs to. Needed for models other than SD1.5, SD2.1 and SDXL.",
+                    tooltip="The model it belongs to: colours then show the change in relation to its weights. Needed "
+                    "for models other than SD1.5, SD2.1 and SDXL.",
+                ),
+                io.String.Input(
+                    "files",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="More LoRAs from the loras folder, of any trainer, one name a line; * stands for any "
+                    "letters. Two LoRAs are compared, of more you see mean and spread.",
+                ),
+                io.Float.Input(
+                    "share",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="How much of all change the suggested cut may leave out.",
                 ),
             ],
             outputs=[
                 io.Image.Output("image", display_name="chart"),
                 io.String.Output("json", display_name="JSON"),
                 io.Int.Output("suggested_cut", display_name="suggested cut"),
+                io.String.Output(
+                    "block_weights",
+                    display_name="block weights",
+                    tooltip="For tools that take block weights: 0 for what the suggested cut hollows, 1 for the rest.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, hollow_lora: Any, model: Any = None) -> io.NodeOutput:
-        """The chart, its figures, and the largest cut that would leave out at most a tenth of all change."""
+    def fingerprint_inputs(cls, files: str = "", **others: Any) -> list[float]:
+        """Read again where a file was written anew."""
+        from .host.files import matching_loras
+
+        return [path.stat().st_mtime for path in matching_loras(files or "")]
+
+    @classmethod
+    def execute(cls, hollow_lora: Any = None, model: Any = None, files: str = "", share: float = 0.1) -> io.NodeOutput:
+        """The chart, its figures, the deepest cut that leaves out no more than `share` of the change, or 0."""
         import json
 
-        from ..hollow_core.blocks import layout_config
-        from ..hollow_core.lora_file import layout_of
-        from ..hollow_core.weight_change import chart, suggested_cut, weight_changes
+        from ..hollow_core.analysis.picture import picture
+        from .host.analysis import all_figures, analyses_of
         from .host.pictures import to_image
-        from .host.unet import unet_config
 
-        config = layout_config(layout_of(hollow_lora.metadata)) if model is None else unet_config(model)
-        changes = weight_changes(hollow_lora.state, config)
-        cut = suggested_cut(changes, config)
-        figures = {"suggested_cut": cut, "layers": [change._asdict() for change in changes]}
-        return io.NodeOutput(to_image(chart(changes)), json.dumps(figures, indent=1), cut)
+        analyses = analyses_of(hollow_lora, model, files)
+        found = all_figures(analyses, share)
+        first = found["suggestions"][0]
+        return io.NodeOutput(
+            to_image(picture(analyses, share)),
+            json.dumps(found, indent=1),
+            first["cut"] if first else 0,
+            first["block_weights"] if first else "",
+        )

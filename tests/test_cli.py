@@ -109,6 +109,104 @@ def test_train_then_sample(hollow: Hollow, model_folder: Path, photos: Path, tmp
             assert opened.size == (128, 128)
 
 
+@pytest.fixture(scope="module")
+def sd15_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of SD1.5's true shape on one block outside every hollow and on the middle, where it changes little."""
+    file, tensors = tmp_path_factory.mktemp("lora") / "rex.safetensors", {}
+    generator = torch.Generator().manual_seed(0)
+    for block, width, gain in (("down_blocks_0_attentions_0", 320, 1e-2), ("mid_block_attentions_0", 1280, 1e-5)):
+        name = f"lora_unet_{block}_transformer_blocks_0_attn2_to_k"
+        tensors[f"{name}.lora_down.weight"] = torch.randn(2, 768, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = gain * torch.randn(width, 2, generator=generator)
+        tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, file)
+    return file
+
+
+def test_analyze_shows_blocks_and_recommends_a_cut(hollow: Hollow, sd15_lora: Path, tmp_path: Path) -> None:
+    chart = tmp_path / "chart.png"
+    done = hollow("analyze", sd15_lora, "--out", chart, "--json")
+    assert done.status == 0, done.stderr
+    result = json.loads(done.stdout)
+    blocks = {row["slot"]: row for row in reversed(result["loras"][0]["blocks"])}
+    assert blocks["IN01"]["module"] == "down_blocks.0.attentions.0"
+    assert blocks["IN01"]["mean"] > 100 * blocks["MID"]["mean"] > 0
+    assert blocks["IN02"]["mean"] is None
+    (suggested,) = result["suggestions"]
+    assert suggested["cut"] == 10  # all but 1-1, 9-2, 9-3 and conv_in
+    assert suggested["block_weights"] == "1,1,0,0,0,0,0,0,0,0,0,0,0,0,0,1,1"
+    assert suggested["training_bytes"]["hollowed"] < suggested["training_bytes"]["whole"]
+    with Image.open(chart) as drawn:
+        assert drawn.width > 1000
+
+
+@pytest.fixture(scope="module")
+def middle_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the tiny model, on its middle."""
+    file = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    save_file({f"{name}.lora_down.weight": torch.ones(1, 12), f"{name}.lora_up.weight": torch.ones(24, 1)}, file)
+    return file
+
+
+def test_scale_halves_a_block_and_analyze_compares(
+    hollow: Hollow, model_folder: Path, middle_lora: Path, tmp_path: Path
+) -> None:
+    half, none = tmp_path / "half.safetensors", tmp_path / "none.safetensors"
+    for file, blocks in ((half, ["MID=0.5"]), (none, ["MID=2", "5-1=0"])):
+        options = [word for block in blocks for word in ("--block", block)]
+        done = hollow("scale", middle_lora, file, *options, "--model", model_folder, "--json")
+        assert done.status == 0, done.stderr
+        assert json.loads(done.stdout)["path"] == str(file)
+    assert "so it has NO effect" in done.stderr
+    done = hollow("analyze", middle_lora, half, "--model", model_folder)
+    assert done.status == 0, done.stderr
+    row = next(line.split() for line in done.stdout.splitlines() if "5-1" in line)
+    assert row == ["5-1", "MID", "mid_block.attentions.0", "1.00e+00", "5.00e-01"]
+    done = hollow("analyze", middle_lora, half, none, "--model", model_folder)
+    assert done.status == 0, done.stderr
+    row = next(line.split() for line in done.stdout.splitlines() if "5-1" in line)
+    assert row[3:] == ["5.00e-01", "4.1e-01"]
+    module = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    assert f"none.safetensors: {module} has no effect: its up matrix is all zero." in done.stderr
+
+
+def test_analyze_draws_with_each_block_off(
+    hollow: Hollow, model_folder: Path, middle_lora: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "off.png"
+    asked = ["analyze", middle_lora, "--model", model_folder, "--ablate", out, "--prompt", "a cup", "--steps", 1]
+    done = hollow(*asked, "--device", "cpu", "--json")
+    assert done.status == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result["influence"]) == {"5-1"}
+    assert result["loras"][0]["whole"]["relative"] > 0
+    assert out.exists()
+    done = hollow("analyze", middle_lora, "--ablate", out)
+    assert done.status == 1
+    assert "To ablate takes one file, its --model and a --prompt." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("gone.safetensors", None, "does not exist. Check the path."),
+        ("cut.safetensors", b"\x90\x00\x00\x00\x00\x00\x00\x00{", "is not a whole safetensors file"),
+        ("rex.safetensors", b"", "is not a whole safetensors file"),
+    ],
+)
+def test_analyze_says_what_is_wrong_with_a_file(
+    hollow: Hollow, tmp_path: Path, name: str, content: bytes | None, sentence: str
+) -> None:
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    done = hollow("analyze", file)
+    assert done.status == 1
+    assert sentence in done.stderr
+    assert done.stdout == ""
+
+
 def test_train_selectively_counts_its_steps(hollow: Hollow, model_folder: Path, photos: Path, tmp_path: Path) -> None:
     train = [
         "train",

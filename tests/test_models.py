@@ -382,3 +382,11 @@ def test_a_prediction_type_that_does_not_exist(tmp_path: Path) -> None:
     assert "There is no prediction type 'velocity'. Choose one of epsilon, v_prediction" in refusal(
         tmp_path, prediction_type="velocity"
     )
+
+
+def test_the_embedded_models_outline_is_of_its_size() -> None:
+    """Its VAE is a tiny autoencoder, whose config names its channels otherwise."""
+    from hollow_core.demo.run import MODEL
+    from hollow_core.models import outline
+
+    assert outline(str(MODEL)).resolution == 64

@@ -3,10 +3,10 @@
 from rich.text import Text
 
 from ..errors import HollowError
-from . import convert, demo, plan, sample, train
+from . import analyze, convert, demo, plan, sample, scale, train
 from .app import app, console
 
-__all__ = ["convert", "demo", "main", "plan", "sample", "train"]
+__all__ = ["analyze", "convert", "demo", "main", "plan", "sample", "scale", "train"]
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """ComfyUI's folders; a name from a graph never leaves them."""
 
+from fnmatch import fnmatch
 from pathlib import Path
 
 import folder_paths
@@ -25,6 +26,21 @@ def known_loras() -> list[str]:
 def known_lora(name: str) -> Path:
     """The file of one of `known_loras`."""
     return Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
+def matching_loras(names: str) -> list[Path]:
+    """The files of `known_loras` that the lines of `names` stand for, with or without .safetensors and with * and ?.
+
+    Raises HollowError for a line that matches none.
+    """
+    found: dict[str, Path] = {}
+    for line in filter(None, map(str.strip, names.splitlines())):
+        wanted = line.removesuffix(".safetensors") + ".safetensors"
+        matching = [name for name in known_loras() if fnmatch(name.replace("\\", "/"), wanted)]
+        if not matching:
+            raise HollowError(f"The loras folder has no {line!r}. Check the name; a folder is written as folder/name.")
+        found |= {name: known_lora(name) for name in matching}
+    return list(found.values())
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -14,12 +14,14 @@ import comfy.lora
 import comfy.model_management
 import folder_paths
 import torch
+from hollow_pack.hollow_core.errors import HollowError
 from hollow_pack.nodes import (
     demo_model,
     hollow_unet,
     layer_weight_analyzer,
     lora_files,
     precompute_activations,
+    scale_blocks,
     split_prompt,
     train_lora,
     two_path_model,
@@ -114,9 +116,45 @@ def test_a_graph_trains_saves_and_samples(demo: Any, tmp_path: Path) -> None:
     assert drawn["samples"].isfinite().all()
     assert two_path_model.HollowTwoPathModel.execute(demo.model, again, 1.0, 1, True).args[0] is not demo.model
 
-    chart, _, cut = layer_weight_analyzer.HollowLayerWeightAnalyzer.execute(lora, demo.model).args
+
+def test_a_graph_looks_into_loras_and_scales_them(demo: Any, tmp_path: Path) -> None:
+    hollowed, activations = precomputed(demo)
+    lora, _, _ = train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS).args
+    analyze = layer_weight_analyzer.HollowLayerWeightAnalyzer.execute
+    chart, figures, cut, weights = analyze(lora, demo.model).args
     assert chart.shape[0] == 1
-    assert cut == 3  # nothing was trained inside
+    assert cut >= 3  # nothing was trained inside
+    assert len(weights.split(",")) == 17  # LoRA on the attention only
+    (row,) = json.loads(figures)["loras"]
+    assert all(block["mean"] is None for block in row["blocks"] if block["hollowed"])
+
+    weaker, plain = scale_blocks.HollowScaleBlocks.execute(lora, "IN04=0.5", demo.model).args
+    assert plain.keys() == lora.state.keys()
+    lora_files.HollowSaveLoRA.execute(weaker, "hollow/weaker", model=demo.model)
+    _, figures, _, _ = analyze(lora, demo.model, "hollow/weak*").args
+    first, second = (loaded["blocks"][3] for loaded in json.loads(figures)["loras"])
+    assert first["slot"] == "IN04"
+    assert second["mean"] == pytest.approx(first["mean"] / 2, rel=1e-2)
+    assert second["relative"] == pytest.approx(first["relative"] / 2, rel=1e-2)
+
+    with pytest.raises(HollowError, match="The loras folder has no 'cup'"):
+        analyze(None, demo.model, "cup")
+    with pytest.raises(HollowError, match="nothing to analyze"):
+        analyze(None, demo.model)
+
+
+def test_patches_of_the_graph_count_as_the_models_weights(demo: Any) -> None:
+    """Twice the weights, by a patch: half the relative change."""
+    hollowed, activations = precomputed(demo)
+    lora, _, _ = train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS).args
+    doubled = demo.model.clone()
+    keys = [key for key in doubled.model.state_dict() if key.endswith(".weight")]
+    doubled.add_patches({key: (torch.zeros(1),) for key in keys}, 0.0, strength_model=2.0)
+    relative = [
+        json.loads(layer_weight_analyzer.HollowLayerWeightAnalyzer.execute(lora, model).args[1])["loras"][0]["whole"]
+        for model in (demo.model, doubled)
+    ]
+    assert relative[1]["relative"] == pytest.approx(relative[0]["relative"] / 2, rel=1e-5)
 
 
 def save_and_convert(lora: Any, demo: Any, folder: Path) -> None:

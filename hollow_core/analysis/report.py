@@ -1,0 +1,264 @@
+"""What is in a LoRA, or in several: by module, by block of the U, by projection; and what looks wrong."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median, pstdev
+from typing import Any, NamedTuple
+
+from ..blocks import Config, Layer, hollowed_layers, layers, max_cut
+from ..errors import HollowError
+from ..lora_file import read, recipe_of
+from ..lora_layer import LoraLayer
+from ..models import outline
+from .base_weights import BaseWeights, base_weights
+from .block_weights import block_weights, config_of, slot
+from .change import Change, measure, together
+
+PROJECTIONS = tuple(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("q", "k", "v", "out"))
+"""Of self-attention (attn1) and cross-attention (attn2)."""
+
+SMALL_SHARE = 0.1  # of all change: what a suggested cut may leave out
+USUAL_SCALE = (1 / 256, 2.0)  # alpha / rank: kohya's alpha 1 at rank 256, and twice the rank
+OUTLIER = 10  # times the median of the file
+LARGEST = 1e18  # norm whose square fp32 still holds
+
+
+class Flag(NamedTuple):
+    """Something about a module that a user should know."""
+
+    module: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Of one LoRA."""
+
+    name: str
+    config: Config
+    """The U-Net's."""
+    lora: Mapping[str, tuple[int, float]]
+    """Rank and alpha of each module."""
+    changes: Mapping[str, Change]
+    """Of each module whose values can be measured."""
+    flags: Sequence[Flag]
+    cut: int | None = None
+    """How much was hollowed when it was trained; None where nothing was, or where the file does not tell."""
+    text_layers: int = 0
+    """How many layers of text encoders the file has beside; they are not measured."""
+
+    def block(self, layer: Layer) -> Change | None:
+        """Of one layer of the U; None where it has no LoRA."""
+        return together(self.changes[module] for module in self.changes if inside(module, layer))
+
+    def projection(self, name: str) -> Change | None:
+        """Of one of PROJECTIONS, over all blocks; None where it has no LoRA."""
+        attention, projection = name.split(".")
+        end = f".{attention}.to_out.0" if projection == "out" else f".{attention}.to_{projection}"
+        return together(change for module, change in self.changes.items() if module.endswith(end))
+
+    def whole(self) -> Change:
+        """Of everything."""
+        found = together(self.changes.values())
+        if found is None:
+            raise HollowError(f"{self.name} holds nothing but NaN and infinity. Get or train it again.")
+        return found
+
+    def hollow_share(self, cut: int) -> float:
+        """The share of Σ|ΔW| that lies in what a cut removes, from 0 to 1; 0 of no change at all."""
+        hollowed = hollowed_layers(self.config, cut)
+        total = sum(
+            change.total for module, change in self.changes.items() if any(inside(module, layer) for layer in hollowed)
+        )
+        return total / self.whole().total if self.whole().total else 0.0
+
+    def row(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        whole = self.whole()
+        ranks = [2**power for power in range(12) if 2**power < len(whole.squares)]
+        hollowed = [] if self.cut is None else hollowed_layers(self.config, self.cut)
+        return {
+            "name": self.name,
+            "cut": self.cut,
+            "text_layers": self.text_layers,
+            "whole": _row(whole),
+            "kept_by_rank": {rank: round(whole.kept(rank), 4) for rank in [*ranks, len(whole.squares)]},
+            "blocks": [
+                {
+                    "block": layer.name,
+                    "slot": slot(layer),
+                    "module": layer.modules[-1],
+                    "hollowed": layer in hollowed,
+                    **_row(change := self.block(layer)),
+                    "share": change.total / whole.total if change and whole.total else 0.0,
+                }
+                for layer in layers(self.config)
+            ],
+            "projections": {name: _row(self.projection(name)) for name in PROJECTIONS},
+            "modules": {
+                module: {"rank": rank, "alpha": _finite(alpha), **_row(self.changes.get(module))}
+                for module, (rank, alpha) in self.lora.items()
+            },
+            "flags": [flag._asdict() for flag in self.flags],
+        }
+
+
+def analyze(
+    name: str,
+    lora: Mapping[str, LoraLayer],
+    config: Config,
+    *,
+    cut: int | None = None,
+    base: BaseWeights | None = None,
+    text_layers: int = 0,
+    progress: Callable[[int, int], object] | None = None,
+) -> Analysis:
+    """Measure every module of a LoRA on a U-Net with this config; `base` gives the relative change, too.
+
+    `cut` and `text_layers` are only noted. Raises HollowError for a LoRA of which no module belongs to this U-Net, and
+    for one without a finite number.
+    """
+    known = layers(config)
+    if not any(inside(module, layer) for module in lora for layer in known):
+        raise HollowError(f"{name} changes no layer of this U-Net. Give the model that it was made for.")
+    changes = {}
+    for number, (module, layer) in enumerate(lora.items(), start=1):
+        if _is_measurable(layer):
+            changes[module] = measure(layer, None if base is None else base(module))
+        if progress is not None:
+            progress(number, len(lora))
+    described = {module: (len(layer.down), layer.alpha) for module, layer in lora.items()}
+    analysis = Analysis(name, config, described, changes, _flags(lora, changes, base is not None), cut, text_layers)
+    analysis.whole()
+    return analysis
+
+
+def analyze_files(
+    paths: Sequence[Path], model: Path | None = None, progress: Callable[[int, int], object] | None = None
+) -> list[Analysis]:
+    """Analyze LoRA files of any dialect, all for one kind of U-Net; with the base `model` (a .safetensors checkpoint
+    or a diffusers folder) in relation to its weights, too.
+
+    Raises HollowError as `lora_file.read` and `analyze` do, and for files of different kinds of U-Nets.
+    """
+    config = None if model is None else outline(str(model)).unet.config
+    analyses: list[Analysis] = []
+    for number, path in enumerate(paths):
+        lora, metadata = read(path, config)
+        own = config or config_of(lora, metadata)
+        if analyses and own != analyses[0].config:
+            raise HollowError(f"{path} is for another base model than {paths[0]}. Analyze them one by one.")
+        recipe = recipe_of(metadata)
+
+        def report(done: int, of: int, before: int = number) -> None:
+            if progress is not None:  # in hundredths of a file
+                progress(100 * before + 100 * done // of, 100 * len(paths))
+
+        base = None if model is None else base_weights(model, own)
+        cut = None if recipe is None else recipe.cut
+        name = path.name if [each.name for each in paths].count(path.name) == 1 else f"{path.parent.name}/{path.name}"
+        analyses.append(
+            analyze(name, lora.layers, own, cut=cut, base=base, text_layers=len(lora.text), progress=report)
+        )
+    return analyses
+
+
+class Suggestion(NamedTuple):
+    """The cut that an analysis recommends."""
+
+    cut: int
+    share: float
+    """Of all change, in its hollow; the mean where there are several LoRAs."""
+    block_weights: str
+    """For the usual tools: 0 for what it hollows, 1 for the rest. So one sees what training it would leave out."""
+
+
+def suggest(analyses: Sequence[Analysis], share: float = SMALL_SHARE) -> Suggestion | None:
+    """The deepest cut whose hollow holds no more than `share` of all change; None where even the mid block holds more.
+
+    Raises HollowError for a share that is none.
+    """
+    if not 0 <= share <= 1:
+        raise HollowError(f"{share:g} is no share of the change. Choose one from 0 to 1, such as 0.1.")
+    config = analyses[0].config
+    shares = [mean(each.hollow_share(cut) for each in analyses) for cut in range(max_cut(config) + 1)]
+    fitting = [cut for cut, held in enumerate(shares) if held <= share]
+    if not fitting:
+        return None
+    zeros = {slot(layer): 0.0 for layer in hollowed_layers(config, fitting[-1])}
+    everywhere = any(layer.kind != "RA" and each.block(layer) for each in analyses for layer in layers(config))
+    return Suggestion(fitting[-1], shares[fitting[-1]], block_weights(config, zeros, all_blocks=everywhere))
+
+
+def sides(analyses: Sequence[Analysis]) -> list[Sequence[Analysis]]:
+    """What is looked at as one: a LoRA, or each of two that are compared, or all of many."""
+    return [[each] for each in analyses] if len(analyses) <= 2 else [analyses]
+
+
+class Spread(NamedTuple):
+    """Of one figure over several LoRAs, as the paper's Fig. 2 has it."""
+
+    mean: float
+    deviation: float
+    """Standard deviation over these very LoRAs (the population's)."""
+
+
+def spread(changes: Sequence[Change | None]) -> Spread | None:
+    """Of Eq. 3 over the LoRAs that have the block; None where none has."""
+    return _spread([change.mean for change in changes if change is not None])
+
+
+def spread_relative(changes: Sequence[Change | None]) -> Spread | None:
+    """The same of the relative change, where the base model is known."""
+    return _spread([change.relative for change in changes if change is not None and change.relative is not None])
+
+
+def inside(module: str, layer: Layer) -> bool:
+    """Whether a module is part of a layer."""
+    return any(f"{module}.".startswith(f"{path}.") for path in layer.modules)
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    return Spread(mean(values), pstdev(values)) if values else None
+
+
+def _is_measurable(layer: LoraLayer) -> bool:
+    """Without NaN and infinity, now and in fp32 products: ‖BA‖ ≤ ‖B‖‖A‖."""
+    tensors = [tensor for tensor in (layer.down, layer.up, layer.dora_scale) if tensor is not None]
+    norms = [tensor.double().norm().item() for tensor in tensors]
+    return all(norm < LARGEST for norm in [*norms, abs(layer.scale) * norms[0] * norms[1]])
+
+
+def _flags(lora: Mapping[str, LoraLayer], changes: Mapping[str, Change], with_base: bool) -> list[Flag]:
+    flags = []
+    typical = median([change.mean for change in changes.values() if change.total] or [0.0])
+    for module, layer in lora.items():
+        if module not in changes:
+            flags.append(Flag(module, "holds NaN, infinity or the like"))
+            continue
+        if not layer.up.any():
+            flags.append(Flag(module, "has no effect: its up matrix is all zero"))
+        if not USUAL_SCALE[0] <= layer.scale <= USUAL_SCALE[1]:
+            flags.append(Flag(module, f"has an odd alpha, {layer.alpha:g} at rank {len(layer.down)}"))
+        if changes[module].mean > OUTLIER * typical:
+            flags.append(Flag(module, f"changes {changes[module].mean / typical:.0f} times as much as is usual here"))
+        if layer.dora_scale is not None and not with_base:
+            flags.append(Flag(module, "is a DoRA, whose magnitudes count only with the model at hand"))
+    return flags
+
+
+def _row(change: Change | None) -> dict[str, Any]:
+    if change is None:
+        return {"mean": None, "total": 0.0, "relative": None, "effective_rank": None}
+    return {
+        "mean": change.mean,
+        "total": change.total,
+        "relative": change.relative,
+        "effective_rank": change.effective_rank,
+    }
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

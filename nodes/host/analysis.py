@@ -1,0 +1,90 @@
+"""LoRAs of a graph, looked into and scaled."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.lora
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...hollow_core import dialects
+from ...hollow_core.analysis.base_weights import BaseWeights
+from ...hollow_core.analysis.block_weights import config_of, parse_block_weights, scale
+from ...hollow_core.analysis.figures import figures
+from ...hollow_core.analysis.report import Analysis, analyze
+from ...hollow_core.blocks import Config, layout_config, to_ldm
+from ...hollow_core.errors import HollowError
+from ...hollow_core.lora_file import layout_of, read, recipe_of
+from ...hollow_core.models import layout_name
+from ..handles import HollowLora
+from .files import matching_loras
+from .unet import PREFIX, unet_config
+
+
+def analyses_of(lora: HollowLora | None, model: ModelPatcher | None, files: str) -> list[Analysis]:
+    """Of the LoRA on the wire, if any, and of the files that `files` names. Raises HollowError for none at all."""
+    paths = matching_loras(files)
+    if lora is None and not paths:
+        raise HollowError("There is nothing to analyze. Connect a LoRA, or name files of the loras folder.")
+    config = None if model is None else unet_config(model)
+    base = None if model is None else base_weights(model)
+    found = []
+    if lora is not None:
+        name = lora.metadata.get("ss_output_name") or "the LoRA"
+        found.append(analyze(name, parsed(lora, config).layers, _config(lora, config), cut=lora.recipe.cut, base=base))
+    for path in paths:
+        content, metadata = read(path, config)
+        own, recipe = config or config_of(content, metadata), recipe_of(metadata)
+        cut = None if recipe is None else recipe.cut
+        found.append(analyze(path.stem, content.layers, own, cut=cut, base=base, text_layers=len(content.text)))
+        if own != found[0].config:
+            raise HollowError(f"{path.name} is for another base model than the first LoRA. Analyze them apart.")
+    return found
+
+
+def all_figures(analyses: Sequence[Analysis], share: float) -> dict[str, Any]:
+    """`figures` of the analyses, whose dry run is a training: nothing for ComfyUI's inference mode."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return figures(analyses, share)
+
+
+def scaled(lora: HollowLora, text: str, model: ModelPatcher | None) -> HollowLora:
+    """The LoRA with its blocks multiplied as `text` says; in kohya's spelling and the dtype that it has."""
+    config = _config(lora, None if model is None else unet_config(model))
+    content, factors = parsed(lora, config), parse_block_weights(text, config)
+    matrices = dialects.spell(
+        scale(content.layers, factors),
+        scale(content.text, factors),
+        config,
+        "kohya",
+        ldm=layout_name(config) == "sdxl",
+    )
+    dtype = next(tensor.dtype for key, tensor in lora.state.items() if not key.endswith("alpha"))
+    return lora._replace(state={key: matrix.to(dtype) for key, matrix in matrices.items()})
+
+
+def parsed(lora: HollowLora, config: Config | None) -> dialects.Lora:
+    """The LoRA apart from how it is spelled."""
+    return dialects.parse(lora.state, _config(lora, config))
+
+
+def base_weights(model: ModelPatcher) -> BaseWeights:
+    """The MODEL's weights one by one, as the graph's patches leave them."""
+    patched: Mapping[str, Any] = model.get_key_patches(PREFIX)
+    config = unet_config(model)
+
+    def weight(module: str) -> Tensor:
+        key = f"{PREFIX}{to_ldm(config, module)}.weight"
+        (own, convert), *patches = patched[key]
+        whole = convert(own, inplace=False) if convert is not None else own
+        if patches:
+            whole = comfy.lora.calculate_weight(patches, whole.to(torch.float32, copy=True), key)
+        return whole.cpu()
+
+    return weight
+
+
+def _config(lora: HollowLora, config: Config | None) -> Config:
+    shapes = {key: tuple(tensor.shape) for key, tensor in lora.state.items()}
+    return config or layout_config(layout_of(lora.metadata, shapes))
