@@ -229,13 +229,18 @@ def convert(
             f"{source} holds {lora.left_out[0]}, which is no LoRA and would be lost. Convert one without."
         )
     _check_finite(lora, source)
-    if config is None:
-        layout = layout_of(metadata, {f"{module}.lora_A": layer.down.shape for module, layer in lora.layers.items()})
-        config = layout_config(layout)
-    else:
-        layout = layout_name(config)
-    described = describe_converted(metadata, target.stem, layout)
+    config = config or config_of(lora, metadata)
+    described = describe_converted(metadata, target.stem, layout_name(config))
     return write_dialect(target, lora, config, described, dialect=dialect, zero_pad=zero_pad, dtype=dtype)
+
+
+def config_of(lora: Lora, metadata: Mapping[str, str]) -> Config:
+    """The config of the U-Net that a LoRA is for: that of its family, SD 1.x, SD 2.x or SDXL.
+
+    Raises HollowError where neither the shapes nor the metadata tell.
+    """
+    shapes = {f"{module}.lora_A": tuple(layer.down.shape) for module, layer in lora.layers.items()}
+    return layout_config(layout_of(metadata, shapes))
 
 
 def alpha_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> float:

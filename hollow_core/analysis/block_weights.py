@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 
-from ..blocks import Config, Layer, layers, layout_config
-from ..dialects import Lora
+from ..blocks import Config, Layer, layers
 from ..errors import HollowError
-from ..lora_file import Written, layout_of, read, write_dialect
+from ..lora_file import Written, config_of, read, write_dialect
 from ..lora_layer import LoraLayer
 from ..lora_metadata import describe_converted
 from ..models import layout_name
@@ -104,15 +103,6 @@ def scale_file(
     scaled = lora._replace(layers=scale(lora.layers, factors), text=scale(lora.text, factors))
     described = describe_converted(metadata, target.stem, layout_name(config))
     return write_dialect(target, scaled, config, described, dialect=lora.dialect, dtype=dtype)
-
-
-def config_of(lora: Lora, metadata: Mapping[str, str]) -> Config:
-    """The config of the U-Net that a LoRA is for: that of its family, SD 1.x, SD 2.x or SDXL.
-
-    Raises HollowError where neither the shapes nor the metadata tell.
-    """
-    shapes = {f"{module}.lora_A": tuple(layer.down.shape) for module, layer in lora.layers.items()}
-    return layout_config(layout_of(metadata, shapes))
 
 
 def _modules(name: str, config: Config) -> Sequence[str]:

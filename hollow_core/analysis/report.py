@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from ..blocks import Config, Layer, hollowed_layers, layers, max_cut
 from ..errors import HollowError
-from ..lora_file import read, recipe_of
+from ..lora_file import config_of, read, recipe_of
 from ..lora_layer import LoraLayer
 from ..models import outline
 from .base_weights import BaseWeights, base_weights
-from .block_weights import block_weights, config_of, slot
+from .block_weights import block_weights, slot
 from .change import Change, measure, together
 
 PROJECTIONS = tuple(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("q", "k", "v", "out"))

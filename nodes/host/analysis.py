@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ...hollow_core import dialects
 from ...hollow_core.analysis.base_weights import BaseWeights
-from ...hollow_core.analysis.block_weights import config_of, parse_block_weights, scale
+from ...hollow_core.analysis.block_weights import parse_block_weights, scale
 from ...hollow_core.analysis.figures import figures
 from ...hollow_core.analysis.report import Analysis, analyze
 from ...hollow_core.blocks import Config, layout_config, to_ldm
 from ...hollow_core.errors import HollowError
-from ...hollow_core.lora_file import layout_of, read, recipe_of
+from ...hollow_core.lora_file import config_of, layout_of, read, recipe_of
 from ...hollow_core.models import layout_name
 from ..handles import HollowLora
 from .files import matching_loras
