@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -12,13 +13,15 @@ from .errors import HollowError
 from .hollow import Conditioning, head, hollow
 from .images import TrainingImage, at_resolution
 from .lora_file import Recipe
-from .meter import Meter
+from .memory import Planner, Setting
+from .meter import Meter, free_bytes
 from .models import BaseModel, decode_images, encode_images, encode_prompt, free_encoders, visiting
 from .optimizer import optimizer_class
 from .precompute import Example, precompute
 from .prior import class_latents
 from .progress import Progress, Stop, Watch
 from .prompts import generic_prompt, personal_prompt
+from .remedy import memory_told
 from .residency import Bits, quantize, stream
 from .selective import save_schedule
 from .train import TrainResult, TrainSettings, check_unfused, train
@@ -82,7 +85,7 @@ def personalize(
     text encoders, the U-Net up to the exit, and what is left of it; all at once only to draw class pictures. What
     no later stage needs leaves memory: the encoders before precomputing, the middle before training. `progress`
     is called with the name of the stage, "class pictures", "precompute" or "train". Raises HollowError as
-    the stages do.
+    the stages do, and where memory runs out in the latter two, saying what to change.
     """
     _check(request)
     meter = Meter(torch.device(device))
@@ -115,7 +118,9 @@ def personalize(
             examples += low_examples(model, request, drawn, device)
         free_encoders(model)
 
-    with meter.stage("precompute"):
+    planner = cache(partial(Planner, model.unet.config, model.unet.conv_in.weight.dtype))
+    setting, free = _setting(request, examples), partial(free_bytes, torch.device(device))
+    with meter.stage("precompute"), memory_told(planner, "precompute", setting, free):
         if request.cut is not None:
             head(model.unet, request.cut).to(device)
         store = precompute(
@@ -137,7 +142,7 @@ def personalize(
     if request.cut is not None:
         unet = hollow(unet, request.cut, {record.timestep for record in store.records})
     del model  # here the middle leaves memory
-    with meter.stage("train"):
+    with meter.stage("train"), memory_told(planner, "train", setting, free):
         unet.to(device)
         result = train(unet, schedule, store, request.settings, folder=folder, progress=watch("train"), stop=stop)
 
@@ -238,6 +243,19 @@ def _check(request: Request) -> None:
         low_side(request)
     if request.class_images and request.settings.prior_weight > 0:
         check_unfused(request.settings)
+
+
+def _setting(request: Request, examples: Sequence[Example]) -> Setting:
+    """The request as its memory is planned for; a side of a latent counts as 8 pixels."""
+    return Setting(
+        cut=request.cut,
+        resolution=8 * examples[0].latents.shape[-1],
+        samples=request.samples,
+        store_dtype=request.store_dtype,
+        base_bits=request.base_bits,
+        streaming=request.streaming,
+        training=request.settings,
+    )
 
 
 def _prompt(request: Request, image: TrainingImage | None) -> str:
