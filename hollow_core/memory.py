@@ -196,10 +196,10 @@ class Planner:
         """The least hollowing, and for it the fastest way, whose stages all stay within `budget` bytes.
 
         From the whole U-Net on, cut by cut, or through `cuts` if they are given, the ways are tried that give up
-        least: `precisions` in their order, then in the last of them gradient checkpointing, then a base in 8 bits. Where no cut fits so, streaming is
-        added: last, as it is the slowest, while a cut makes steps faster. All else is as in `setting`. Sampling
-        is not counted, as any other tool can draw with the LoRA. Raises HollowError where nothing fits, saying
-        what the smallest would need.
+        least: `precisions` in their order, then in the last of them gradient checkpointing, then a base in 8 bits.
+        Where no cut fits so, streaming is added: last, as it is the slowest, while a cut makes steps faster. All
+        else is as in `setting`. Sampling is not counted, as any other tool can draw with the LoRA. Raises
+        HollowError where nothing fits, saying what the smallest would need.
         """
         self._check(setting)
         resident = _ways(setting, tuple(precisions))
@@ -266,7 +266,8 @@ class Planner:
 def _outline_unet(config: Config, dtype: torch.dtype = torch.float32) -> BaseModel:
     """As `models.outline`, but without anything beside the U-Net; a side of a latent is 8 pixels."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config).to(dtype).eval().requires_grad_(False)
+        unet = UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
+        nn.Module.to(unet, dtype=dtype)
     return BaseModel(unet, None, (), (), DDPMScheduler(), layout_name(config), 8 * config["sample_size"])
 
 

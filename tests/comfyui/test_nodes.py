@@ -47,6 +47,7 @@ def _as_in_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     folder_paths.set_output_directory(str(tmp_path))
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "loras")], {".safetensors"}))
     hidden = SimpleNamespace(unique_id="7")
+    monkeypatch.setattr(hollow_unet.HollowUNet, "hidden", hidden)
     monkeypatch.setattr(precompute_activations.HollowPrecompute, "hidden", hidden)
     monkeypatch.setattr(train_lora.HollowTrainLoRA, "hidden", hidden)
     with torch.inference_mode():
