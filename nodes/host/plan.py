@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import comfy.utils
 import torch
@@ -19,7 +19,7 @@ from .unet import base_dtype, unet_config
 
 if TYPE_CHECKING:
     from ...hollow_core.memory import Planner, Setting
-    from ...hollow_core.train import TrainSettings
+    from ...hollow_core.train import Precision, TrainSettings
 
 PIXELS = 8  # a side of a latent
 AUTO = -1  # in place of a cut: the one that the budget allows
@@ -52,9 +52,11 @@ def plan(asked: HollowedModel, budget: float, resolution: int, rank: int, *, nod
         resolution=resolution or None,
         base_bits=asked.base_bits,
         streaming=asked.streaming,
-        training=TrainSettings(rank=rank, precision="fp32" if base_dtype(asked.model) == torch.float32 else "bf16"),
+        training=TrainSettings(rank=rank, precision=_precision(asked.model)),
     )
-    title = f"GiB at {resolution or planner.resolution} pixels, rank {rank}, {_kept(asked)}; {free / GIB:.2f} free"
+    kept = f"{asked.base_bits}-bit base" if asked.base_bits else setting.training.precision
+    kept += ", streaming" * asked.streaming
+    title = f"GiB at {resolution or planner.resolution} pixels, rank {rank}, {kept}; {free / GIB:.2f} free"
     cuts = sorted({*planner.cuts(), *([] if setting.cut is None else [setting.cut])})
     rows: list[Row] = []
     bar = comfy.utils.ProgressBar(len(cuts), node_id)
@@ -74,6 +76,7 @@ def plan(asked: HollowedModel, budget: float, resolution: int, rank: int, *, nod
                 chosen.streaming,
                 chosen.training.gradient_checkpointing,
             )
+            rows = [_row(planner, chosen, free) if row.cut == chosen.cut else row for row in rows]
             said = f"Taken: {chosen}, {fit.prediction.bytes / GIB:.2f} GiB. Given up: {', '.join(fit.gave_up)}."
         elif (needed := next(row for row in rows if row.cut == setting.cut).needed) <= free:
             said = f"Cut {setting.cut} fits: {needed / GIB:.2f} of {free / GIB:.2f} GiB."
@@ -83,8 +86,8 @@ def plan(asked: HollowedModel, budget: float, resolution: int, rank: int, *, nod
 
 
 def planner_of(model: ModelPatcher) -> "Planner":
-    """For the MODEL's U-Net, as it is kept while we train; what was planned once is remembered."""
-    return _planner(json.dumps(unet_config(model)), base_dtype(model))
+    """For the MODEL's U-Net; what was planned once is remembered."""
+    return _planner(json.dumps(unet_config(model)))
 
 
 def setting_of(
@@ -104,26 +107,22 @@ def setting_of(
         samples=samples,
         base_bits=hollowed.base_bits,
         streaming=hollowed.streaming,
-        training=training or TrainSettings(),
+        training=training or TrainSettings(precision=_precision(hollowed.model)),
     )
 
 
 @lru_cache(maxsize=4)
-def _planner(config: str, dtype: torch.dtype) -> "Planner":
+def _planner(config: str) -> "Planner":
     from ...hollow_core.memory import Planner
 
-    return Planner(json.loads(config), dtype)
+    return Planner(json.loads(config))
+
+
+def _precision(model: ModelPatcher) -> "Precision":
+    """As large as the one in which ComfyUI computes with the MODEL."""
+    return "fp32" if base_dtype(model) == torch.float32 else "bf16"
 
 
 def _row(planner: "Planner", setting: "Setting", free: int) -> Row:
     precompute, train = (planner.peak(stage, setting).total for stage in ("precompute", "train"))
     return Row(setting.cut or 0, precompute, train, max(precompute, train) <= free)
-
-
-def _kept(hollowed: HollowedModel) -> str:
-    kept: list[Any] = [f"{hollowed.base_bits}-bit base" if hollowed.base_bits else _name(base_dtype(hollowed.model))]
-    return ", ".join([*kept, *(["streaming"] if hollowed.streaming else [])])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype))

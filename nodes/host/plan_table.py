@@ -10,7 +10,7 @@ WIDTH = 640  # twice that of the node, so that it stays sharp
 PIXELS_SHOWN = 640  # the longer side, while it is growing
 LINE, MARGIN, SIZE = 34, 16, 24
 LETTERS_A_LINE = 52
-COLUMNS = (("cut", 60), ("precompute", 260), ("train", 430), ("", 450))  # right edges; the last starts there
+COLUMNS = (("cut", 60), ("precompute", 260), ("train", 430), ("", 480))  # right edges, but for the last
 GIB = 2**30
 
 

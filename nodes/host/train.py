@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import comfy.model_management
 import torch
+from torch import nn
 
 from ...hollow_core.errors import HollowError
 from ...hollow_core.progress import Progress
@@ -42,6 +43,7 @@ def train(
     from ...hollow_core.activations import Store
     from ...hollow_core.hollow import hollow
     from ...hollow_core.remedy import check_fits, memory_told
+    from ...hollow_core.train import DTYPES
 
     store = Store.open(activations.folder)
     if store.cut != hollowed.cut:
@@ -66,6 +68,7 @@ def train(
         base = frozen_unet(hollowed, comfy.model_management.get_torch_device())
         unet = hollow(base, hollowed.cut, {record.timestep for record in store.records})
         del base  # here the middle leaves memory
+        nn.Module.to(unet, dtype=DTYPES[settings.precision])  # or autocast would keep a copy of each weight
         preview = Preview(hollowed.model, unet, schedule, store) if preview_every else None
         curve, learned = LossCurve(), None
 
