@@ -37,7 +37,7 @@ def memory_told(
         raise HollowError(
             f"Memory ran out in the stage {stage}: {_gib(needed)} were predicted, {_gib(available)} are free now. "
             f"{advice(planner(), [stage], setting, min(needed - 1, available), going_on=True)} "
-            "What was done is saved, and the same run goes on from there."
+            "What was saved stays, and the same run goes on from there."
         ) from None
 
 

@@ -86,7 +86,9 @@ def test_running_out_all_the_same_is_told_and_keeps_the_records(planner: Planner
     """What is advised leaves cut and base as they are, whatever the memory."""
     for free in (GIB, 1000):
         with (
-            pytest.raises(HollowError, match=r"Memory ran out in the stage train: .* saved, and the same run") as told,
+            pytest.raises(
+                HollowError, match=r"Memory ran out in the stage train: .* saved stays, and the same run"
+            ) as told,
             memory_told(lambda: planner, "train", SETTING, lambda free=free: free),
         ):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")

@@ -1,6 +1,7 @@
 """What training will need, cut by cut, against a budget: planned before anything is loaded."""
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ...hollow_core.train import Precision, TrainSettings
 
 PIXELS = 8  # a side of a latent
+SECONDS = 8  # of planning
 AUTO = -1  # in place of a cut: the one that the budget allows
 
 
@@ -36,8 +38,10 @@ class Plan(NamedTuple):
 
 
 def plan(asked: HollowedModel, budget: float, resolution: int, rank: int, *, node_id: str) -> Plan:
-    """The needs of each cut at `resolution` pixels and `rank` within `budget` GiB, where 0 stands for what is free
-    and for the model's own resolution; shown in the node row by row. With the cut AUTO it chooses cut and levers.
+    """What cuts need at `resolution` pixels and `rank` within `budget` GiB, where 0 stands for what is free and for
+    the model's own resolution; shown in the node row by row. With the cut AUTO it chooses cut and levers.
+
+    From the cut that was asked outwards, as many as SECONDS allow are planned; the next time there are more.
 
     Raises HollowError for a cut that is none and where the budget leaves no choice; ComfyUI's exception on Cancel.
     """
@@ -57,15 +61,18 @@ def plan(asked: HollowedModel, budget: float, resolution: int, rank: int, *, nod
     kept = f"{asked.base_bits}-bit base" if asked.base_bits else setting.training.precision
     kept += ", streaming" * asked.streaming
     title = f"GiB at {resolution or planner.resolution} pixels, rank {rank}, {kept}; {free / GIB:.2f} free"
-    cuts = sorted({*planner.cuts(), *([] if setting.cut is None else [setting.cut])})
+    begun, nearest = time.monotonic(), setting.cut or 0
+    cuts = sorted({*planner.cuts(), nearest}, key=lambda cut: abs(cut - nearest))
     rows: list[Row] = []
     bar = comfy.utils.ProgressBar(len(cuts), node_id)
     # nodes run in inference mode, where no training step could be tried
     with torch.inference_mode(False), torch.enable_grad():
         for cut in cuts:
-            rows.append(_row(planner, replace(setting, cut=cut), free))
+            rows = sorted([*rows, _row(planner, replace(setting, cut=cut), free)])
             picture = draw(title, rows, setting.cut, "")
             bar.update_absolute(len(rows), len(cuts), ("JPEG", picture, PIXELS_SHOWN))
+            if time.monotonic() - begun > SECONDS:
+                break
         if setting.cut is None:
             fit = planner.fit(free, setting, precisions=[setting.training.precision], cuts=planner.cuts())
             chosen = fit.prediction.setting

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -76,7 +77,8 @@ def train(
             nonlocal learned
             curve.add(done.loss or 0.0)
             if preview is not None and done.step % preview_every == 0:
-                learned = preview.draw()
+                with suppress(torch.cuda.OutOfMemoryError):  # a picture is no reason to end
+                    learned = preview.draw()
             if done.step % PICTURE_EVERY == 0:
                 watch.picture = beside(curve.draw(), learned)
             watch.tell(done)
