@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..handles import HollowedModel
 from .memory import free_bytes
-from .plan_table import PIXELS_SHOWN, Row, draw
+from .plan_table import Row, draw
 from .unet import base_dtype, unet_config
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
 
 def plan(asked: HollowedModel, budget: float, resolution: int, rank: int, *, node_id: str) -> Plan:
     """What cuts need at `resolution` pixels and `rank` within `budget` GiB, where 0 stands for what is free and for
-    the model's own resolution; shown in the node row by row. With the cut AUTO it chooses cut and levers.
+    the model's own resolution. With the cut AUTO it chooses cut and levers.
 
     From the cut that was asked outwards, as many as SECONDS allow are planned; the next time there are more.
 
@@ -69,8 +69,7 @@ def plan(asked: HollowedModel, budget: float, resolution: int, rank: int, *, nod
     with torch.inference_mode(False), torch.enable_grad():
         for cut in cuts:
             rows = sorted([*rows, _row(planner, replace(setting, cut=cut), free)])
-            picture = draw(title, rows, setting.cut, "")
-            bar.update_absolute(len(rows), len(cuts), ("JPEG", picture, PIXELS_SHOWN))
+            bar.update_absolute(len(rows), len(cuts))
             if time.monotonic() - begun > SECONDS:
                 break
         if setting.cut is None:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH = 640  # twice that of the node, so that it stays sharp
-PIXELS_SHOWN = 640  # the longer side, while it is growing
 LINE, MARGIN, SIZE = 34, 16, 24
 LETTERS_A_LINE = 52
 COLUMNS = (("cut", 60), ("precompute", 260), ("train", 430), ("", 480))  # right edges, but for the last
