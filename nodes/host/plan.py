@@ -82,7 +82,7 @@ def plan(asked: HollowedModel, budget: float, resolution: int, rank: int, *, nod
                 chosen.streaming,
                 chosen.training.gradient_checkpointing,
             )
-            rows = [_row(planner, chosen, free) if row.cut == chosen.cut else row for row in rows]
+            rows = sorted([_row(planner, chosen, free), *(row for row in rows if row.cut != chosen.cut)])
             said = f"Taken: {chosen}, {fit.prediction.bytes / GIB:.2f} GiB. Given up: {', '.join(fit.gave_up)}."
         elif (needed := next(row for row in rows if row.cut == setting.cut).needed) <= free:
             said = f"Cut {setting.cut} fits: {needed / GIB:.2f} of {free / GIB:.2f} GiB."
