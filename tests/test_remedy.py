@@ -1,13 +1,19 @@
 """What is said where memory is not enough, and that what it advises would do."""
 
 import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from tiny_pipelines import tiny_pipeline
 from tiny_unets import SMALL
 
+from hollow_core import meter
 from hollow_core.blocks import layout_config
+from hollow_core.cli import main
 from hollow_core.errors import HollowError
 from hollow_core.memory import GIB, Planner, Setting
 from hollow_core.remedy import advice, check_fits, memory_told, needs
@@ -96,6 +102,24 @@ def test_running_out_all_the_same_is_told_and_keeps_the_records(planner: Planner
         assert not re.search(r"cut [^1]", str(told.value))
     with pytest.raises(ZeroDivisionError), memory_told(lambda: planner, "train", SETTING, lambda: 0):
         raise ZeroDivisionError
+
+
+def test_train_on_a_gpu_refuses_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is never touched, so that none is needed here; what it has free is told to be little."""
+    pipeline = tiny_pipeline("sd15")
+    pipeline.register_modules(unet=UNet2DConditionModel.from_config(CONFIG))
+    pipeline.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(meter, "free_bytes", lambda _: 45 * 2**20)
+    command = ["hollow", "train", str(tmp_path / "model"), "--images", str(tmp_path), "--subject", "dog", "--cut", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--device", "cuda", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    said = "The stage train needs 0.05 GiB with cut 1 in fp32, but 0.04 GiB are free. Take gradient checkpointing: then"
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_cuts_worth_a_look_are_the_papers() -> None:

@@ -27,10 +27,10 @@ class Row(NamedTuple):
         return max(self.precompute, self.train)
 
 
-def draw(title: str, rows: Sequence[Row], chosen: int | None, advice: str) -> Image.Image:
+def draw(title: str, rows: Sequence[Row], chosen: int, advice: str) -> Image.Image:
     """WIDTH wide; what fits is black, what does not is pale, and the chosen cut is marked."""
     title_lines, advice_lines = (textwrap.wrap(text, LETTERS_A_LINE) for text in (title, advice))
-    height = 2 * MARGIN + LINE * (len(title_lines) + 1 + len(rows) + len(advice_lines)) + LINE // 2 * bool(advice)
+    height = 2 * MARGIN + LINE * (len(title_lines) + 1 + len(rows) + len(advice_lines)) + LINE // 2
     picture = Image.new("RGB", (WIDTH, height), "white")
     canvas = ImageDraw.Draw(picture)
     font = ImageFont.load_default(SIZE)

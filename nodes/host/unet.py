@@ -46,7 +46,7 @@ def unet_config(model: ModelPatcher) -> dict[str, Any]:
     channels = [int(config["model_channels"] * multiple) for multiple in config["channel_mult"]]
     layers = list(config["num_res_blocks"])
     depths = [config["transformer_depth"][sum(layers[:level])] for level in range(len(layers))]
-    per_head = config.get("num_head_channels", -1)
+    per_head, image_size = config.get("num_head_channels", -1), config["image_size"]
     heads = [config["num_heads"] if per_head == -1 else width // per_head for width in channels]
     described: dict[str, Any] = {
         "in_channels": network.in_channels,
@@ -60,9 +60,7 @@ def unet_config(model: ModelPatcher) -> dict[str, Any]:
         "cross_attention_dim": config["context_dim"],
         "use_linear_projection": bool(config.get("use_linear_in_transformer")),
         "norm_num_groups": network.out[0].num_groups,
-        "sample_size": 128
-        if model.model.adm_channels
-        else _SAMPLE_SIZES.get(config["context_dim"], config["image_size"]),
+        "sample_size": 128 if model.model.adm_channels else _SAMPLE_SIZES.get(config["context_dim"], image_size),
     }
     if model.model.adm_channels:
         described |= {
