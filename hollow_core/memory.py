@@ -253,13 +253,15 @@ class Planner:
         if stage != "train":  # which alone reads records
             setting = replace(setting, samples=1, store_dtype=torch.float16)
         if (stage, setting) not in self._runs:
-            model = self._outline(self._dtype or DTYPES[training.precision])
-            if setting.base_bits is not None:
-                quantize(model.unet, setting.base_bits)
-            if setting.streaming:
-                stream(model.unet, "meta")
-            run = {"encode": _encode, "precompute": _precompute, "train": _train, "sample": _sample}[stage]
-            self._runs[stage, setting] = run(model, setting)
+            # whatever mode the caller is in
+            with torch.inference_mode(False), torch.enable_grad():
+                model = self._outline(self._dtype or DTYPES[training.precision])
+                if setting.base_bits is not None:
+                    quantize(model.unet, setting.base_bits)
+                if setting.streaming:
+                    stream(model.unet, "meta")
+                run = {"encode": _encode, "precompute": _precompute, "train": _train, "sample": _sample}[stage]
+                self._runs[stage, setting] = run(model, setting)
         return self._runs[stage, setting]
 
 

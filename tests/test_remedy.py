@@ -45,6 +45,8 @@ def test_a_bare_unet_has_the_two_stages_that_run_it(planner: Planner) -> None:
     assert tuple(prediction.stages) == BOTH
     assert prediction.bytes == needs(planner, BOTH, SETTING)
     assert planner.resolution == 8 * 32
+    with torch.inference_mode():  # as a node of ComfyUI is
+        assert Planner(CONFIG).predict(SETTING) == prediction
     whole = planner.fit(2 * prediction.bytes, SETTING, precisions=["fp32"], cuts=[1])
     assert whole.prediction.setting == SETTING
 

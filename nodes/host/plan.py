@@ -65,29 +65,27 @@ def plan(asked: HollowedModel, budget: float, resolution: int, rank: int, *, nod
     cuts = sorted({*planner.cuts(), nearest}, key=lambda cut: abs(cut - nearest))
     rows: list[Row] = []
     bar = comfy.utils.ProgressBar(len(cuts), node_id)
-    # nodes run in inference mode, where no training step could be tried
-    with torch.inference_mode(False), torch.enable_grad():
-        for cut in cuts:
-            rows = sorted([*rows, _row(planner, replace(setting, cut=cut), free)])
-            bar.update_absolute(len(rows), len(cuts))
-            if time.monotonic() - begun > SECONDS:
-                break
-        if setting.cut is None:
-            fit = planner.fit(free, setting, precisions=[setting.training.precision], cuts=planner.cuts())
-            chosen = fit.prediction.setting
-            asked = HollowedModel(
-                asked.model,
-                chosen.cut or 0,
-                chosen.base_bits,
-                chosen.streaming,
-                chosen.training.gradient_checkpointing,
-            )
-            rows = sorted([_row(planner, chosen, free), *(row for row in rows if row.cut != chosen.cut)])
-            said = f"Taken: {chosen}, {fit.prediction.bytes / GIB:.2f} GiB. Given up: {', '.join(fit.gave_up)}."
-        elif (needed := next(row for row in rows if row.cut == setting.cut).needed) <= free:
-            said = f"Cut {setting.cut} fits: {needed / GIB:.2f} of {free / GIB:.2f} GiB."
-        else:
-            said = f"Cut {setting.cut} does not fit. " + advice(planner, planner.road, setting, free)
+    for cut in cuts:
+        rows = sorted([*rows, _row(planner, replace(setting, cut=cut), free)])
+        bar.update_absolute(len(rows), len(cuts))
+        if time.monotonic() - begun > SECONDS:
+            break
+    if setting.cut is None:
+        fit = planner.fit(free, setting, precisions=[setting.training.precision], cuts=planner.cuts())
+        chosen = fit.prediction.setting
+        asked = HollowedModel(
+            asked.model,
+            chosen.cut or 0,
+            chosen.base_bits,
+            chosen.streaming,
+            chosen.training.gradient_checkpointing,
+        )
+        rows = sorted([_row(planner, chosen, free), *(row for row in rows if row.cut != chosen.cut)])
+        said = f"Taken: {chosen}, {fit.prediction.bytes / GIB:.2f} GiB. Given up: {', '.join(fit.gave_up)}."
+    elif (needed := next(row for row in rows if row.cut == setting.cut).needed) <= free:
+        said = f"Cut {setting.cut} fits: {needed / GIB:.2f} of {free / GIB:.2f} GiB."
+    else:
+        said = f"Cut {setting.cut} does not fit. " + advice(planner, planner.road, setting, free)
     return Plan(asked, rows, said, draw(title, rows, asked.cut, said))
 
 

@@ -176,7 +176,8 @@ def test_the_plan_is_shown_and_a_budget_picks_cut_and_levers(demo: Any) -> None:
 
 def test_what_does_not_fit_is_refused_before_it_starts(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     hollowed, activations = precomputed(demo)
-    needed = plan.planner_of(demo.model).peak("train", plan.setting_of(hollowed, [torch.zeros(1, 8, 16, 16)])).total
+    setting = plan.setting_of(hollowed, [torch.zeros(1, 8, 16, 16)], samples=6)
+    needed = plan.planner_of(demo.model).peak("train", setting).total
     with monkeypatch.context() as patch:
         patch.setattr(host_train, "free_bytes", lambda _: needed - 1)
         said = r"The stage train needs 0.03 GiB with cut 3 in fp32, but .* free\. Take gradient checkpointing: then"
