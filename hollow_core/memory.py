@@ -4,21 +4,22 @@ Each stage's real code runs once on tensors without data (`dry_run`), so a predi
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
 from .activations import Fingerprint, Record, Store, schedule_id
-from .blocks import check_cut, exit_shape, max_cut
+from .blocks import Config, check_cut, exit_shape, hollowed_layers, layers, max_cut, removed_fraction
 from .cost import inputs
 from .dry_run import DryRun, Peak
 from .errors import HollowError
@@ -26,7 +27,16 @@ from .hollow import Conditioning, head, hollow
 from .images import TrainingImage
 from .lora import add_lora, lora_parameters
 from .lora_file import Recipe
-from .models import BaseModel, decode_images, encode_images, encode_prompt, outline, stream_weights, tile_vae
+from .models import (
+    BaseModel,
+    decode_images,
+    encode_images,
+    encode_prompt,
+    layout_name,
+    outline,
+    stream_weights,
+    tile_vae,
+)
 from .precompute import Example, run_to_exit
 from .progress import Progress
 from .prompts import generic_prompt, personal_prompt
@@ -95,7 +105,7 @@ class Prediction:
     @property
     def hungriest(self) -> str:
         """The stage with the highest peak on the way to a LoRA: any but sampling."""
-        return max(ROAD, key=lambda stage: self.stages[stage].total)
+        return max((stage for stage in ROAD if stage in self.stages), key=lambda stage: self.stages[stage].total)
 
     @property
     def bytes(self) -> int:
@@ -138,22 +148,27 @@ class Fit:
 
 
 class Planner:
-    """Predictions for one model: a layout ("sd15", "sd21", "sdxl") or a path, as for `models.outline`.
+    """Predictions for one model: a layout ("sd15", "sd21", "sdxl") or a path, as for `models.outline`; or the
+    config of a U-Net whose pictures and prompts others encode and draw, with the stages precompute and train alone.
 
     Raises HollowError as `outline` does.
     """
 
-    def __init__(self, model: str) -> None:
-        self._model = model
+    def __init__(self, model: str | Config) -> None:
+        self._outline: Callable[..., BaseModel] = (
+            partial(outline, model) if isinstance(model, str) else partial(_outline_unet, model)
+        )
         self._runs: dict[tuple[str, Setting], tuple[Peak, int]] = {}  # what was run once
-        known = outline(model)
+        known = self._outline()
+        self.stages = STAGES if known.vae is not None else ("precompute", "train")
+        self.road = [stage for stage in ROAD if stage in self.stages]
         self.config, self.resolution = known.unet.config, known.resolution
         self._pixels = known.resolution // self.config.sample_size  # a side of a latent
 
     def predict(self, setting: Setting) -> Prediction:
         """Of every stage. Raises HollowError for a cut, a resolution or a number of records that cannot be."""
         self._check(setting)
-        peaks = {stage: self._run(stage, setting)[0] for stage in STAGES}
+        peaks = {stage: self._run(stage, setting)[0] for stage in self.stages}
         return Prediction(setting, peaks, self.store_bytes(setting), self.step_flops(setting))
 
     def step_flops(self, setting: Setting) -> int:
@@ -174,36 +189,65 @@ class Planner:
         self._check(setting)
         return self._run(stage, setting)[0]
 
-    def fit(self, budget: int, setting: Setting, *, precisions: Iterable[Precision] = ("fp32", "bf16")) -> Fit:
+    def cuts(self) -> list[int]:
+        """Those worth a look: they leave at least 15 % of the U-Net, as the paper's do, and attention in it."""
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(self.config)
+        every = layers(self.config)
+
+        def is_worthwhile(cut: int) -> bool:
+            hollowed = hollowed_layers(self.config, cut)
+            attention = any(layer.kind == "RA" and layer not in hollowed for layer in every)
+            return attention and removed_fraction(unet, cut) <= 0.85
+
+        return [cut for cut in range(max_cut(self.config) + 1) if is_worthwhile(cut)]
+
+    def fit(
+        self,
+        budget: int,
+        setting: Setting,
+        *,
+        precisions: Iterable[Precision] = ("fp32", "bf16"),
+        cuts: Sequence[int | None] | None = None,
+    ) -> Fit:
         """The least hollowing, and for it the fastest way, whose stages all stay within `budget` bytes.
 
-        From the whole U-Net on, cut by cut, the ways are tried that give up least: `precisions` in their order,
-        then in the smallest of them gradient checkpointing, then a base in 8 bits; with a tiled VAE where pictures
-        would not fit otherwise, and a streamed middle where precomputing would not. Where no cut fits so, all is
-        streamed: last, as it is the slowest, while a cut makes steps faster. All else is as in `setting`. Sampling
-        is not counted, as any other tool can draw with the LoRA. Raises HollowError where nothing fits, saying
-        what the smallest would need.
+        From the whole U-Net on, cut by cut (those of `cuts()`), or through `cuts` if given, the ways are tried that give up
+        least: `precisions` in their order, then in the smallest of them gradient checkpointing, then a base in 8
+        bits; with a tiled VAE where pictures would not fit otherwise, and a streamed middle where precomputing would
+        not. Where no cut fits so, all is streamed: last, as it is the slowest, while a cut makes steps faster. All
+        else is as in `setting`. Sampling is not counted, as any other tool can draw with the LoRA. Raises
+        HollowError where nothing fits, saying what the smallest would need.
         """
         self._check(setting)
         resident = _ways(setting, tuple(precisions))
         streamed = [replace(resident[-1], streaming=True)]
-        cuts = (None, *range(max_cut(self.config) + 1))
+        cuts = (None, *self.cuts()) if cuts is None else cuts
         for ways, cut in product((resident, streamed), cuts):
-            settings = [self._eased(replace(way, cut=cut), budget) for way in ways]
+            settings = [self.eased(replace(way, cut=cut), budget) for way in ways]
             for tried in settings if self._fits(settings[-1], budget) else []:
                 if self._fits(tried, budget):
                     return Fit(self.predict(tried), _gave_up(tried, resident[0]))
         least = [replace(streamed[0], cut=cut, tiled_vae=True, stream_middle=False) for cut in cuts]
-        encode = self._run("encode", least[0])[0].total
+        encode = self._run("encode", least[0])[0].total if "encode" in self.stages else 0
         smallest, needed = least[0], self._bytes(least[0])
         for other in least[1:]:
             if needed > encode and self._bytes(other) < needed:  # no cut makes encoding smaller
                 smallest, needed = other, self._bytes(other)
-        stage = max(ROAD, key=lambda stage: self._run(stage, smallest)[0].total)
+        stage = max(self.road, key=lambda stage: self._run(stage, smallest)[0].total)
         raise HollowError(
             f"Nothing fits into {budget / GIB:.2f} GiB: the smallest, {smallest}, needs {needed / GIB:.2f} GiB, "
             f"in its stage {stage}."
         )
+
+    def eased(self, setting: Setting, budget: int) -> Setting:
+        """The setting with a tiled VAE where encoding, and a streamed middle where precomputing would not stay within
+        `budget` bytes without."""
+        if "encode" in self.stages and self._run("encode", setting)[0].total > budget:
+            setting = replace(setting, tiled_vae=True)
+        if not setting.streaming and self._run("precompute", setting)[0].total > budget:
+            setting = replace(setting, stream_middle=True)
+        return setting
 
     def _check(self, setting: Setting) -> int:
         """The side of the pictures in pixels."""
@@ -217,18 +261,10 @@ class Planner:
         return side
 
     def _fits(self, setting: Setting, budget: int) -> bool:
-        return all(self._run(stage, setting)[0].total <= budget for stage in ROAD)
-
-    def _eased(self, setting: Setting, budget: int) -> Setting:
-        """With a tiled VAE where encoding, and a streamed middle where precomputing does not fit without."""
-        if self._run("encode", setting)[0].total > budget:
-            setting = replace(setting, tiled_vae=True)
-        if not setting.streaming and self._run("precompute", setting)[0].total > budget:
-            setting = replace(setting, stream_middle=True)
-        return setting
+        return all(self._run(stage, setting)[0].total <= budget for stage in self.road)
 
     def _bytes(self, setting: Setting) -> int:
-        return max(self._run(stage, setting)[0].total for stage in ROAD)
+        return max(self._run(stage, setting)[0].total for stage in self.road)
 
     def _run(self, stage: str, setting: Setting) -> tuple[Peak, int]:
         """Peak and operations of a stage; settings that do not matter to it are one to it."""
@@ -252,18 +288,28 @@ class Planner:
         if stage != "train":  # which alone reads records
             setting = replace(setting, samples=1, store_dtype=torch.float16)
         if (stage, setting) not in self._runs:
-            model = outline(self._model, DTYPES[training.precision])
-            if setting.base_bits is not None:
-                quantize(model.unet, setting.base_bits)
-            if setting.streaming:
-                stream_weights(model, "meta")
-            elif setting.stream_middle and setting.cut is not None:
-                stream_middle(model.unet, setting.cut, "meta")
-            if setting.tiled_vae:
-                tile_vae(model)
-            run = {"encode": _encode, "precompute": _precompute, "train": _train, "sample": _sample}[stage]
-            self._runs[stage, setting] = run(model, setting)
+            # whatever mode the caller is in
+            with torch.inference_mode(False), torch.enable_grad():
+                model = self._outline(DTYPES[training.precision])
+                if setting.base_bits is not None:
+                    quantize(model.unet, setting.base_bits)
+                if setting.streaming:
+                    stream_weights(model, "meta")
+                elif setting.stream_middle and setting.cut is not None:
+                    stream_middle(model.unet, setting.cut, "meta")
+                if setting.tiled_vae:
+                    tile_vae(model)
+                run = {"encode": _encode, "precompute": _precompute, "train": _train, "sample": _sample}[stage]
+                self._runs[stage, setting] = run(model, setting)
         return self._runs[stage, setting]
+
+
+def _outline_unet(config: Config, dtype: torch.dtype = torch.float32) -> BaseModel:
+    """As `models.outline`, but without anything beside the U-Net; a side of a latent is 8 pixels."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
+        nn.Module.to(unet, dtype=dtype)
+    return BaseModel(unet, None, (), (), DDPMScheduler(), layout_name(config), 8 * config["sample_size"])
 
 
 def parse_bytes(text: str) -> int:

@@ -47,6 +47,13 @@ class Meter:
                 stage.peak_bytes = torch.cuda.max_memory_allocated(self.device)
 
 
+def free_bytes(device: torch.device) -> int:
+    """What this process may have of a device's memory once it has let go of all its tensors there."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
 def used_bytes() -> int:
     """Resident memory of this process."""
     return psutil.Process().memory_info().rss

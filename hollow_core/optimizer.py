@@ -37,11 +37,13 @@ class Optimizer:
         one_each = self._optimizers if fused else self._optimizers * len(parameters)
         self._pairs = list(zip(parameters, one_each, strict=True))
         self._squared_norm = torch.zeros(())
+        self.begun = False
+        """Whether the backward pass under way has updated anything yet."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While inside, fused updates happen in backward passes; others wait for `step`."""
-        self._squared_norm = torch.zeros(())
+        self._squared_norm, self.begun = torch.zeros(()), False
         with ExitStack() as hooks:
             for parameter, optimizer in self._pairs:
                 parameter.grad = None
@@ -77,6 +79,7 @@ class Optimizer:
 
     def _consume(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
         assert parameter.grad is not None
+        self.begun = True
         norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
         self._squared_norm = self._squared_norm.to(norm.device) + norm.square()
         optimizer.step()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from .errors import HollowError
 from .hollow import Conditioning, head, hollow
 from .images import TrainingImage, at_resolution
 from .lora_file import Recipe, Written
-from .meter import Meter
+from .memory import Planner, Setting
+from .meter import Meter, free_bytes
 from .models import (
     BaseModel,
     decode_images,
@@ -28,6 +30,7 @@ from .precompute import Example, precompute
 from .prior import class_latents
 from .progress import Progress, Stop, Watch
 from .prompts import generic_prompt, personal_prompt
+from .remedy import memory_told
 from .residency import Bits, quantize, stream_middle
 from .selective import save_schedule
 from .train import DTYPES, TrainResult, TrainSettings, check_unfused, train
@@ -99,7 +102,7 @@ def personalize(
     text encoders, the U-Net up to the exit, and what is left of it; the whole U-Net only to draw class pictures. What
     no later stage needs leaves memory: the encoders before precomputing, the middle before training. `progress`
     is called with the name of the stage, "class pictures", "precompute" or "train". Raises HollowError as
-    the stages do.
+    the stages do, and where memory runs out in the latter two, saying what to change.
     """
     _check(request)
     meter = Meter(torch.device(device))
@@ -135,7 +138,9 @@ def personalize(
             examples += low_examples(model, request, drawn, device)
         free_encoders(model)
 
-    with meter.stage("precompute"):
+    planner = cache(partial(Planner, model.unet.config))
+    setting, free = _setting(request, examples), partial(free_bytes, torch.device(device))
+    with meter.stage("precompute"), memory_told(planner, "precompute", setting, free):
         if request.cut is not None:
             if request.stream_middle and not request.streaming:
                 stream_middle(model.unet, request.cut, device)
@@ -159,7 +164,7 @@ def personalize(
     if request.cut is not None:
         unet = hollow(unet, request.cut, {record.timestep for record in store.records})
     del model  # here the middle leaves memory
-    with meter.stage("train"):
+    with meter.stage("train"), memory_told(planner, "train", setting, free):
         unet.to(device)
         result = train(unet, schedule, store, request.settings, folder=folder, progress=watch("train"), stop=stop)
 
@@ -262,6 +267,20 @@ def _check(request: Request) -> None:
         low_side(request)
     if request.class_images and request.settings.prior_weight > 0:
         check_unfused(request.settings)
+
+
+def _setting(request: Request, examples: Sequence[Example]) -> Setting:
+    """The request as its memory is planned for; a side of a latent counts as 8 pixels."""
+    return Setting(
+        cut=request.cut,
+        resolution=8 * examples[0].latents.shape[-1],
+        samples=request.samples,
+        store_dtype=request.store_dtype,
+        base_bits=request.base_bits,
+        streaming=request.streaming,
+        stream_middle=request.stream_middle,
+        training=request.settings,
+    )
 
 
 def _prompt(request: Request, image: TrainingImage | None) -> str:

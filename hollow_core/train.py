@@ -190,7 +190,8 @@ def train(
 
     Raises HollowError for a store that is unfinished or does not fit `unet` and `schedule`; for a checkpoint
     that is damaged or of other settings, as going on would give a LoRA of neither and a fresh start would
-    overwrite what may have taken hours; and for a full disk.
+    overwrite what may have taken hours; and for a full disk. Where memory runs out, torch's OutOfMemoryError is
+    passed on, after a checkpoint: called again with less around, or with smaller settings, it goes on.
     """
     _check(unet, schedule, store, settings)
     path = Path(folder) / CHECKPOINT
@@ -265,8 +266,13 @@ def train(
         step: Step = zeroth_order if forward_only else backpropagate
         optimizer = optimizers["forward" if forward_only else "backward"]
         before = lora_state(unet)
-        with optimizer.watching():
-            loss = step(loss_of, choice.weighted, loss_scale)
+        try:
+            with optimizer.watching():
+                loss = step(loss_of, choice.weighted, loss_scale)
+        except torch.cuda.OutOfMemoryError:
+            if not optimizer.begun:  # half an update is none to go on from
+                save()
+            raise
         if not math.isfinite(loss):
             stopped = "non-finite loss"
             break

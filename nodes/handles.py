@@ -7,13 +7,18 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..hollow_core.lora_file import Recipe
+    from ..hollow_core.residency import Bits
 
 
 class HollowedModel(NamedTuple):
-    """HOLLOW_UNET: a MODEL, and how much of it leaves memory."""
+    """HOLLOW_UNET: a MODEL, how much of it leaves memory, and how what is left is kept."""
 
     model: Any  # ComfyUI's ModelPatcher
     cut: int
+    base_bits: "Bits | None" = None
+    streaming: bool = False
+    gradient_checkpointing: bool = False
+    """Whether the budget asks for it."""
 
 
 class HollowActivations(NamedTuple):

@@ -9,6 +9,8 @@ from .types import CATEGORY, HollowActivationsType, HollowLoraType, HollowUNetTy
 LAYERS = ("attention", "attention, convolutions and feed-forward")
 STRATEGIES = ("bp", "zo", "selective")
 PRECISIONS = ("bf16", "fp16", "fp32")
+OPTIMIZERS = ("adamw", "adamw8bit")
+LORA_PRECISIONS = ("fp32", "bf16")
 
 
 class HollowTrainLoRA(io.ComfyNode):
@@ -75,7 +77,8 @@ class HollowTrainLoRA(io.ComfyNode):
                 io.Boolean.Input(
                     "gradient_checkpointing",
                     default=False,
-                    tooltip="Needs much less memory and about a third more time. Turn it on when memory runs out.",
+                    tooltip="Needs much less memory and about a third more time. Turn it on when memory runs out. "
+                    "Where the cut -1 of Hollow U-Net asks for it, it is on in any case.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -133,6 +136,28 @@ class HollowTrainLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="For the strategy selective: how soon zo takes over. 0 leaves all to bp.",
                 ),
+                io.Combo.Input(
+                    "optimizer",
+                    options=list(OPTIMIZERS),
+                    default=OPTIMIZERS[0],
+                    optional=True,
+                    tooltip="adamw8bit keeps AdamW's states in 8 bits: a quarter of their memory, which counts at high "
+                    "ranks. It needs bitsandbytes.",
+                ),
+                io.Combo.Input(
+                    "lora_precision",
+                    options=list(LORA_PRECISIONS),
+                    default=LORA_PRECISIONS[0],
+                    optional=True,
+                    tooltip="bf16 halves the LoRA, its gradients and AdamW's states, and rounds small updates away.",
+                ),
+                io.Boolean.Input(
+                    "fused_backward",
+                    default=False,
+                    optional=True,
+                    tooltip="Update each matrix as its gradient comes, so that gradients never all exist. Without "
+                    "clipping, for batch 1 without class pictures, in bf16 or fp32.",
+                ),
             ],
             outputs=[
                 HollowLoraType.Output("hollow_lora", display_name="hollow LoRA"),
@@ -149,14 +174,20 @@ class HollowTrainLoRA(io.ComfyNode):
         alpha: float,
         preview_every: int,
         layers: str = LAYERS[0],
+        fused_backward: bool = False,
         **settings: Any,
     ) -> io.NodeOutput:
         """The LoRA in both spellings of the graph, and its losses."""
+        import math
+
         from ..hollow_core.lora import ALL_LAYERS, ATTENTION
         from ..hollow_core.train import TrainSettings
         from .host.train import train
 
         targets = ATTENTION if layers == LAYERS[0] else ALL_LAYERS
-        chosen = TrainSettings(alpha=alpha or None, targets=targets, **settings)
+        clipping = {"max_grad_norm": math.inf} if fused_backward else {}
+        chosen = TrainSettings(
+            alpha=alpha or None, targets=targets, fused_backward=fused_backward, **clipping, **settings
+        )
         lora, losses = train(hollow_unet, activations, chosen, preview_every, node_id=cls.hidden.unique_id)
         return io.NodeOutput(lora, lora.state, {"loss": losses})

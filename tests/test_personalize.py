@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from tiny_pipelines import tiny_pipeline
+from tiny_training import OutOfMemoryAt
 
 from hollow_core.errors import HollowError
 from hollow_core.images import load_images
@@ -95,6 +96,26 @@ def test_a_stop_is_obeyed_and_run_again_it_goes_on(
     assert (stopped.file is not None) == (stage == "train")  # what was trained is kept
     found = content(personalize(lambda: load(model_folder), request, tmp_path / "stopped").file)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_out_of_memory_is_told_with_what_to_change_and_run_again_it_goes_on(
+    model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    request = ask(photos, cut=1)
+    expected = content(personalize(lambda: load(model_folder), request, tmp_path / "whole").file)
+    for stage, calls, lever in (("precompute", 10, "streaming"), ("train", 12 + 4, "gradient checkpointing")):
+
+        def load_onto_a_full_device(calls: int = calls) -> BaseModel:
+            model = load(model_folder)
+            model.unet.down_blocks[0].register_forward_hook(OutOfMemoryAt(calls))  # which both stages run
+            return model
+
+        said = rf"in the stage {stage}: 0.0\d GiB were predicted, \S+ GiB are free now\. Take {lever}: then it is"
+        with pytest.raises(HollowError, match=said):
+            personalize(load_onto_a_full_device, request, tmp_path / stage)
+        assert (tmp_path / stage / "checkpoint.safetensors").exists() == (stage == "train")
+        found = content(personalize(lambda: load(model_folder), request, tmp_path / stage).file)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_prompts_and_cut_are_in_the_file_and_captions_are_used(

@@ -9,7 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import BreakAt, Broken, content, full_disk, run_script, tiny_examples, tiny_schedule
+from tiny_training import (
+    BreakAt,
+    Broken,
+    OutOfMemoryAt,
+    content,
+    full_disk,
+    run_script,
+    tiny_examples,
+    tiny_schedule,
+)
 
 from hollow_core.errors import HollowError
 from hollow_core.hollow import hollow
@@ -138,6 +147,36 @@ def test_broken_off_at_any_step_and_gone_on_gives_the_same_lora(begin, tmp_path)
         assert same(result.state, whole.state)
         assert told[0].step == min(step // 2 * 2, 4) + 1
         assert content(folder) == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("settings", [FEW, replace(FEW, strategy="zo")])
+def test_out_of_memory_at_a_step_and_gone_on_gives_the_same_lora(begin, tmp_path, settings):
+    whole = train(*begin(), settings, folder=tmp_path / "whole")
+    for call in (1, 6):
+        unet, schedule, store = begin()
+        hook, told = unet.up_blocks[-1].register_forward_hook(OutOfMemoryAt(call)), []
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            train(unet, schedule, store, settings, folder=tmp_path / str(call), progress=told.append)
+        hook.remove()
+        goes_on = []
+        result = train(unet, schedule, store, settings, folder=tmp_path / str(call), progress=goes_on.append)
+        assert [done.step for done in told + goes_on] == [1, 2, 3, 4, 5, 6]  # no step is lost
+        assert same(result.state, whole.state)
+        assert content(tmp_path / str(call)) == content(tmp_path / "whole")
+
+
+def test_out_of_memory_amid_fused_updates_goes_on_from_the_last_checkpoint(begin, tmp_path):
+    settings = replace(FEW, fused_backward=True, max_grad_norm=math.inf, save_every=2)
+    whole = train(*begin(), settings, folder=tmp_path / "whole")
+    unet, schedule, store = begin()
+    hook = unet.up_blocks[-1].resnets[-1].register_full_backward_hook(OutOfMemoryAt(4))  # what is behind it is updated
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        train(unet, schedule, store, settings, folder=tmp_path / "run")
+    hook.remove()
+    told = []
+    result = train(unet, schedule, store, settings, folder=tmp_path / "run", progress=told.append)
+    assert told[0].step == 3
+    assert same(result.state, whole.state)
 
 
 KILLED = """

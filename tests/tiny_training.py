@@ -52,6 +52,18 @@ class BreakAt:
             raise Broken
 
 
+class OutOfMemoryAt:
+    """A hook of a module, forward or backward, that raises in its n-th call what torch raises on a full GPU."""
+
+    def __init__(self, call: int) -> None:
+        self.left = call
+
+    def __call__(self, *_: object) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
 def run_script(script: str, *arguments: object) -> int:
     """Run a Python script in a process of its own, with as many threads as this one: its exit status."""
     tests = Path(__file__).parent

@@ -80,13 +80,12 @@ def plan(
     stream_middle: StreamMiddle = False,
     tiled_vae: TiledVae = False,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations. With a budget, this, an 8-bit base and, last, streaming are tried.")] = False,
-    cut: Annotated[list[int] | None, typer.Option(help="May be given several times; -1 is an ordinary LoRA on all of the U-Net. (default: all)")] = None,
+    cut: Annotated[list[int] | None, typer.Option(help="May be given several times; -1 is an ordinary LoRA on all of the U-Net. (default: all that leave enough to train)")] = None,
     budget: Annotated[str | None, typer.Option(help="Free memory, such as 4GB: pick the least hollowing and the fastest settings that fit. (default: none, a table of all)")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """What each cut will need: memory, disk and operations, before anything is loaded and without a GPU."""
     quiet()
-    from ..blocks import max_cut
     from ..memory import Planner, Setting, parse_bytes
     from ..train import TrainSettings
 
@@ -115,7 +114,7 @@ def plan(
         settings = [
             replace(setting, cut=None if k < 0 else k, training=replace(training, precision=each))
             for each in precisions or ["fp32"]
-            for k in cut or [-1, *range(max_cut(planner.config) + 1)]
+            for k in cut or [-1, *planner.cuts()]
         ]
         predictions = []
         with watching() as watch:

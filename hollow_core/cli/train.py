@@ -75,9 +75,14 @@ def train(
 ) -> None:  # fmt: skip
     """Train a LoRA of a subject on a hollowed U-Net. Press Ctrl-C to stop; the same command goes on."""
     quiet()
+    import torch
+
     from ..images import load_images
+    from ..memory import Planner, Setting
+    from ..meter import free_bytes
     from ..personalize import Request, personalize
     from ..prompts import personal_prompt
+    from ..remedy import check_fits
     from ..selective import count_by_time
     from ..train import TrainSettings
 
@@ -105,6 +110,21 @@ def train(
         zo_queries=zo_queries,
         zo_timesteps=zo_timesteps,
     )
+    chosen = device_of(device)
+    if chosen.startswith("cuda"):  # main memory can be swapped; a GPU's is there or it is not
+        planner = Planner(str(model))
+        planned = Setting(
+            cut=None if cut < 0 else cut,
+            resolution=resolution,
+            samples=samples,
+            class_images=class_images,
+            base_bits=bits_of(base_bits),
+            streaming=stream,
+            stream_middle=stream_middle,
+            tiled_vae=tiled_vae,
+            training=settings,
+        )
+        check_fits(planner, planned, free_bytes(torch.device(chosen)), planner.road)
     loaded = [load_model(model, precision, prediction_type)]  # its pop hands over the only reference
     side = loaded[0].resolution if resolution is None else resolution
     request = Request(
@@ -123,7 +143,7 @@ def train(
         thumbnail=thumbnail,
     )
     with watching() as watch, stopping() as stop:
-        outcome = personalize(loaded.pop, request, out, device=device_of(device), progress=watch, stop=stop)
+        outcome = personalize(loaded.pop, request, out, device=chosen, progress=watch, stop=stop)
     stopped = outcome.result.stopped if outcome.result is not None else "stop"
     if as_json:
         stages = [vars(stage) for stage in outcome.meter.stages]

@@ -9,6 +9,22 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
+from ...hollow_core import meter
+
+
+def free_bytes(model: ModelPatcher) -> int:
+    """What training on `model` may have of the device's memory, once ComfyUI's own models are off it.
+
+    On the CPU that is main memory, and the weights that are there already: training shares them.
+    """
+    management, device = comfy.model_management, comfy.model_management.get_torch_device()
+    if device.type == "cuda":
+        return meter.free_bytes(device)
+    if device.type == "cpu":
+        return int(management.get_free_memory(device) + model.model_size())
+    loaded = (each.model_loaded_memory() for each in management.current_loaded_models if each.device == device)
+    return int(management.get_free_memory(device) + sum(loaded))
+
 
 class _Held(nn.Module):
     """ComfyUI's loader sets attributes of its own on a module, `device` among them; diffusers' own is read-only."""

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from typing import Any
 
+import comfy.model_management
 import torch
 from torch import Tensor
 
@@ -12,9 +14,10 @@ from ...hollow_core.errors import HollowError
 from ..handles import HollowActivations, HollowedModel
 from .conditioning import Conditionings, identifier_of, text_of, to_conditioning
 from .files import store_folder
-from .memory import alone_on_device, clear_device
+from .memory import alone_on_device, clear_device, free_bytes
+from .plan import planner_of, setting_of
 from .progress import NodeProgress
-from .unet import diffusers_unet, noise_schedule
+from .unet import frozen_unet, noise_schedule
 
 PIXELS = 8  # a latent's width and height in pixels; only SDXL is told the size
 
@@ -39,10 +42,13 @@ def precompute(
 
     `personal` and `generic` hold one prompt for all pictures or one for each, `class_prompts` also one for each batch
     of `class_latents`. The low ones are those of the same pictures at a lower resolution, or none.
-    Raises HollowError as `hollow_core.precompute.precompute` does, and ComfyUI's exception on Cancel.
+    Raises HollowError as `hollow_core.precompute.precompute` does and where it needs more memory than is free, and
+    ComfyUI's exception on Cancel.
     """
     from ...hollow_core import precompute as stage
     from ...hollow_core.hollow import head
+    from ...hollow_core.remedy import check_fits, memory_told
+    from ...hollow_core.residency import stream_middle
 
     folder = store_folder(name)
     of_class = _prompt_of_each(class_latents, class_prompts)
@@ -56,8 +62,14 @@ def precompute(
     schedule = noise_schedule(hollowed.model)
     watch = NodeProgress(node_id, "Precompute")
     clear_device()
-    unet = diffusers_unet(hollowed.model)
-    with alone_on_device(head(unet, hollowed.cut)):
+    planner, free = planner_of(hollowed.model), partial(free_bytes, hollowed.model)
+    setting = planner.eased(setting_of(hollowed, [example.latents for example in examples]), free())
+    check_fits(planner, setting, free(), ["precompute"])
+    device = comfy.model_management.get_torch_device()
+    unet = frozen_unet(hollowed, device)
+    if setting.stream_middle:
+        stream_middle(unet, hollowed.cut, device)
+    with memory_told(lambda: planner, "precompute", setting, free), alone_on_device(head(unet, hollowed.cut)):
         store = stage.precompute(
             unet,
             schedule,

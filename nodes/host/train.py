@@ -2,17 +2,23 @@
 
 import hashlib
 import json
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+import comfy.model_management
 import torch
+from torch import nn
 
 from ...hollow_core.errors import HollowError
 from ...hollow_core.progress import Progress
 from ..handles import HollowActivations, HollowedModel, HollowLora
-from .memory import alone_on_device, clear_device
+from .memory import alone_on_device, clear_device, free_bytes
+from .plan import planner_of, setting_of
 from .progress import NodeProgress
 from .train_preview import LossCurve, Preview, beside
-from .unet import diffusers_unet, layout, noise_schedule
+from .unet import frozen_unet, layout, noise_schedule
 
 if TYPE_CHECKING:
     from ...hollow_core.train import TrainSettings
@@ -30,13 +36,15 @@ def train(
 ) -> tuple[HollowLora, list[float]]:
     """The LoRA and the loss of each step; goes on where the same settings were cancelled.
 
-    Raises HollowError as `hollow_core.train.train` does and where the loss stops being finite, and ComfyUI's
-    exception on Cancel.
+    Raises HollowError as `hollow_core.train.train` does, where the loss stops being finite and where it needs more
+    memory than is free; and ComfyUI's exception on Cancel.
     """
     from ...hollow_core import lora_file
     from ...hollow_core import train as stage
     from ...hollow_core.activations import Store
     from ...hollow_core.hollow import hollow
+    from ...hollow_core.remedy import check_fits, memory_told
+    from ...hollow_core.train import DTYPES
 
     store = Store.open(activations.folder)
     if store.cut != hollowed.cut:
@@ -45,15 +53,23 @@ def train(
             "Connect the same one to both nodes."
         )
     schedule, family = noise_schedule(hollowed.model), layout(hollowed.model)
+    settings = replace(
+        settings, gradient_checkpointing=settings.gradient_checkpointing or hollowed.gradient_checkpointing
+    )
     name = hashlib.sha256(json.dumps(settings.fixed).encode()).hexdigest()[:12]
     folder = store.folder / f"training-{name}"
     watch = NodeProgress(node_id, "Train")
     # nodes run in inference mode, where nothing can be trained
     with torch.inference_mode(False), torch.enable_grad():
         clear_device()
-        whole = torch.nn.Module.to(diffusers_unet(hollowed.model), stage.DTYPES[settings.precision])
-        unet = hollow(whole, hollowed.cut, {record.timestep for record in store.records})
-        del whole
+        planner, free = planner_of(hollowed.model), partial(free_bytes, hollowed.model)
+        latents = [store.inputs(image)[0] for image in range(len(store.fingerprint.kinds))]
+        setting = setting_of(hollowed, latents, settings, len(store.records))
+        check_fits(planner, setting, free(), ["train"])
+        base = frozen_unet(hollowed, comfy.model_management.get_torch_device())
+        unet = hollow(base, hollowed.cut, {record.timestep for record in store.records})
+        del base  # here the middle leaves memory
+        nn.Module.to(unet, dtype=DTYPES[settings.precision])
         preview = Preview(hollowed.model, unet, schedule, store) if preview_every else None
         curve, learned = LossCurve(), None
 
@@ -61,13 +77,14 @@ def train(
             nonlocal learned
             curve.add(done.loss or 0.0)
             if preview is not None and done.step % preview_every == 0:
-                learned = preview.draw()
+                with suppress(torch.cuda.OutOfMemoryError):  # a picture is no reason to end
+                    learned = preview.draw()
             if done.step % PICTURE_EVERY == 0:
                 watch.picture = beside(curve.draw(), learned)
             watch.tell(done)
             watch.picture = None
 
-        with alone_on_device(unet):
+        with memory_told(lambda: planner, "train", setting, free), alone_on_device(unet):
             result = stage.train(unet, schedule, store, settings, folder=folder, progress=tell, stop=watch.stop)
     watch.finish()
     if result.stopped != "finished":

@@ -12,8 +12,10 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...hollow_core.errors import HollowError
+from ..handles import HollowedModel
 
 PREFIX = "diffusion_model."
+_SAMPLE_SIZES = {768: 64, 1024: 64}  # by the width of the text; ComfyUI's own is the same for all
 
 
 def unet_of(model: ModelPatcher) -> UNetModel:
@@ -44,7 +46,7 @@ def unet_config(model: ModelPatcher) -> dict[str, Any]:
     channels = [int(config["model_channels"] * multiple) for multiple in config["channel_mult"]]
     layers = list(config["num_res_blocks"])
     depths = [config["transformer_depth"][sum(layers[:level])] for level in range(len(layers))]
-    per_head = config.get("num_head_channels", -1)
+    per_head, image_size = config.get("num_head_channels", -1), config["image_size"]
     heads = [config["num_heads"] if per_head == -1 else width // per_head for width in channels]
     described: dict[str, Any] = {
         "in_channels": network.in_channels,
@@ -58,7 +60,7 @@ def unet_config(model: ModelPatcher) -> dict[str, Any]:
         "cross_attention_dim": config["context_dim"],
         "use_linear_projection": bool(config.get("use_linear_in_transformer")),
         "norm_num_groups": network.out[0].num_groups,
-        "sample_size": {768: 64, 1024: 64}.get(config["context_dim"], 128),
+        "sample_size": 128 if model.model.adm_channels else _SAMPLE_SIZES.get(config["context_dim"], image_size),
     }
     if model.model.adm_channels:
         described |= {
@@ -67,6 +69,24 @@ def unet_config(model: ModelPatcher) -> dict[str, Any]:
             "projection_class_embeddings_input_dim": model.model.adm_channels,
         }
     return described
+
+
+def base_dtype(model: ModelPatcher) -> torch.dtype:
+    """In which `diffusers_unet` keeps the MODEL's weights: that in which ComfyUI computes with them."""
+    dtype: torch.dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    return dtype
+
+
+def frozen_unet(hollowed: HollowedModel, device: torch.device) -> Any:
+    """`diffusers_unet`, quantised and streamed to `device` as was chosen, which leaves the MODEL as it is."""
+    from ...hollow_core.residency import quantize, stream
+
+    unet = diffusers_unet(hollowed.model)
+    if hollowed.base_bits is not None:
+        quantize(unet, hollowed.base_bits)
+    if hollowed.streaming:
+        stream(unet, device)
+    return unet
 
 
 @torch.no_grad()
@@ -81,8 +101,7 @@ def diffusers_unet(model: ModelPatcher) -> Any:
 
     from ...hollow_core.blocks import from_ldm
 
-    config = unet_config(model)
-    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    config, dtype = unet_config(model), base_dtype(model)
     weights: dict[str, Tensor] = {}
     for key, ((weight, convert), *patches) in model.get_key_patches(PREFIX).items():
         if key.endswith((".scale_weight", ".scale_input", ".scaled_fp8")):

@@ -1,6 +1,7 @@
 """The nodes on the embedded model, as a graph runs them."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import torch
 from hollow_pack.hollow_core.errors import HollowError
 from hollow_pack.nodes import (
     demo_model,
+    handles,
     hollow_unet,
     layer_weight_analyzer,
     lora_files,
@@ -27,8 +29,13 @@ from hollow_pack.nodes import (
     two_path_model,
     two_path_sampler,
 )
+from hollow_pack.nodes.host import plan
+from hollow_pack.nodes.host import precompute as host_precompute
+from hollow_pack.nodes.host import train as host_train
+from hollow_pack.nodes.host.unet import frozen_unet
 from safetensors import safe_open
 from tiny_models import tiny_flux
+from tiny_training import OutOfMemoryAt
 
 SETTINGS: dict[str, Any] = {
     "rank": 2,
@@ -50,6 +57,7 @@ def _as_in_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     folder_paths.set_output_directory(str(tmp_path))
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "loras")], {".safetensors"}))
     hidden = SimpleNamespace(unique_id="7")
+    monkeypatch.setattr(hollow_unet.HollowUNet, "hidden", hidden)
     monkeypatch.setattr(precompute_activations.HollowPrecompute, "hidden", hidden)
     monkeypatch.setattr(train_lora.HollowTrainLoRA, "hidden", hidden)
     with torch.inference_mode():
@@ -71,8 +79,8 @@ def demo() -> Any:
     )
 
 
-def precomputed(demo: Any, cut: int = 3) -> tuple[Any, Any]:
-    hollowed = hollow_unet.HollowUNet.execute(demo.model, cut).args[0]
+def precomputed(demo: Any, cut: int = 3, **levers: Any) -> tuple[Any, Any]:
+    hollowed = handles.HollowedModel(demo.model, cut, **levers)
     stored = precompute_activations.HollowPrecompute.execute(
         [hollowed], demo.latents, demo.personal, demo.generic, [6], [0], ["float32"], ["subject"]
     )
@@ -177,13 +185,92 @@ def save_and_convert(lora: Any, demo: Any, folder: Path) -> None:
         lora_files.HollowSaveLoRA.execute(lora, "hollow/d", dialect="diffusers")
 
 
-def test_the_base_is_as_before(demo: Any) -> None:
+@pytest.mark.parametrize(
+    ("levers", "settings"),
+    [
+        ({}, {"precision": "bf16", "gradient_checkpointing": True}),
+        ({"base_bits": 8, "streaming": True}, {"lora_precision": "bf16", "fused_backward": True}),
+        ({"base_bits": 4}, {"optimizer": "adamw8bit"}),
+    ],
+)
+def test_the_base_is_as_before(demo: Any, levers: dict[str, Any], settings: dict[str, Any]) -> None:
     before = {key: weight.clone() for key, weight in demo.model.model.state_dict().items()}
-    hollowed, activations = precomputed(demo)
-    train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS)
+    hollowed, activations = precomputed(demo, **levers)
+    losses = train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS | settings).args[2]["loss"]
+    assert len(losses) == 3
     after = demo.model.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_streaming_gives_the_same_lora_from_the_same_records(demo: Any) -> None:
+    plain, streamed = (precomputed(demo, streaming=streaming) for streaming in (False, True))
+    assert streamed[1] == plain[1]
+    expected, found = (
+        train_lora.HollowTrainLoRA.execute(*each, **SETTINGS | {"save_every": index}).args[1]  # not to go on
+        for index, each in enumerate((plain, streamed))
+    )
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_the_plan_is_shown_and_a_budget_picks_cut_and_levers(demo: Any) -> None:
+    asked = handles.HollowedModel(demo.model, 3)
+    known = plan.plan(asked, 0.0, 0, 16, node_id="7")
+    assert known.hollowed == asked
+    assert 3 in [row.cut for row in known.rows]
+    assert {row.cut for row in known.rows} <= set(range(7))
+    assert all(row.fits for row in known.rows)  # into main memory
+    assert known.advice.startswith("Cut 3 fits: 0.03 of ")
+    run = hollow_unet.HollowUNet.execute(demo.model, 3)
+    assert run.args[0] == asked
+    assert len(run.ui.as_dict()["images"]) == 1
+
+    wide = plan.plan(asked._replace(cut=plan.AUTO), 1.0, 0, 16, node_id="7")
+    assert wide.hollowed == asked._replace(cut=0)
+    budget = (wide.rows[0].needed - 1) / 2**30
+    tight = plan.plan(asked._replace(cut=plan.AUTO), budget, 0, 16, node_id="7")
+    assert tight.hollowed == asked._replace(cut=0, gradient_checkpointing=True)
+    assert tight.rows[0].fits
+    assert tight.advice.startswith("Taken: cut 0 in fp32, gradient checkpointing, 0.0")
+
+
+def test_what_does_not_fit_is_refused_before_it_starts(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hollowed, activations = precomputed(demo)
+    setting = plan.setting_of(hollowed, [torch.zeros(1, 8, 16, 16)], samples=6)
+    needed = plan.planner_of(demo.model).peak("train", setting).total
+    with monkeypatch.context() as patch:
+        patch.setattr(host_train, "free_bytes", lambda _: needed - 1)
+        said = r"The stage train needs 0.03 GiB with cut 3 in fp32, but .* free\. Take gradient checkpointing: then"
+        with pytest.raises(Exception, match=said):
+            train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS | {"rank": 16})
+        assert not list(activations.folder.glob("training-*"))
+        patch.setattr(host_precompute, "free_bytes", lambda _: needed // 2)
+        with pytest.raises(Exception, match=r"The stage precompute needs 0.03 GiB .* free\. Take an 8-bit base"):
+            precomputed(demo, 4)
+
+
+def test_out_of_memory_is_told_and_run_goes_on(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hollowed, activations = precomputed(demo)
+    whole = train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS).args[1]
+    for folder in activations.folder.glob("training-*"):
+        shutil.rmtree(folder)
+
+    def on_a_full_device(*given: Any) -> Any:
+        unet = frozen_unet(*given)
+        unet.down_blocks[0].register_forward_hook(OutOfMemoryAt(2))
+        return unet
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host_train, "frozen_unet", on_a_full_device)
+        said = r"in the stage train: 0.03 GiB were predicted, .* Take gradient checkpointing: then it is .* goes on"
+        with pytest.raises(Exception, match=said):
+            train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS)
+    told: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(host_train.NodeProgress, "tell", lambda _, done: told.append(done.step))
+        again = train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS).args[1]
+    assert told == [2, 3]
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
 
 
 def test_cancel_keeps_what_is_done_and_run_goes_on(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,103 @@
+"""What to say where memory is not enough: what is needed, what is free, and which setting to take instead."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from .errors import HollowError
+from .memory import GIB, Planner, Setting
+
+
+def check_fits(planner: Planner, setting: Setting, free: int, stages: Sequence[str]) -> None:
+    """Raises HollowError where one of `stages` needs more than `free` bytes, naming what to change."""
+    needed = {stage: needs(planner, [stage], setting) for stage in stages}
+    hungriest = max(stages, key=needed.__getitem__)
+    if needed[hungriest] > free:
+        raise HollowError(
+            f"The stage {hungriest} needs {_gib(needed[hungriest])} with {setting}, but {_gib(free)} are free. "
+            + advice(planner, stages, setting, free)
+        )
+
+
+@contextmanager
+def memory_told(
+    planner: Callable[[], Planner], stage: str, setting: Setting, free: Callable[[], int]
+) -> Iterator[None]:
+    """Where memory runs out inside all the same, raises HollowError with what was predicted and what to change.
+
+    `free` gives the bytes that are there for another try. What is advised leaves records and checkpoints as they
+    are, so that the run goes on from them.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        needed, available = needs(planner(), [stage], setting), free()
+        raise HollowError(
+            f"Memory ran out in the stage {stage}: {_gib(needed)} were predicted, {_gib(available)} are free now. "
+            f"{advice(planner(), [stage], setting, min(needed - 1, available), going_on=True)} "
+            "What was saved stays, and the same run goes on from there."
+        ) from None
+
+
+def needs(planner: Planner, stages: Sequence[str], setting: Setting) -> int:
+    """The highest peak of `stages` in bytes. Selective training is its two parts, small pictures half as large."""
+    peaks, training = [], setting.training
+    for stage in stages:
+        parts = [setting]
+        if stage == "train" and training.strategy == "selective":
+            side = -(-(setting.resolution or planner.resolution) // 128) * 64
+            low = replace(setting, resolution=side, training=replace(training, strategy="bp"))
+            parts = [low, replace(setting, training=replace(training, strategy="zo"))]
+        peaks += [planner.peak(stage, part).total for part in parts]
+    return max(peaks)
+
+
+def advice(planner: Planner, stages: Sequence[str], setting: Setting, free: int, *, going_on: bool = False) -> str:
+    """Which setting to take, so that `stages` stay within `free` bytes, in a sentence.
+
+    Where a run is to go on, its records stay: they were made at this cut, by a base of these bits.
+    """
+    smallest, least = setting, needs(planner, stages, setting)
+    for words, smaller in _smaller(planner, stages, setting, going_on):
+        needed = needs(planner, stages, smaller)
+        if needed <= free:
+            return f"Take {' and '.join(words)}: then it is {_gib(needed)}."
+        if needed < least:
+            smallest, least = smaller, needed
+    if smallest == setting:
+        return "Close what else uses the memory, or take smaller pictures."
+    return f"Even {smallest} needs {_gib(least)}: close what else uses the memory, or take smaller pictures."
+
+
+def _smaller(
+    planner: Planner, stages: Sequence[str], setting: Setting, going_on: bool
+) -> Iterator[tuple[list[str], Setting]]:
+    """Settings that need less, from those that cost least on, and what they take in words."""
+    words: list[str] = []
+    if "train" in stages and not setting.training.gradient_checkpointing:
+        words = ["gradient checkpointing"]
+        setting = replace(setting, training=replace(setting.training, gradient_checkpointing=True))
+        yield words, setting
+    if "encode" in stages and not setting.tiled_vae:
+        words = [*words, "a tiled VAE"]
+        setting = replace(setting, tiled_vae=True)
+        yield words, setting
+    if "precompute" in stages and setting.cut is not None and not (setting.streaming or setting.stream_middle):
+        words = [*words, "a streamed middle"]
+        setting = replace(setting, stream_middle=True)
+        yield words, setting
+    if setting.base_bits is None and not going_on:
+        yield [*words, "an 8-bit base"], replace(setting, base_bits=8)
+    if not setting.streaming:
+        words = [*words, "streaming"]
+        setting = replace(setting, streaming=True)
+        yield words, setting
+    cut = max(planner.cuts()) if "train" in stages else 0  # what is hollowed leaves training; precomputing runs it
+    if not going_on and cut != setting.cut:
+        yield [*words, f"cut {cut}"], replace(setting, cut=cut)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"
