@@ -212,7 +212,7 @@ class Planner:
     ) -> Fit:
         """The least hollowing, and for it the fastest way, whose stages all stay within `budget` bytes.
 
-        From the whole U-Net on, cut by cut (those of `cuts()`), or through `cuts` if given, the ways are tried that give up
+        From the whole U-Net on, cut by cut (those of `cuts()`, or `cuts` if given), the ways are tried that give up
         least: `precisions` in their order, then in the smallest of them gradient checkpointing, then a base in 8
         bits; with a tiled VAE where pictures would not fit otherwise, and a streamed middle where precomputing would
         not. Where no cut fits so, all is streamed: last, as it is the slowest, while a cut makes steps faster. All

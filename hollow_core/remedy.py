@@ -61,6 +61,11 @@ def advice(planner: Planner, stages: Sequence[str], setting: Setting, free: int,
     """
     smallest, least = setting, needs(planner, stages, setting)
     for words, smaller in _smaller(planner, stages, setting, going_on):
+        eased = planner.eased(smaller, free)
+        if "encode" in stages and eased.tiled_vae and not smaller.tiled_vae:
+            words, smaller = [*words, "a tiled VAE"], replace(smaller, tiled_vae=True)
+        if "precompute" in stages and eased.stream_middle and not smaller.stream_middle:
+            words, smaller = [*words, "a streamed middle"], replace(smaller, stream_middle=True)
         needed = needs(planner, stages, smaller)
         if needed <= free:
             return f"Take {' and '.join(words)}: then it is {_gib(needed)}."
@@ -76,17 +81,10 @@ def _smaller(
 ) -> Iterator[tuple[list[str], Setting]]:
     """Settings that need less, from those that cost least on, and what they take in words."""
     words: list[str] = []
+    yield words, setting
     if "train" in stages and not setting.training.gradient_checkpointing:
         words = ["gradient checkpointing"]
         setting = replace(setting, training=replace(setting.training, gradient_checkpointing=True))
-        yield words, setting
-    if "encode" in stages and not setting.tiled_vae:
-        words = [*words, "a tiled VAE"]
-        setting = replace(setting, tiled_vae=True)
-        yield words, setting
-    if "precompute" in stages and setting.cut is not None and not (setting.streaming or setting.stream_middle):
-        words = [*words, "a streamed middle"]
-        setting = replace(setting, stream_middle=True)
         yield words, setting
     if setting.base_bits is None and not going_on:
         yield [*words, "an 8-bit base"], replace(setting, base_bits=8)

@@ -98,12 +98,16 @@ def test_a_stop_is_obeyed_and_run_again_it_goes_on(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_out_of_memory_is_told_with_what_to_change_and_run_again_it_goes_on(
+def test_out_of_memory_is_told_with_what_to_change_and_so_it_goes_on(
     model_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
     request = ask(photos, cut=1)
     expected = content(personalize(lambda: load(model_folder), request, tmp_path / "whole").file)
-    for stage, calls, lever in (("precompute", 10, "streaming"), ("train", 12 + 4, "gradient checkpointing")):
+    checkpointing = replace(request.settings, gradient_checkpointing=True)
+    for stage, calls, lever, change in (
+        ("precompute", 10, "a streamed middle", {"stream_middle": True}),
+        ("train", 12 + 4, "gradient checkpointing", {"settings": checkpointing}),
+    ):
 
         def load_onto_a_full_device(calls: int = calls) -> BaseModel:
             model = load(model_folder)
@@ -114,7 +118,8 @@ def test_out_of_memory_is_told_with_what_to_change_and_run_again_it_goes_on(
         with pytest.raises(HollowError, match=said):
             personalize(load_onto_a_full_device, request, tmp_path / stage)
         assert (tmp_path / stage / "checkpoint.safetensors").exists() == (stage == "train")
-        found = content(personalize(lambda: load(model_folder), request, tmp_path / stage).file)
+        taken = replace(request, **change)
+        found = content(personalize(lambda: load(model_folder), taken, tmp_path / stage).file)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
