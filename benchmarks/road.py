@@ -24,10 +24,9 @@ from hollow_core import lora_file
 from hollow_core.blocks import LAYOUTS
 from hollow_core.images import TrainingImage
 from hollow_core.memory import GIB, STAGES, Planner, Setting
-from hollow_core.models import BaseModel, outline, stream_weights, tile_vae
+from hollow_core.models import BaseModel, keep_small, outline
 from hollow_core.personalize import Request, personalize
 from hollow_core.progress import Progress
-from hollow_core.residency import quantize
 from hollow_core.sample import SampleSettings, sample
 from hollow_core.train import DTYPES, TrainSettings
 
@@ -127,12 +126,7 @@ def measured(options: argparse.Namespace, setting: Setting) -> dict[str, float]:
 
 def draw_one(model: BaseModel, setting: Setting, lora: lora_file.LoraFile, device: torch.device, side: int) -> None:
     """A picture in two steps, with the base small or away as in training."""
-    if setting.base_bits is not None:
-        quantize(model.unet, setting.base_bits)
-    if setting.streaming:
-        stream_weights(model, device)
-    if setting.tiled_vae:
-        tile_vae(model)
+    keep_small(model, setting, device)
     sample(model, ["a photo of a sks dog"], [0], SampleSettings(steps=2, size=(side, side)), lora=lora, device=device)
 
 

@@ -32,15 +32,14 @@ from .models import (
     decode_images,
     encode_images,
     encode_prompt,
+    keep_small,
     layout_name,
     outline,
-    stream_weights,
-    tile_vae,
 )
 from .precompute import Example, run_to_exit
 from .progress import Progress
 from .prompts import generic_prompt, personal_prompt
-from .residency import Bits, away, quantize, stream_middle
+from .residency import Bits, away, stream_middle
 from .sample import SampleSettings, draw, encode_guided
 from .train import DTYPES, Precision, TrainSettings, train
 
@@ -291,14 +290,9 @@ class Planner:
             # whatever mode the caller is in
             with torch.inference_mode(False), torch.enable_grad():
                 model = self._outline(DTYPES[training.precision])
-                if setting.base_bits is not None:
-                    quantize(model.unet, setting.base_bits)
-                if setting.streaming:
-                    stream_weights(model, "meta")
-                elif setting.stream_middle and setting.cut is not None:
+                keep_small(model, setting, "meta")
+                if setting.stream_middle and not setting.streaming and setting.cut is not None:
                     stream_middle(model.unet, setting.cut, "meta")
-                if setting.tiled_vae:
-                    tile_vae(model)
                 run = {"encode": _encode, "precompute": _precompute, "train": _train, "sample": _sample}[stage]
                 self._runs[stage, setting] = run(model, setting)
         return self._runs[stage, setting]

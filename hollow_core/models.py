@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import (
@@ -27,7 +27,7 @@ from .errors import HollowError
 from .files import read_json
 from .hollow import Conditioning
 from .images import TrainingImage
-from .residency import stream
+from .residency import Bits, quantize, stream
 from .single_file import (
     LAYOUTS,
     Pipeline,
@@ -244,11 +244,34 @@ def visiting(device: torch.device | str | None, *parts: nn.Module | None) -> Ite
             part.to("cpu")
 
 
-def stream_weights(model: BaseModel, device: torch.device | str) -> None:
-    """Keep the weights of U-Net and text encoders in main memory, from where they visit `device`. Raises HollowError
-    as `residency.stream` does."""
-    for part in (model.unet, *model.text_encoders):
-        stream(part, device)
+class Levers(Protocol):
+    """What takes memory off a base model; a `Request` and a `Setting` have them."""
+
+    @property
+    def base_bits(self) -> Bits | None:
+        """Of a weight of the U-Net."""
+        ...
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the weights of U-Net and text encoders stay in main memory, from where they visit the device."""
+        ...
+
+    @property
+    def tiled_vae(self) -> bool:
+        """Whether pictures are encoded and decoded in tiles."""
+        ...
+
+
+def keep_small(model: BaseModel, levers: Levers, device: torch.device | str) -> None:
+    """Pull the levers, for all that is done with `model` on `device`. Raises HollowError as `residency` does."""
+    if levers.base_bits is not None:
+        quantize(model.unet, levers.base_bits)
+    if levers.streaming:
+        for part in (model.unet, *model.text_encoders):
+            stream(part, device)
+    if levers.tiled_vae:
+        tile_vae(model)
 
 
 def tile_vae(model: BaseModel) -> None:

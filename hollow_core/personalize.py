@@ -21,8 +21,7 @@ from .models import (
     encode_images,
     encode_prompt,
     free_encoders,
-    stream_weights,
-    tile_vae,
+    keep_small,
     visiting,
 )
 from .optimizer import optimizer_class
@@ -31,7 +30,7 @@ from .prior import class_latents
 from .progress import Progress, Stop, Watch
 from .prompts import generic_prompt, personal_prompt
 from .remedy import memory_told
-from .residency import Bits, quantize, stream_middle
+from .residency import Bits, stream_middle
 from .selective import save_schedule
 from .train import DTYPES, TrainResult, TrainSettings, check_unfused, train
 
@@ -113,12 +112,7 @@ def personalize(
     with meter.stage("encode"):
         model = load()
         torch.nn.Module.to(model.unet, DTYPES[request.settings.precision])  # without diffusers' advice
-        if request.base_bits is not None:
-            quantize(model.unet, request.base_bits)
-        if request.streaming:
-            stream_weights(model, device)
-        if request.tiled_vae:
-            tile_vae(model)
+        keep_small(model, request, device)
         drawn: list[torch.Tensor] = []
         if request.class_images:
             drawn = class_latents(

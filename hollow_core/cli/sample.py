@@ -53,19 +53,14 @@ def sample(
     quiet()
     from .. import lora_file
     from ..files import write_png
-    from ..models import stream_weights, tile_vae
-    from ..residency import quantize
+    from ..memory import Setting
+    from ..models import keep_small
     from ..sample import SampleSettings
     from ..sample import sample as draw
 
     base, to = load_model(model, precision, prediction_type), device_of(device)
     file = lora_file.load(lora, base.unet)
-    if (bits := bits_of(base_bits)) is not None:
-        quantize(base.unet, bits)
-    if stream:
-        stream_weights(base, to)
-    if tiled_vae:
-        tile_vae(base)
+    keep_small(base, Setting(base_bits=bits_of(base_bits), streaming=stream, tiled_vae=tiled_vae), to)
     size = (height or base.resolution, width or base.resolution)
     settings = SampleSettings(steps, guidance, negative, strength, refresh, size)
     prompts = [text for text in prompt for _ in range(images)]
