@@ -57,7 +57,7 @@ class HollowUNet(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip="Keep the frozen weights in main memory, from where each visits the GPU when it is needed. "
-                    "Needs the least memory of all, changes no result, and takes up to twice the time.",
+                    "Needs the least memory of all and changes no result, but steps take longer.",
                 ),
                 io.Int.Input(
                     "resolution",
