@@ -6,6 +6,7 @@ from .demo_model import HollowDemoModel
 from .hollow_unet import HollowUNet
 from .layer_weight_analyzer import HollowLayerWeightAnalyzer
 from .lora_files import HollowLoadLoRA, HollowSaveLoRA
+from .personalization_score import HollowPersonalizationScore
 from .precompute_activations import HollowPrecompute
 from .split_prompt import HollowSplitPrompt
 from .train_lora import HollowTrainLoRA
@@ -28,5 +29,6 @@ class HollowExtension(ComfyExtension):
             HollowTwoPathSampler,
             HollowTwoPathModel,
             HollowLayerWeightAnalyzer,
+            HollowPersonalizationScore,
             HollowDemoModel,
         ]

@@ -14,18 +14,22 @@ import comfy.lora
 import comfy.model_management
 import folder_paths
 import torch
+from hollow_pack.hollow_core import scores
 from hollow_pack.nodes import (
     demo_model,
     hollow_unet,
     layer_weight_analyzer,
     lora_files,
+    personalization_score,
     precompute_activations,
     split_prompt,
     train_lora,
     two_path_model,
     two_path_sampler,
 )
+from PIL import Image
 from tiny_models import tiny_flux
+from tiny_scorers import save_tiny_scorers
 
 SETTINGS: dict[str, Any] = {
     "rank": 2,
@@ -62,6 +66,7 @@ def demo() -> Any:
     return SimpleNamespace(
         model=model,
         clip=clip,
+        images=images,
         latents=latents,
         personal=[prompt[0] for prompt in prompts],
         generic=[prompt[1] for prompt in prompts],
@@ -115,6 +120,32 @@ def test_a_graph_trains_saves_and_samples(demo: Any, tmp_path: Path) -> None:
     chart, _, cut = layer_weight_analyzer.HollowLayerWeightAnalyzer.execute(lora, demo.model).args
     assert chart.shape[0] == 1
     assert cut == 3  # nothing was trained inside
+
+
+def test_pictures_are_scored(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same picture has all of its own score; the numbers are the library's, which tests/test_scores.py checks."""
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    dino, clip = save_tiny_scorers(tmp_path)
+    run = personalization_score.HollowPersonalizationScore.execute
+    one, other = demo.images[:2]
+    given = ([one], [torch.cat([one, other])], ["a sks cup"], ["sks"], ["dino"], ["clip"])
+    grid, dino_score, clip_i, clip_t, text = run(*given).args
+    figures = json.loads(text)
+    assert grid.ndim == 4
+    assert figures["pictures"][0]["dino"] == pytest.approx(1)
+    assert figures["pictures"][1]["dino"] < 0.99
+    assert figures["mean"] == {"dino": dino_score, "clip_i": clip_i, "clip_t": clip_t}
+    judge = scores.load(str(dino), str(clip))
+    picture = Image.fromarray((other[0] * 255).round().byte().numpy())
+    assert figures["pictures"][1]["clip_t"] == pytest.approx(
+        (judge.features([picture]).clip @ judge.prompt_features(["a cup"]).T).item(), abs=1e-5
+    )
+    assert torch.tensor(run(*given[:2], [""], *given[3:]).args[3]).isnan()
+
+    with pytest.raises(Exception, match="does not stay inside"):
+        run(*given[:4], ["../dino"], ["clip"])
+    with pytest.raises(Exception, match="run once: hf download facebook/dino-vits16"):
+        run(*given[:4], ["facebook/dino-vits16"], ["clip"])
 
 
 def test_the_base_is_as_before(demo: Any) -> None:
