@@ -152,7 +152,7 @@ def outline(model: str, dtype: torch.dtype = torch.float32) -> BaseModel:
         ),
         schedule=DDPMScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json") | schedule),
         layout=layout_name(unet_config),
-        resolution=unet_config["sample_size"] * 2 ** (len(vae_config["block_out_channels"]) - 1),
+        resolution=unet_config["sample_size"] * 2 ** (len(vae.config.block_out_channels) - 1),
     )
 
 
