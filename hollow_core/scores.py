@@ -68,12 +68,22 @@ class Features(NamedTuple):
 
 
 class Scorers:
-    """Both models, on `device`; `load` makes one."""
+    """Both models; `load` makes one."""
 
-    def __init__(self, dino: ViTModel, clip: CLIPModel, device: torch.device | str = "cpu", batch: int = 32) -> None:
-        self.dino, self.clip = (torch.nn.Module.to(model.eval(), device, torch.float32) for model in (dino, clip))
-        self.device, self.batch = device, batch
+    def __init__(self, dino: ViTModel, clip: CLIPModel, batch: int = 32) -> None:
+        self.dino, self.clip, self.batch = dino.eval(), clip.eval(), batch
         self.tokenizer = CLIPTokenizer.from_pretrained(LAYOUTS / "tokenizer")  # every CLIP of OpenAI's has this one
+
+    def to(self, device: torch.device | str) -> "Scorers":
+        """Both models to `device`, in place."""
+        for model in (self.dino, self.clip):
+            torch.nn.Module.to(model, device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where both models are."""
+        return next(self.dino.parameters()).device
 
     @torch.no_grad()
     def features(self, pictures: Iterable[Image.Image]) -> Features:
@@ -126,12 +136,12 @@ class Scorers:
         return self._digest
 
 
-def load(dino: str = DINO, clip: str = CLIP, device: torch.device | str = "cpu") -> Scorers:
-    """Both models, each from a local folder, or by its name on the hub from the hub's cache on this disk.
+def load(dino: str = DINO, clip: str = CLIP) -> Scorers:
+    """Both models on the CPU, each from a local folder, or by its name on the hub from the hub's cache on this disk.
 
     Nothing is downloaded. Raises HollowError where a model is in neither place, or of another kind.
     """
-    return Scorers(_load(ViTModel, dino, "vit"), _load(CLIPModel, clip, "clip"), device)
+    return Scorers(_load(ViTModel, dino, "vit"), _load(CLIPModel, clip, "clip"))
 
 
 def prepare(picture: Image.Image, how: Preparation) -> Tensor:
@@ -231,7 +241,9 @@ def _load(kind: Any, name: str, model_type: str) -> Any:
     extra = {"add_pooling_layer": False} if kind is ViTModel else {}
     try:
         with quiet():
-            return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, **extra)
+            return kind.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, **extra
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise HollowError(f"{folder} cannot be loaded ({error}). Get its files again.") from error
 

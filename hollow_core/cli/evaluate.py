@@ -43,7 +43,7 @@ def evaluate(
     texts = None
     if prompts is not None:
         texts = [generic_prompt(prompt, identifier) for prompt in scores.read_prompts(prompts, drawn)]
-    scorers = scores.load(dino or scores.DINO, clip or scores.CLIP, device_of(device))
+    scorers = scores.load(dino or scores.DINO, clip or scores.CLIP).to(device_of(device))
     of_real = scorers.cached_features(real, cache)
     of_prompts = None if texts is None else scorers.prompt_features(texts)
     each = scores.score(of_real, scorers.features(map(open_picture, drawn)), of_prompts)

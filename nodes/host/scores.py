@@ -30,9 +30,9 @@ def scorers(dino: str, clip: str) -> Iterator[Scorers]:
 
     Raises HollowError where one is in neither place, and for a name that leads out of both.
     """
-    device = comfy.model_management.get_torch_device()
+    judge = load(_place(dino), _place(clip))
     clear_device()
-    yield load(_place(dino), _place(clip), device)
+    yield judge.to(comfy.model_management.get_torch_device())
     comfy.model_management.soft_empty_cache()
 
 
