@@ -3,10 +3,10 @@
 from rich.text import Text
 
 from ..errors import HollowError
-from . import benchmark, demo, evaluate, plan, sample, train
+from . import benchmark, compare, demo, evaluate, plan, sample, train
 from .app import app, console
 
-__all__ = ["benchmark", "demo", "evaluate", "main", "plan", "sample", "train"]
+__all__ = ["benchmark", "compare", "demo", "evaluate", "main", "plan", "sample", "train"]
 
 
 def main() -> None:
