@@ -14,6 +14,7 @@ preprocessor of DINO does (github.com/google/dreambooth/issues/3):
 import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -116,7 +117,7 @@ class Scorers:
         if cache is None:
             return self.features(map(open_picture, paths))
         known = read_safetensors(cache)[0] if cache.exists() else {}
-        names = [hashlib.sha256(self._id() + path.read_bytes()).hexdigest() for path in paths]
+        names = [hashlib.sha256(self.digest.encode() + path.read_bytes()).hexdigest() for path in paths]
         new = {name: path for name, path in zip(names, paths, strict=True) if f"{name}.dino" not in known}
         if new:
             features = self.features(map(open_picture, new.values()))
@@ -125,15 +126,14 @@ class Scorers:
             write_safetensors(cache, known)
         return Features(*(torch.stack([known[f"{name}.{kind}"] for name in names]) for kind in Features._fields))
 
-    def _id(self) -> bytes:
-        """By which a cache knows the models: a digest of their weights."""
-        if not hasattr(self, "_digest"):
-            digest = hashlib.sha256()
-            for model in (self.dino, self.clip):
-                for weight in model.state_dict().values():
-                    digest.update(weight.detach().cpu().contiguous().numpy().data)
-            self._digest = digest.digest()
-        return self._digest
+    @cached_property
+    def digest(self) -> str:
+        """Of both models' weights: scores with another one are not to be compared."""
+        digest = hashlib.sha256()
+        for model in (self.dino, self.clip):
+            for weight in model.state_dict().values():
+                digest.update(weight.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
 
 def load(dino: str = DINO, clip: str = CLIP) -> Scorers:

@@ -1,5 +1,6 @@
 """The scores against a direct computation, one pair at a time, with transformers' own processors."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from tiny_scorers import save_tiny_scorers
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
+from hollow_core.cli import main
 from hollow_core.errors import HollowError
 from hollow_core.scores import FOR_CLIP, FOR_DINO, Scorers, among, load, mean, prepare, read_prompts, score
 from hollow_core.single_file import LAYOUTS
@@ -158,3 +160,42 @@ def test_the_hubs_cache_is_found_in_any_revision(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert load(clip=str(folders[1])).dino.config.patch_size == 112
     (snapshots / "1").rename(folders[0])
+
+
+def test_the_command_scores_two_folders(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    (tmp_path / "real").mkdir()
+    (tmp_path / "drawn").mkdir()
+    picture(1).save(tmp_path / "real" / "photo.png")
+    for number, color in enumerate(colors):
+        Image.new("RGB", (300, 200), color).save(tmp_path / "drawn" / f"{number}.png")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompt.replace("dog", "sks dog") for prompt in PROMPTS))
+
+    def evaluate(*more: object) -> tuple[object, str, str]:
+        given = ["evaluate", "--references", tmp_path / "real", "--generated", tmp_path / "drawn", "--device", "cpu"]
+        given += ["--dino", folders[0], "--clip", folders[1], *more]
+        monkeypatch.setattr("sys.argv", ["hollow", *map(str, given)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return (end.value.code or 0, *capsys.readouterr())
+
+    grid = tmp_path / "grid.png"
+    status, out, err = evaluate("--prompts", tmp_path / "prompts.txt", "--grid", grid, "--json")
+    assert status == 0, err
+    told = json.loads(out)
+    assert [each["prompt"] for each in told["pictures"]] == PROMPTS  # without the identifier
+    assert told["mean"]["clip_t"] == pytest.approx(sum(each["clip_t"] for each in told["pictures"]) / 3)
+    assert told["references"] is None  # a single one
+    with Image.open(grid) as sheet:
+        counts = {color: count for count, color in sheet.getcolors(sheet.width * sheet.height) or []}
+    assert all(counts[color] == 216 * 144 for color in colors)  # each whole, none squashed
+
+    status, out, err = evaluate()
+    assert status == 0, err
+    assert "3 pictures" in out
+    (tmp_path / "drawn" / "0.png").write_text("no picture")
+    status, out, err = evaluate("--json")
+    assert (status, out) == (1, "")
+    assert "cannot be read as a picture" in " ".join(err.split())

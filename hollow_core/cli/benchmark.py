@@ -73,10 +73,10 @@ def benchmark(
         resolution=resolution,
         samples=samples,
         class_images=class_images,
-        training=TrainSettings(steps=steps, learning_rate=learning_rate, precision=precision.value, save_every=0),
+        training=TrainSettings(steps=steps, learning_rate=learning_rate, precision=precision.value, save_every=100),
         sampling=SampleSettings(steps=sampling_steps, guidance=guidance),
     )
-    bench.check_protocol(out, protocol, model=str(model), dataset=dataset.value)
+    bench.check_protocol(out, protocol, model=model.resolve().name, dataset=dataset.value, scorers=judge.digest)
     jobs = bench.make_jobs(out, methods, range(seeds), subjects)
     own = bench.share(jobs, state.process_index, state.num_processes)
     todo = [job for job in own if not job.result.exists()]

@@ -37,5 +37,9 @@ def scorers(dino: str, clip: str) -> Iterator[Scorers]:
 
 
 def _place(name: str) -> str:
-    folder = inside(Path(folder_paths.models_dir), name)
-    return str(folder) if folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) else name
+    models = Path(folder_paths.models_dir)
+    folder = models / name  # which may be a link to anywhere, as the owner of the disk likes
+    if not name.strip() or Path(name).anchor or ".." in Path(name).parts:
+        folder = inside(models, name)
+    on_the_hub = not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    return name if on_the_hub else str(folder)
