@@ -111,11 +111,14 @@ def summarise(keys: Sequence[Path], answers: Sequence[Path]) -> dict[str, Any]:
     """{"a": name, "b": name, "people": …, "subject": {"a": Share, "tie": Share, "b": Share}, "text": …}.
 
     Intervals are Wilson's and take answers for independent, which those of one person are not quite. Raises
-    HollowError for answers to another page, for two files of one person, and for keys of different comparisons.
+    HollowError for a file that is no key, for answers to another page, for two files of one person, and for keys of
+    different comparisons.
     """
     pages = {}
     for path in keys:
         key = read_json(path)
+        if not isinstance(key, dict) or not {"page", "a", "b", "tasks"} <= key.keys():
+            raise HollowError(f"{path} is no key. Give the .key.json that was written beside the page.")
         pages[key["page"]] = key
     names = {(key["a"], key["b"]) for key in pages.values()}
     if len(names) != 1:
@@ -157,7 +160,7 @@ def _share(count: int, total: int) -> Share:
 def _whose(answer: object, left: str, path: Path) -> str:
     other = "b" if left == "a" else "a"
     known = {"left": left, "right": other, "tie": "tie"}
-    if answer not in known:
+    if str(answer) not in known:
         raise HollowError(f"{path} holds the answer {answer!r}. Let the page write it.")
     return known[str(answer)]
 

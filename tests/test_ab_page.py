@@ -123,6 +123,8 @@ def test_answers_are_counted_for_whom_they_mean(results: Path) -> None:
 
     with pytest.raises(HollowError, match="does not answer the page of this key"):
         summarise(keys[:1], answers)
+    with pytest.raises(HollowError, match=r"answers-0\.json is no key\. Give the \.key\.json"):
+        summarise(answers, keys)
     with pytest.raises(HollowError, match="are of one person"):
         summarise(keys, [answers[0], answers[0]])
     write_json(answers[0], json.loads(answers[0].read_text().replace('"tie"', '"both"')))

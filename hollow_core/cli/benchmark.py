@@ -55,6 +55,7 @@ def benchmark(
     Under `accelerate launch` each process takes every n-th class; all write into the same folder.
     """
     quiet()
+    import torch
     from accelerate import PartialState
 
     from .. import benchmark as bench
@@ -76,7 +77,8 @@ def benchmark(
         training=TrainSettings(steps=steps, learning_rate=learning_rate, precision=precision.value, save_every=100),
         sampling=SampleSettings(steps=sampling_steps, guidance=guidance),
     )
-    bench.check_protocol(out, protocol, model=model.resolve().name, dataset=dataset.value, scorers=judge.digest)
+    if state.is_main_process:
+        bench.check_protocol(out, protocol, model=model.resolve().name, dataset=dataset.value, scorers=judge.digest)
     jobs = bench.make_jobs(out, methods, range(seeds), subjects)
     own = bench.share(jobs, state.process_index, state.num_processes)
     todo = [job for job in own if not job.result.exists()]
@@ -98,8 +100,8 @@ def benchmark(
             if not finished:
                 break
             watch("jobs", clock(number))
-    if state.num_processes > 1:
-        state.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     if not finished:
         console.print("Stopped. The same command goes on from here.")
     rows, memory = bench.table(jobs), bench.training_bytes(str(model), methods, protocol)
