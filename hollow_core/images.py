@@ -32,13 +32,31 @@ def load_images(folder: Path, resolution: int) -> list[TrainingImage]:
     for one so small that it would be enlarged more than eight times.
     """
     _check_resolution(resolution)
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise HollowError(f"{folder} {what}. Give the folder that holds your pictures.")
-    paths = sorted(path for path in folder.iterdir() if _is_picture(path))
+    paths = picture_paths(folder)
     if not paths:
         raise HollowError(f"{folder} holds no pictures. Put four or five of your subject there, .png or .jpg.")
     return [_load(path, resolution) for path in paths]
+
+
+def picture_paths(folder: Path) -> list[Path]:
+    """The pictures in `folder`, by name. Raises HollowError for a folder that is missing."""
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise HollowError(f"{folder} {what}. Give the folder that holds your pictures.")
+    return sorted(path for path in folder.iterdir() if _is_picture(path))
+
+
+def open_picture(path: Path) -> Image.Image:
+    """One picture, whole and upright. Raises HollowError for a file that is none."""
+    try:
+        with Image.open(path) as file:
+            return upright_rgb(file)
+    except Image.DecompressionBombError as error:
+        raise HollowError(f"{path} has too many pixels ({error}). Scale it down first.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise HollowError(
+            f"{path} cannot be read as a picture. Remove it from there, or save it again as .png or .jpg."
+        ) from error
 
 
 def at_resolution(image: TrainingImage, resolution: int) -> TrainingImage:
@@ -75,15 +93,7 @@ def _is_picture(path: Path) -> bool:
 
 
 def _load(path: Path, resolution: int) -> TrainingImage:
-    try:
-        with Image.open(path) as file:
-            picture = upright_rgb(file)
-    except Image.DecompressionBombError as error:
-        raise HollowError(f"{path} has too many pixels ({error}). Scale it down first.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise HollowError(
-            f"{path} cannot be read as a picture. Remove it from there, or save it again as .png or .jpg."
-        ) from error
+    picture = open_picture(path)
     if min(picture.size) * MAX_UPSCALE < resolution:
         raise HollowError(
             f"{path} is only {picture.width}×{picture.height} pixels. "

@@ -54,6 +54,8 @@ class Request:
     """Records to precompute."""
     class_images: int = 0
     """Pictures of the class, drawn by the base model, for prior preservation; 0 does without."""
+    class_folder: Path | None = None
+    """Where runs of one class share them, drawn with the seed 0; None draws the run's own, with its seed."""
     store_dtype: torch.dtype = torch.float16
     """How exit activations are kept."""
     base_bits: Bits | None = None
@@ -118,9 +120,9 @@ def personalize(
             drawn = class_latents(
                 model,
                 class_prompts(request),
-                folder / "class",
+                request.class_folder or folder / "class",
                 resolution=request.images[0].picture.width,
-                seed=request.settings.seed,
+                seed=request.settings.seed if request.class_folder is None else 0,
                 device=device,
                 progress=watch("class pictures"),
                 stop=stop,

@@ -6,6 +6,7 @@ from .demo_model import HollowDemoModel
 from .hollow_unet import HollowUNet
 from .layer_weight_analyzer import HollowLayerWeightAnalyzer
 from .lora_files import HollowConvertLoRA, HollowLoadLoRA, HollowSaveLoRA
+from .personalization_score import HollowPersonalizationScore
 from .precompute_activations import HollowPrecompute
 from .scale_blocks import HollowScaleBlocks
 from .split_prompt import HollowSplitPrompt
@@ -31,5 +32,6 @@ class HollowExtension(ComfyExtension):
             HollowLayerWeightAnalyzer,
             HollowScaleBlocks,
             HollowConvertLoRA,
+            HollowPersonalizationScore,
             HollowDemoModel,
         ]

@@ -3,10 +3,22 @@
 from rich.text import Text
 
 from ..errors import HollowError
-from . import analyze, convert, demo, plan, sample, scale, train
+from . import analyze, benchmark, compare, convert, demo, evaluate, plan, sample, scale, train
 from .app import app, console
 
-__all__ = ["analyze", "convert", "demo", "main", "plan", "sample", "scale", "train"]
+__all__ = [
+    "analyze",
+    "benchmark",
+    "compare",
+    "convert",
+    "demo",
+    "evaluate",
+    "main",
+    "plan",
+    "sample",
+    "scale",
+    "train",
+]
 
 
 def main() -> None:

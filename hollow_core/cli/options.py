@@ -98,6 +98,16 @@ PredictionType = Annotated[
     typer.Option(help="What the U-Net predicts, where the model does not tell. (default: as it tells)"),
 ]
 
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the GPU if there is one)")]
+DinoModel = Annotated[
+    str | None,
+    typer.Option(help="DINO's folder, or its name in the hub's cache. (default: facebook/dino-vits16)"),
+]
+ClipModel = Annotated[
+    str | None,
+    typer.Option(help="CLIP's folder, or its name in the hub's cache. (default: openai/clip-vit-base-patch32)"),
+]
+
 
 def load_model(path: Path, precision: Precision, prediction_type: Prediction | None) -> Any:
     """`models.load`, as the options say."""

@@ -15,6 +15,7 @@ import comfy.lora
 import comfy.model_management
 import folder_paths
 import torch
+from hollow_pack.hollow_core import scores
 from hollow_pack.hollow_core.errors import HollowError
 from hollow_pack.nodes import (
     demo_model,
@@ -22,6 +23,7 @@ from hollow_pack.nodes import (
     hollow_unet,
     layer_weight_analyzer,
     lora_files,
+    personalization_score,
     precompute_activations,
     scale_blocks,
     split_prompt,
@@ -33,8 +35,10 @@ from hollow_pack.nodes.host import plan
 from hollow_pack.nodes.host import precompute as host_precompute
 from hollow_pack.nodes.host import train as host_train
 from hollow_pack.nodes.host.unet import frozen_unet
+from PIL import Image
 from safetensors import safe_open
 from tiny_models import tiny_flux
+from tiny_scorers import save_tiny_scorers
 from tiny_training import OutOfMemoryAt
 
 SETTINGS: dict[str, Any] = {
@@ -73,6 +77,7 @@ def demo() -> Any:
     return SimpleNamespace(
         model=model,
         clip=clip,
+        images=images,
         latents=latents,
         personal=[prompt[0] for prompt in prompts],
         generic=[prompt[1] for prompt in prompts],
@@ -123,6 +128,32 @@ def test_a_graph_trains_saves_and_samples(demo: Any, tmp_path: Path) -> None:
     assert drawn["samples"].shape == (1, 8, 16, 16)
     assert drawn["samples"].isfinite().all()
     assert two_path_model.HollowTwoPathModel.execute(demo.model, again, 1.0, 1, True).args[0] is not demo.model
+
+
+def test_pictures_are_scored(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same picture has all of its own score; the numbers are the library's, which tests/test_scores.py checks."""
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    dino, clip = save_tiny_scorers(tmp_path)
+    run = personalization_score.HollowPersonalizationScore.execute
+    one, other = demo.images[:2]
+    given = ([one], [torch.cat([one, other])], ["a sks cup"], ["sks"], ["dino"], ["clip"])
+    grid, dino_score, clip_i, clip_t, text = run(*given).args
+    figures = json.loads(text)
+    assert grid.ndim == 4
+    assert figures["pictures"][0]["dino"] == pytest.approx(1)
+    assert figures["pictures"][1]["dino"] < 0.99
+    assert figures["mean"] == {"dino": dino_score, "clip_i": clip_i, "clip_t": clip_t}
+    judge = scores.load(str(dino), str(clip))
+    picture = Image.fromarray((other[0] * 255).round().byte().numpy())
+    assert figures["pictures"][1]["clip_t"] == pytest.approx(
+        (judge.features([picture]).clip @ judge.prompt_features(["a cup"]).T).item(), abs=1e-5
+    )
+    assert torch.tensor(run(*given[:2], [""], *given[3:]).args[3]).isnan()
+
+    with pytest.raises(Exception, match="does not stay inside"):
+        run(*given[:4], ["../dino"], ["clip"])
+    with pytest.raises(Exception, match="run once: hf download facebook/dino-vits16"):
+        run(*given[:4], ["facebook/dino-vits16"], ["clip"])
 
 
 def test_a_graph_looks_into_loras_and_scales_them(demo: Any, tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""What the scores need of ComfyUI: pictures, a device, and a place for the models."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import comfy.model_management
+import folder_paths
+from PIL import Image
+from torch import Tensor
+
+from ...hollow_core.scores import Scorers, load
+from .files import inside
+from .memory import clear_device
+
+
+def to_pictures(images: Sequence[Tensor]) -> list[Image.Image]:
+    """IMAGEs (batch, height, width, 3) in 0…1 as RGB pictures."""
+    return [
+        Image.fromarray(picture.clamp(0, 1).mul(255).round().byte().cpu().numpy())
+        for batch in images
+        for picture in batch[..., :3]
+    ]
+
+
+@contextmanager
+def scorers(dino: str, clip: str) -> Iterator[Scorers]:
+    """DINO and CLIP, each from its folder in ComfyUI/models or the hub's cache, on the device while inside.
+
+    Raises HollowError where one is in neither place, and for a name that leads out of both.
+    """
+    judge = load(_place(dino), _place(clip))
+    clear_device()
+    yield judge.to(comfy.model_management.get_torch_device())
+    comfy.model_management.soft_empty_cache()
+
+
+def _place(name: str) -> str:
+    models = Path(folder_paths.models_dir)
+    folder = models / name  # which may be a link to anywhere, as the owner of the disk likes
+    if not name.strip() or Path(name).anchor or ".." in Path(name).parts:
+        folder = inside(models, name)
+    on_the_hub = not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    return name if on_the_hub else str(folder)
