@@ -77,7 +77,7 @@ class Setting:
         return f"{'the whole U-Net' if self.cut is None else f'cut {self.cut}'} in " + ", ".join(
             [
                 training.precision,
-                *(["gradient checkpointing"] if training.gradient_checkpointing else []),
+                *([f"gradient checkpointing{_levels(training)}"] if training.gradient_checkpointing else []),
                 *([f"{self.base_bits}-bit base"] if self.base_bits else []),
                 *(["streaming"] if self.streaming else []),
                 *(["streamed middle"] if self.stream_middle else []),
@@ -118,6 +118,7 @@ class Prediction:
             "cut": self.setting.cut,
             "precision": training.precision,
             "gradient_checkpointing": training.gradient_checkpointing,
+            "checkpoint_levels": training.checkpoint_levels,
             "base_bits": self.setting.base_bits,
             "streaming": self.setting.streaming,
             "stream_middle": self.setting.stream_middle,
@@ -212,14 +213,14 @@ class Planner:
         """The least hollowing, and for it the fastest way, whose stages all stay within `budget` bytes.
 
         From the whole U-Net on, cut by cut (those of `cuts()`, or `cuts` if given), the ways are tried that give up
-        least: `precisions` in their order, then in the smallest of them gradient checkpointing, then a base in 8
-        bits; with a tiled VAE where pictures would not fit otherwise, and a streamed middle where precomputing would
-        not. Where no cut fits so, all is streamed: last, as it is the slowest, while a cut makes steps faster. All
-        else is as in `setting`. Sampling is not counted, as any other tool can draw with the LoRA. Raises
-        HollowError where nothing fits, saying what the smallest would need.
+        least: `precisions` in their order, then in the smallest of them gradient checkpointing, level by level from
+        the outermost, then a base in 8 bits; with a tiled VAE where pictures would not fit otherwise, and a streamed
+        middle where precomputing would not. Where no cut fits so, all is streamed: last, as it is the slowest, while
+        a cut makes steps faster. All else is as in `setting`. Sampling is not counted, as any other tool can draw
+        with the LoRA. Raises HollowError where nothing fits, saying what the smallest would need.
         """
         self._check(setting)
-        resident = _ways(setting, tuple(precisions))
+        resident = _ways(setting, tuple(precisions), len(self.config["block_out_channels"]))
         streamed = [replace(resident[-1], streaming=True)]
         cuts = (None, *self.cuts()) if cuts is None else cuts
         for ways, cut in product((resident, streamed), cuts):
@@ -317,13 +318,20 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * {"G": GIB, "M": 2**20}[match[2].upper()])
 
 
-def _ways(setting: Setting, precisions: tuple[Precision, ...]) -> list[Setting]:
-    """From the fastest to the smallest, without streaming unless it is asked for."""
+def _ways(setting: Setting, precisions: tuple[Precision, ...], depth: int) -> list[Setting]:
+    """From the fastest to the smallest, without streaming unless it is asked for; the U has `depth` levels."""
     ways = [replace(setting, training=replace(setting.training, precision=each)) for each in precisions]
     smallest = min(ways, key=lambda way: DTYPES[way.training.precision].itemsize)
-    checkpointing = replace(smallest, training=replace(smallest.training, gradient_checkpointing=True))
-    quantized = replace(checkpointing, base_bits=setting.base_bits or 8)
-    return list(dict.fromkeys([*ways, checkpointing, quantized]))
+    recompute = replace(smallest.training, gradient_checkpointing=True)
+    levels = (*range(1, depth), None) if not setting.training.gradient_checkpointing else (recompute.checkpoint_levels,)
+    checkpointing = [replace(smallest, training=replace(recompute, checkpoint_levels=number)) for number in levels]
+    quantized = replace(checkpointing[-1], base_bits=setting.base_bits or 8)
+    return list(dict.fromkeys([*ways, *checkpointing, quantized]))
+
+
+def _levels(training: TrainSettings) -> str:
+    levels = training.checkpoint_levels
+    return "" if levels is None else f" of {levels} level{'s' * (levels > 1)}"
 
 
 def _gave_up(setting: Setting, first: Setting) -> tuple[str, ...]:
@@ -334,7 +342,7 @@ def _gave_up(setting: Setting, first: Setting) -> tuple[str, ...]:
     if training.precision != first.training.precision:
         given.append(f"{first.training.precision} for {training.precision}")
     if training.gradient_checkpointing != first.training.gradient_checkpointing:
-        given.append("about a third of the speed (gradient checkpointing)")
+        given.append(f"the time to compute activations twice (gradient checkpointing{_levels(training)})")
     if setting.base_bits != first.base_bits:
         given.append(f"the last digits of the base ({setting.base_bits} bits a weight)")
     if setting.tiled_vae != first.tiled_vae:

@@ -63,6 +63,8 @@ class TrainSettings:
     """Of the LoRA, its gradients and AdamW's states; bf16 halves them, and rounds small updates away."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpoint_levels: int | None = None
+    """How many levels of the U do so, from the outermost, where pictures are largest; None means all of them."""
     fused_backward: bool = False
     """Update each matrix in the backward pass as its gradient comes, so that they never all exist at once.
     For one record a step, without clipping, in fp32 or bf16."""
@@ -93,7 +95,7 @@ class TrainSettings:
     @property
     def fixed(self) -> dict[str, Any]:
         """Those that may not change when a run goes on; the others do not change what a step does."""
-        free = {"save_every", "gradient_checkpointing", "fused_backward"}
+        free = {"save_every", "gradient_checkpointing", "checkpoint_levels", "fused_backward"}
         if self.strategy != "selective":  # whose steps know how far the training is
             free |= {"steps", "selective_gamma", "probability"}
         if self.strategy == "bp":
@@ -124,6 +126,11 @@ class TrainSettings:
             ("max_grad_norm", self.max_grad_norm > 0, positive),
             ("precision", self.precision in get_args(Precision), "Choose fp32, bf16 or fp16."),
             ("lora_precision", self.lora_precision in ("fp32", "bf16"), "Choose fp32 or bf16."),
+            (
+                "checkpoint_levels",
+                self.checkpoint_levels is None or self.checkpoint_levels >= 1,
+                "It must be at least 1; without any, turn gradient checkpointing off.",
+            ),
             ("seed", 0 <= self.seed < 2**63, "It must be from 0 to 2⁶³ - 1."),
             ("save_every", self.save_every >= 0, "It must be 0 or more."),
             ("strategy", self.strategy in get_args(Strategy), "Choose bp, zo or selective."),
@@ -207,7 +214,7 @@ def train(
     # a LoRA in the frozen U-Net, and its optimizer
     unet.eval()  # the records, too, were made without dropout
     if settings.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        checkpoint_activations(unet, settings.checkpoint_levels)
     if begun is None:
         generator = torch.Generator().manual_seed(seeds[0])
         add_lora(unet, settings.rank, settings.lora_alpha, settings.targets, generator=generator)
@@ -306,6 +313,17 @@ def train(
     else:
         load_lora_state(unet, good, settings.lora_alpha)
     return TrainResult(lora_state(unet), losses, stopped, trained_on)
+
+
+def checkpoint_activations(unet: UNet2DConditionModel, levels: int | None = None) -> None:
+    """Let backward passes compute anew what blocks would keep, in so many levels from the outermost; None: in all."""
+    unet.enable_gradient_checkpointing()
+    if levels is None:
+        return
+    inner = [*list(unet.down_blocks)[levels:], unet.mid_block, *list(unet.up_blocks)[: len(unet.up_blocks) - levels]]
+    for module in (module for block in inner if block is not None for module in block.modules()):
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
 
 
 def _check(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, settings: TrainSettings) -> None:

@@ -19,6 +19,8 @@ class HollowedModel(NamedTuple):
     streaming: bool = False
     gradient_checkpointing: bool = False
     """Whether the budget asks for it."""
+    checkpoint_levels: int | None = None
+    """In how many levels of the U, from the outermost; None for all."""
 
 
 class HollowActivations(NamedTuple):

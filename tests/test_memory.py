@@ -126,6 +126,19 @@ def test_half_precision_and_checkpointing(sd21: Planner) -> None:
     assert 8 * half.bytes["lora"] == pytest.approx(fp32.bytes["lora"], rel=0.001)  # fp32, both
 
 
+def test_each_level_that_recomputes_takes_less_memory_and_more_operations(sd21: Planner) -> None:
+    """So that a budget may stop at the first that fits."""
+    settings = [Setting(3, training=replace(HALF, gradient_checkpointing=False))]
+    settings += [Setting(3, training=replace(HALF, checkpoint_levels=levels)) for levels in (1, 2, None)]
+    peaks = [sd21.peak("train", setting).total for setting in settings]
+    flops = [sd21.step_flops(setting) for setting in settings]
+    assert peaks == sorted(peaks, reverse=True)
+    assert flops == sorted(set(flops))
+    fit = sd21.fit(peaks[1], settings[0], precisions=["bf16"], cuts=[3])
+    assert fit.prediction.setting.training.checkpoint_levels == 1
+    assert "gradient checkpointing of 1 level)" in fit.gave_up[-1]
+
+
 def test_a_base_in_8_bits_takes_its_bits(sd21: Planner) -> None:
     half = sd21.peak("train", REACH["rank 16, bf16, checkpointing"][1])
     small = sd21.peak("train", REACH["rank 16, bf16, checkpointing, 8-bit base"][1])

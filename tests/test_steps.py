@@ -1,5 +1,7 @@
 """The loss of a record and its gradient, against the papers' formulas and the whole U-Net."""
 
+from collections import Counter
+
 import pytest
 import torch
 from diffusers.training_utils import compute_snr
@@ -10,6 +12,7 @@ from hollow_core.hollow import head, hollow
 from hollow_core.lora import add_lora, lora_parameters
 from hollow_core.precompute import run_to_exit
 from hollow_core.steps import backpropagate, min_snr_weight, record_loss, training_target
+from hollow_core.train import checkpoint_activations
 
 CUT = 2
 
@@ -142,17 +145,20 @@ def test_accumulated_records_have_the_gradient_of_one_batch(problem):
         torch.testing.assert_close(mine, 4 * batched, rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(problem):
+@pytest.mark.parametrize(("levels", "inner"), [(None, 2), (1, 1)])
+def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(problem, levels, inner):
     unet, schedule, examples, (record, _) = problem
     hollowed = hollow(unet, CUT)
     runs = []
-    hollowed.up_blocks[-1].resnets[0].conv1.register_forward_hook(lambda *_: runs.append(1))
+    for block in (hollowed.up_blocks[-1], hollowed.down_blocks[0], hollowed.up_blocks[-2], hollowed.down_blocks[1]):
+        next(iter(block.resnets)).conv1.register_forward_hook(lambda module, *_: runs.append(module))
     inputs = hollowed, schedule, record, examples[0].latents, examples[0].personal
     record_loss(*inputs).backward()
     plain = gradients(lora_parameters(hollowed))
-    assert len(runs) == 1
-    hollowed.enable_gradient_checkpointing()
+    assert sorted(Counter(runs).values()) == [1, 1, 1, 1]
+    runs.clear()
+    checkpoint_activations(hollowed, levels)
     record_loss(*inputs).backward()
-    assert len(runs) == 3
+    assert sorted(Counter(runs).values()) == [inner, inner, 2, 2]
     for mine, expected in zip(gradients(lora_parameters(hollowed)), plain, strict=True):
         torch.testing.assert_close(mine, expected)

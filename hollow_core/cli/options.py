@@ -86,6 +86,10 @@ Stream = Annotated[
         help="Keep the weights of U-Net and text encoders in main memory and bring each to the GPU when it is needed: slower."
     ),
 ]
+CheckpointLevels = Annotated[
+    int | None,
+    typer.Option(help="With --checkpointing: how many levels of the U recompute, from the outermost. (default: all)"),
+]
 StreamMiddle = Annotated[
     bool, typer.Option(help="The same for the middle alone, while precomputing: then it takes no more than training.")
 ]

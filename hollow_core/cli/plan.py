@@ -16,6 +16,7 @@ from ..progress import Progress
 from .app import app, console
 from .options import (
     BaseBitsOption,
+    CheckpointLevels,
     FusedBackward,
     Json,
     LoraPrecision,
@@ -80,6 +81,7 @@ def plan(
     stream_middle: StreamMiddle = False,
     tiled_vae: TiledVae = False,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations. With a budget, this, an 8-bit base and, last, streaming are tried.")] = False,
+    checkpoint_levels: CheckpointLevels = None,
     cut: Annotated[list[int] | None, typer.Option(help="May be given several times; -1 is an ordinary LoRA on all of the U-Net. (default: all that leave enough to train)")] = None,
     budget: Annotated[str | None, typer.Option(help="Free memory, such as 4GB: pick the least hollowing and the fastest settings that fit. (default: none, a table of all)")] = None,
     as_json: Json = False,
@@ -93,6 +95,7 @@ def plan(
         rank=rank,
         batch=batch,
         gradient_checkpointing=checkpointing,
+        checkpoint_levels=checkpoint_levels,
         optimizer=optimizer.value,
         lora_precision=lora_precision.value,
         fused_backward=fused_backward,

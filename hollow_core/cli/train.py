@@ -11,6 +11,7 @@ from ..errors import HollowError
 from .app import app, console
 from .options import (
     BaseBitsOption,
+    CheckpointLevels,
     FusedBackward,
     Json,
     LoraPrecision,
@@ -59,6 +60,7 @@ def train(
     stream_middle: StreamMiddle = False,
     tiled_vae: TiledVae = False,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, a third more time.")] = False,
+    checkpoint_levels: CheckpointLevels = None,
     strategy: Annotated[Strategy, typer.Option(help="bp: backpropagation. zo: MeZO, forward passes only, at an inference's memory, slow to learn. selective: bp on small pictures, by and by zo on large ones.")] = Strategy.bp,
     low_resolution: Annotated[int | None, typer.Option(help="selective: side of the small pictures in pixels. (default: half the resolution)")] = None,
     gamma: Annotated[float, typer.Option(help="selective: how soon zo takes over; bp has the probability (1 - t/T)^(gamma s) at time step t and progress s.")] = 1.0,
@@ -101,6 +103,7 @@ def train(
         precision=precision.value,
         lora_precision=lora_precision.value,
         gradient_checkpointing=checkpointing,
+        checkpoint_levels=checkpoint_levels,
         seed=seed,
         save_every=save_every,
         strategy=strategy.value,

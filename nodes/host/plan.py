@@ -79,6 +79,7 @@ def plan(asked: HollowedModel, budget: float, resolution: int, rank: int, *, nod
             chosen.base_bits,
             chosen.streaming,
             chosen.training.gradient_checkpointing,
+            chosen.training.checkpoint_levels,
         )
         rows = sorted([_row(planner, chosen, free), *(row for row in rows if row.cut != chosen.cut)])
         said = f"Taken: {chosen}, {fit.prediction.bytes / GIB:.2f} GiB. Given up: {', '.join(fit.gave_up)}."

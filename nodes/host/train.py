@@ -53,9 +53,8 @@ def train(
             "Connect the same one to both nodes."
         )
     schedule, family = noise_schedule(hollowed.model), layout(hollowed.model)
-    settings = replace(
-        settings, gradient_checkpointing=settings.gradient_checkpointing or hollowed.gradient_checkpointing
-    )
+    if hollowed.gradient_checkpointing and not settings.gradient_checkpointing:
+        settings = replace(settings, gradient_checkpointing=True, checkpoint_levels=hollowed.checkpoint_levels)
     name = hashlib.sha256(json.dumps(settings.fixed).encode()).hexdigest()[:12]
     folder = store.folder / f"training-{name}"
     watch = NodeProgress(node_id, "Train")
