@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import dialects
 from .blocks import Config, layout_config
-from .dialects import Lora, kohya_name
+from .dialects import Lora
 from .errors import HollowError
 from .files import damaged, read_json, read_safetensors, write_json, write_safetensors
 from .lora_layer import LoraLayer
@@ -32,7 +32,6 @@ __all__ = [
     "alpha_of",
     "convert",
     "describe",
-    "kohya_name",
     "layout_of",
     "load",
     "read",
