@@ -3,8 +3,9 @@
 Hollowed LoRAs of held-out subjects of the embedded model, trained with the demo's settings, once with each lever and
 otherwise alike, with the same seed. The loss is the mean of the last hundred steps, the subject score that of two-path
 pictures in new scenes, drawn by the full base, and its spread that over the subjects of the difference to the first
-lever's; time is the median training step's over the first lever's. Minutes a lever and subject; what is done is kept
-in DIR, so that a stopped run goes on. Writes DIR/levers.json and prints the table.
+lever's; time is the median training step's over the first lever's, for which the machine must be idle: `--quick`
+gives it alone. Minutes a lever and subject; what is done is kept in DIR, so that a stopped run goes on. Writes
+DIR/levers.json and prints the table.
 """
 
 import argparse
@@ -42,12 +43,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("hollow-levers"), help="folder for the results")
     parser.add_argument("--levers", nargs="+", choices=LEVERS, default=list(LEVERS), help="which; the first is plain")
     parser.add_argument("--subjects", type=int, nargs="+", default=range(len(world.HELD_OUT)), help="which, from 0")
+    parser.add_argument("--quick", action="store_true", help="few records and steps: for the times alone")
     arguments = parser.parse_args()
     first = arguments.levers[0]
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.levers}
     for subject in arguments.subjects:
         for name in arguments.levers:
-            rows[name].append(measured(arguments.out, name, subject))
+            rows[name].append(measured(arguments.out, name, subject, quick=arguments.quick))
     write_json(arguments.out / "levers.json", rows)
     print(
         "\n| lever | loss | greatest difference of a step's loss | subject score | difference | prompt score | time |"
@@ -71,26 +73,28 @@ def summary(rows: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]
     ]
 
 
-def measured(out: Path, name: str, subject: int) -> dict[str, Any]:
+def measured(out: Path, name: str, subject: int, *, quick: bool) -> dict[str, Any]:
     """{"losses", "subject", "prompt", "seconds_a_step"} of one lever; read back where it was measured before."""
     folder = out / f"subject-{subject}" / name.replace(" ", "-")
     path = folder / "row.json"
     if not path.exists():
-        write_json(path, _measure(folder, world.HELD_OUT[subject], LEVERS[name]))
+        write_json(path, _measure(folder, world.HELD_OUT[subject], LEVERS[name], quick))
     row: dict[str, Any] = read_json(path)
     return row
 
 
-def _measure(folder: Path, subject: world.Subject, lever: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _measure(
+    folder: Path, subject: world.Subject, lever: Mapping[str, Mapping[str, Any]], quick: bool
+) -> dict[str, Any]:
     run.write_references(folder / "references", subject)
     request = Request(
         load_images(folder / "references", world.SIZE),
         subject.kind,
         run.IDENTIFIER,
         run.CUT,
-        samples=run.SAMPLES,
-        class_images=run.CLASS_IMAGES,
-        settings=replace(run.SETTINGS, **lever.get("settings", {})),
+        samples=16 if quick else run.SAMPLES,
+        class_images=2 if quick else run.CLASS_IMAGES,
+        settings=replace(run.SETTINGS, steps=60 if quick else run.SETTINGS.steps, **lever.get("settings", {})),
         **lever.get("request", {}),
     )
     moments: list[float] = []

@@ -72,7 +72,7 @@ class HollowTrainLoRA(io.ComfyNode):
                     "precision",
                     options=list(PRECISIONS),
                     default="bf16",
-                    tooltip="Of weights and arithmetic: bf16 for RTX 30 and newer, fp16 for older cards, fp32 on a CPU.",
+                    tooltip="Of weights and arithmetic: bf16 for RTX 30 and newer, fp16 for older, fp32 on a CPU.",
                 ),
                 io.Boolean.Input(
                     "gradient_checkpointing",
