@@ -327,7 +327,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
 
 def test_help_names_every_option_with_its_default() -> None:
     command = [sys.executable, "-c", "from hollow_core.cli import main; main()", "train", "--help"]
-    environment = os.environ | {"COLUMNS": "250", "TERM": "dumb"}
+    environment = os.environ | {"COLUMNS": "300", "TERM": "dumb"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     options = [line.strip("│ ") for line in done.stdout.splitlines() if line.startswith("│") and "--" in line]
     assert len(options) > 15
