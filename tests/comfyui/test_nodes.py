@@ -260,9 +260,9 @@ def test_the_plan_is_shown_and_a_budget_picks_cut_and_levers(demo: Any) -> None:
     assert wide.hollowed == asked._replace(cut=0)
     budget = (wide.rows[0].needed - 1) / 2**30
     tight = plan.plan(asked._replace(cut=plan.AUTO), budget, 0, 16, node_id="7")
-    assert tight.hollowed == asked._replace(cut=0, gradient_checkpointing=True)
+    assert tight.hollowed == asked._replace(cut=0, gradient_checkpointing=True, checkpoint_levels=1)
     assert tight.rows[0].fits
-    assert tight.advice.startswith("Taken: cut 0 in fp32, gradient checkpointing, 0.0")
+    assert tight.advice.startswith("Taken: cut 0 in fp32, gradient checkpointing of 1 level, 0.0")
 
 
 def test_what_does_not_fit_is_refused_before_it_starts(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
