@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from hollow_core.cost import inputs
 from hollow_core.dry_run import DryRun
@@ -153,12 +154,19 @@ def train_for_real(model: BaseModel, setting: Setting) -> None:
     store = OneRecord(model, setting)
     unet = model.unet if setting.cut is None else hollow(model.unet, setting.cut, range(setting.samples))
     del model
-    unet.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for tensor in [*unet.parameters(), *unet.buffers()]:
-        tensor.data.normal_(std=0.02, generator=generator)
+    randomize(unet, torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
         train(unet, store.schedule, store, setting.training, folder=Path(folder))
+
+
+def randomize(part: nn.Module, generator: torch.Generator) -> None:
+    """Give an outline random weights, on the CPU."""
+    part.to_empty(device="cpu")
+    for tensor in [*part.parameters(), *part.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data.normal_(std=0.02, generator=generator)
+        else:  # the numbers of a prompt's tokens
+            tensor.data.copy_(torch.arange(tensor.shape[-1]))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ from statistics import median
 import torch
 from PIL import Image
 
+from benchmarks.memory import randomize
 from hollow_core import lora_file
 from hollow_core.blocks import LAYOUTS
 from hollow_core.images import TrainingImage
 from hollow_core.memory import GIB, STAGES, Planner, Setting
 from hollow_core.models import BaseModel, keep_small, outline
-from hollow_core.personalize import Request, personalize
+from hollow_core.personalize import personalize, request_for
 from hollow_core.progress import Progress
 from hollow_core.sample import SampleSettings, sample
 from hollow_core.train import DTYPES, TrainSettings
@@ -94,17 +95,7 @@ def measured(options: argparse.Namespace, setting: Setting) -> dict[str, float]:
 
     side = setting.resolution or outline(options.layout).resolution
     picture = TrainingImage(Image.new("RGB", (side, side), "teal"), None, "", (0, 0, side, side))
-    request = Request(
-        [picture],
-        "dog",
-        cut=setting.cut,
-        samples=setting.samples,
-        base_bits=setting.base_bits,
-        streaming=setting.streaming,
-        stream_middle=setting.stream_middle,
-        tiled_vae=setting.tiled_vae,
-        settings=setting.training,
-    )
+    request = request_for(setting, [picture], "dog")
     moments: list[float] = []
 
     def watch(stage: str, done: Progress) -> None:
@@ -136,12 +127,7 @@ def random_model(layout: str, dtype: torch.dtype) -> BaseModel:
     generator = torch.Generator().manual_seed(0)
     for part in (model.unet, model.vae, *model.text_encoders):
         assert part is not None
-        part.to_empty(device="cpu")
-        for tensor in [*part.parameters(), *part.buffers()]:
-            if tensor.is_floating_point():
-                tensor.data.normal_(std=0.02, generator=generator)
-            else:  # the numbers of a prompt's tokens
-                tensor.data.copy_(torch.arange(tensor.shape[-1]))
+        randomize(part, generator)
     return model
 
 

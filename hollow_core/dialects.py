@@ -43,6 +43,11 @@ class Lora(NamedTuple):
     left_out: tuple[str, ...]
     """Keys that are neither: trained norms and biases, for example."""
 
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Of the layers' first matrices, by which the U-Net is known."""
+        return {f"{module}.lora_A": tuple(layer.down.shape) for module, layer in self.layers.items()}
+
 
 def parse(
     tensors: Mapping[str, Tensor],

@@ -6,7 +6,7 @@ What a hollowed LoRA needs beyond its weights to be sampled on two paths lies in
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,7 +179,7 @@ def read(path: Path, config: Config | None = None) -> tuple[Lora, dict[str, str]
         with safe_open(path, "pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no dict
             metadata = file.metadata() or {}
-            config = config or layout_config(layout_of(metadata, shapes))
+            config = config or config_of(metadata, shapes)
             adapters = _adapters(path, metadata)
             return dialects.parse_lazily(shapes, file.get_tensor, config, adapters, source=str(path)), metadata
     except (OSError, SafetensorError) as error:
@@ -228,17 +228,16 @@ def convert(
             f"{source} holds {lora.left_out[0]}, which is no LoRA and would be lost. Convert one without."
         )
     _check_finite(lora, source)
-    config = config or config_of(lora, metadata)
+    config = config or config_of(metadata, lora.shapes)
     described = describe_converted(metadata, target.stem, layout_name(config))
     return write_dialect(target, lora, config, described, dialect=dialect, zero_pad=zero_pad, dtype=dtype)
 
 
-def config_of(lora: Lora, metadata: Mapping[str, str]) -> Config:
+def config_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] | None = None) -> Config:
     """The config of the U-Net that a LoRA is for: that of its family, SD 1.x, SD 2.x or SDXL.
 
-    Raises HollowError where neither the shapes nor the metadata tell.
+    Raises HollowError where neither the metadata nor the shapes of the tensors tell.
     """
-    shapes = {f"{module}.lora_A": tuple(layer.down.shape) for module, layer in lora.layers.items()}
     return layout_config(layout_of(metadata, shapes))
 
 

@@ -162,6 +162,7 @@ class Planner:
         known = self._outline()
         self.stages = STAGES if known.vae is not None else ("precompute", "train")
         self.road = [stage for stage in ROAD if stage in self.stages]
+        self._unet = known.unet
         self.config, self.resolution = known.unet.config, known.resolution
         self._pixels = known.resolution // self.config.sample_size  # a side of a latent
 
@@ -191,14 +192,12 @@ class Planner:
 
     def cuts(self) -> list[int]:
         """Those worth a look: they leave at least 15 % of the U-Net, as the paper's do, and attention in it."""
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(self.config)
         every = layers(self.config)
 
         def is_worthwhile(cut: int) -> bool:
             hollowed = hollowed_layers(self.config, cut)
             attention = any(layer.kind == "RA" and layer not in hollowed for layer in every)
-            return attention and removed_fraction(unet, cut) <= 0.85
+            return attention and removed_fraction(self._unet, cut) <= 0.85
 
         return [cut for cut in range(max_cut(self.config) + 1) if is_worthwhile(cut)]
 
@@ -224,8 +223,10 @@ class Planner:
         streamed = [replace(resident[-1], streaming=True)]
         cuts = (None, *self.cuts()) if cuts is None else cuts
         for ways, cut in product((resident, streamed), cuts):
-            settings = [self.eased(replace(way, cut=cut), budget) for way in ways]
-            for tried in settings if self._fits(settings[-1], budget) else []:
+            settings = [replace(way, cut=cut) for way in ways]
+            if not self._fits(self.eased(settings[-1], budget), budget):  # the smallest of them
+                continue
+            for tried in (self.eased(setting, budget) for setting in settings):
                 if self._fits(tried, budget):
                     return Fit(self.predict(tried), _gave_up(tried, resident[0]))
         least = [replace(streamed[0], cut=cut, tiled_vae=True, stream_middle=False) for cut in cuts]

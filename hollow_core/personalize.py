@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,6 +72,16 @@ class Request:
     """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others'."""
     thumbnail: bool = False
     """Whether the LoRA file shows the first picture, small, to tools that list files."""
+
+
+_PLANNED = ("cut", "samples", "class_images", "store_dtype", "base_bits", "streaming", "stream_middle", "tiled_vae")
+"""What of a `Request` its `Setting` has, too, by the same names."""
+
+
+def request_for(setting: Setting, images: Sequence[TrainingImage], class_word: str, **others: Any) -> Request:
+    """The request whose memory `setting` plans, for pictures of its resolution; `others` are the rest of `Request`."""
+    planned = {name: getattr(setting, name) for name in _PLANNED}
+    return Request(images, class_word, settings=setting.training, **planned, **others)
 
 
 @dataclass(frozen=True)
@@ -267,16 +278,8 @@ def _check(request: Request) -> None:
 
 def _setting(request: Request, examples: Sequence[Example]) -> Setting:
     """The request as its memory is planned for; a side of a latent counts as 8 pixels."""
-    return Setting(
-        cut=request.cut,
-        resolution=8 * examples[0].latents.shape[-1],
-        samples=request.samples,
-        store_dtype=request.store_dtype,
-        base_bits=request.base_bits,
-        streaming=request.streaming,
-        stream_middle=request.stream_middle,
-        training=request.settings,
-    )
+    planned = {name: getattr(request, name) for name in _PLANNED}
+    return Setting(resolution=8 * examples[0].latents.shape[-1], training=request.settings, **planned)
 
 
 def _prompt(request: Request, image: TrainingImage | None) -> str:

@@ -98,7 +98,7 @@ def scale_file(
     lora, metadata = read(source, config)
     if lora.left_out:
         raise HollowError(f"{source} holds {lora.left_out[0]}, which is no LoRA and would be lost. Scale one without.")
-    config = config or config_of(lora, metadata)
+    config = config or config_of(metadata, lora.shapes)
     factors = parse_block_weights(text, config)
     scaled = lora._replace(layers=scale(lora.layers, factors), text=scale(lora.text, factors))
     described = describe_converted(metadata, target.stem, layout_name(config))

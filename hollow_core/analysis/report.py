@@ -147,7 +147,7 @@ def analyze_files(
     analyses: list[Analysis] = []
     for number, path in enumerate(paths):
         lora, metadata = read(path, config)
-        own = config or config_of(lora, metadata)
+        own = config or config_of(metadata, lora.shapes)
         if analyses and own != analyses[0].config:
             raise HollowError(f"{path} is for another base model than {paths[0]}. Analyze them one by one.")
         recipe = recipe_of(metadata)

@@ -82,7 +82,7 @@ def train(
     from ..images import load_images
     from ..memory import Planner, Setting
     from ..meter import free_bytes
-    from ..personalize import Request, personalize
+    from ..personalize import personalize, request_for
     from ..prompts import personal_prompt
     from ..remedy import check_fits
     from ..selective import count_by_time
@@ -113,35 +113,28 @@ def train(
         zo_queries=zo_queries,
         zo_timesteps=zo_timesteps,
     )
-    chosen = device_of(device)
-    if chosen.startswith("cuda"):  # main memory can be swapped; a GPU's is there or it is not
-        planner = Planner(str(model))
-        planned = Setting(
-            cut=None if cut < 0 else cut,
-            resolution=resolution,
-            samples=samples,
-            class_images=class_images,
-            base_bits=bits_of(base_bits),
-            streaming=stream,
-            stream_middle=stream_middle,
-            tiled_vae=tiled_vae,
-            training=settings,
-        )
-        check_fits(planner, planned, free_bytes(torch.device(chosen)), planner.road)
-    loaded = [load_model(model, precision, prediction_type)]  # its pop hands over the only reference
-    side = loaded[0].resolution if resolution is None else resolution
-    request = Request(
-        images=load_images(images, side),
-        class_word=subject,
-        identifier=identifier,
+    setting = Setting(
         cut=None if cut < 0 else cut,
+        resolution=resolution,
         samples=samples,
         class_images=class_images,
         base_bits=bits_of(base_bits),
         streaming=stream,
         stream_middle=stream_middle,
         tiled_vae=tiled_vae,
-        settings=settings,
+        training=settings,
+    )
+    chosen = device_of(device)
+    if chosen.startswith("cuda"):  # main memory can be swapped; a GPU's is there or it is not
+        planner = Planner(str(model))
+        check_fits(planner, setting, free_bytes(torch.device(chosen)), planner.road)
+    loaded = [load_model(model, precision, prediction_type)]  # its pop hands over the only reference
+    side = loaded[0].resolution if resolution is None else resolution
+    request = request_for(
+        setting,
+        load_images(images, side),
+        subject,
+        identifier=identifier,
         low_resolution=low_resolution,
         thumbnail=thumbnail,
     )

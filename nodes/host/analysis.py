@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import comfy.lora
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -13,13 +12,13 @@ from ...hollow_core.analysis.base_weights import BaseWeights
 from ...hollow_core.analysis.block_weights import parse_block_weights, scale
 from ...hollow_core.analysis.figures import figures
 from ...hollow_core.analysis.report import Analysis, analyze
-from ...hollow_core.blocks import Config, layout_config, to_ldm
+from ...hollow_core.blocks import Config, to_ldm
 from ...hollow_core.errors import HollowError
-from ...hollow_core.lora_file import config_of, layout_of, read, recipe_of
+from ...hollow_core.lora_file import config_of, read, recipe_of
 from ...hollow_core.models import layout_name
 from ..handles import HollowLora
 from .files import matching_loras
-from .unet import PREFIX, unet_config
+from .unet import PREFIX, patched, unet_config
 
 
 def analyses_of(lora: HollowLora | None, model: ModelPatcher | None, files: str) -> list[Analysis]:
@@ -35,7 +34,7 @@ def analyses_of(lora: HollowLora | None, model: ModelPatcher | None, files: str)
         found.append(analyze(name, parsed(lora, config).layers, _config(lora, config), cut=lora.recipe.cut, base=base))
     for path in paths:
         content, metadata = read(path, config)
-        own, recipe = config or config_of(content, metadata), recipe_of(metadata)
+        own, recipe = config or config_of(metadata, content.shapes), recipe_of(metadata)
         cut = None if recipe is None else recipe.cut
         found.append(analyze(path.stem, content.layers, own, cut=cut, base=base, text_layers=len(content.text)))
         if own != found[0].config:
@@ -71,20 +70,16 @@ def parsed(lora: HollowLora, config: Config | None) -> dialects.Lora:
 
 def base_weights(model: ModelPatcher) -> BaseWeights:
     """The MODEL's weights one by one, as the graph's patches leave them."""
-    patched: Mapping[str, Any] = model.get_key_patches(PREFIX)
+    patches: Mapping[str, Any] = model.get_key_patches(PREFIX)
     config = unet_config(model)
 
     def weight(module: str) -> Tensor:
         key = f"{PREFIX}{to_ldm(config, module)}.weight"
-        (own, convert), *patches = patched[key]
-        whole = convert(own, inplace=False) if convert is not None else own
-        if patches:
-            whole = comfy.lora.calculate_weight(patches, whole.to(torch.float32, copy=True), key)
-        return whole.cpu()
+        return patched(key, patches[key]).cpu()
 
     return weight
 
 
 def _config(lora: HollowLora, config: Config | None) -> Config:
     shapes = {key: tuple(tensor.shape) for key, tensor in lora.state.items()}
-    return config or layout_config(layout_of(lora.metadata, shapes))
+    return config or config_of(lora.metadata, shapes)

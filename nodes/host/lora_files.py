@@ -6,10 +6,10 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...hollow_core import dialects, lora_file
-from ...hollow_core.blocks import Config, layout_config
+from ...hollow_core.blocks import Config
 from ...hollow_core.errors import HollowError
 from ...hollow_core.files import read_safetensors
-from ...hollow_core.lora_metadata import layout_of, recipe_of, thumbnail
+from ...hollow_core.lora_metadata import recipe_of, thumbnail
 from ...hollow_core.models import layout_name
 from ..handles import HollowLora
 from .files import known_lora, lora_path
@@ -52,7 +52,7 @@ def load(name: str) -> HollowLora:
     if recipe is None:
         raise HollowError(f"{path.name} was not trained by Hollow. Use it with ComfyUI's own LoRA loader.")
     if not all(key.startswith("lora_unet_") for key in state):
-        config = layout_config(layout_of(metadata, {key: tensor.shape for key, tensor in state.items()}))
+        config = lora_file.config_of(metadata, {key: tensor.shape for key, tensor in state.items()})
         lora, _ = lora_file.read(path, config)
         state = dialects.spell(lora.layers, {}, config, "kohya", ldm=layout_name(config) == "sdxl")
     return HollowLora(state, recipe, metadata)
@@ -68,6 +68,6 @@ def _config(lora: HollowLora, model: ModelPatcher | None) -> Config | None:
     if model is not None:
         return unet_config(model)
     try:
-        return layout_config(layout_of(lora.metadata))
+        return lora_file.config_of(lora.metadata)
     except HollowError:
         return None

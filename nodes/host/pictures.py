@@ -13,5 +13,5 @@ def to_image(picture: Image.Image) -> Tensor:
 
 def to_picture(image: Tensor) -> Image.Image:
     """The first picture of an IMAGE (batch, height, width, 3)."""
-    pixels = (image[0, ..., :3] * 255).round().clamp(0, 255).to("cpu", torch.uint8).contiguous()
-    return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), bytes(pixels.flatten().tolist()))
+    pixels = (image[0, ..., :3] * 255).round().clamp(0, 255).to("cpu", torch.uint8)
+    return Image.fromarray(pixels.numpy())

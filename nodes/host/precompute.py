@@ -15,11 +15,9 @@ from ..handles import HollowActivations, HollowedModel
 from .conditioning import Conditionings, identifier_of, text_of, to_conditioning
 from .files import store_folder
 from .memory import alone_on_device, clear_device, free_bytes
-from .plan import planner_of, setting_of
+from .plan import PIXELS, planner_of, setting_of
 from .progress import NodeProgress
 from .unet import frozen_unet, noise_schedule
-
-PIXELS = 8  # a latent's width and height in pixels; only SDXL is told the size
 
 
 def precompute(

@@ -13,15 +13,12 @@ from torch import Tensor
 from ...hollow_core.scores import Scorers, load
 from .files import inside
 from .memory import clear_device
+from .pictures import to_picture
 
 
 def to_pictures(images: Sequence[Tensor]) -> list[Image.Image]:
     """IMAGEs (batch, height, width, 3) in 0…1 as RGB pictures."""
-    return [
-        Image.fromarray(picture.clamp(0, 1).mul(255).round().byte().cpu().numpy())
-        for batch in images
-        for picture in batch[..., :3]
-    ]
+    return [to_picture(image) for batch in images for image in batch.split(1)]
 
 
 @contextmanager

@@ -103,17 +103,23 @@ def diffusers_unet(model: ModelPatcher) -> Any:
 
     config, dtype = unet_config(model), base_dtype(model)
     weights: dict[str, Tensor] = {}
-    for key, ((weight, convert), *patches) in model.get_key_patches(PREFIX).items():
+    for key, patches in model.get_key_patches(PREFIX).items():
         if key.endswith((".scale_weight", ".scale_input", ".scaled_fp8")):
             continue
-        whole = convert(weight, inplace=False) if convert is not None else weight
-        if patches:
-            whole = comfy.lora.calculate_weight(patches, whole.to(torch.float32, copy=True), key)
-        weights[from_ldm(config, key.removeprefix(PREFIX))] = _ordinary(whole.to(dtype))
+        weights[from_ldm(config, key.removeprefix(PREFIX))] = _ordinary(patched(key, patches).to(dtype))
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
     unet.load_state_dict(weights, assign=True)
     return unet.eval().requires_grad_(False)
+
+
+def patched(key: str, patches: list[Any]) -> Tensor:
+    """One of the MODEL's weights as the graph leaves it; `patches` are what `get_key_patches` has for its `key`."""
+    (weight, convert), *rest = patches
+    whole: Tensor = convert(weight, inplace=False) if convert is not None else weight
+    if rest:
+        whole = comfy.lora.calculate_weight(rest, whole.to(torch.float32, copy=True), key)
+    return whole
 
 
 def noise_schedule(model: ModelPatcher) -> Any:
