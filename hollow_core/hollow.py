@@ -7,7 +7,7 @@ in views made afterwards.)
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,11 @@ class Conditioning(NamedTuple):
             return {"encoder_hidden_states": self.encoder_hidden_states}
         added = {"text_embeds": self.text_embeds, "time_ids": self.time_ids}
         return {"encoder_hidden_states": self.encoder_hidden_states, "added_cond_kwargs": added}
+
+    @classmethod
+    def batch(cls, prompts: "Sequence[Conditioning]") -> "Conditioning":
+        """Several prompts of as many tokens in one batch."""
+        return cls._make(None if parts[0] is None else torch.cat(parts) for parts in zip(*prompts, strict=True))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
         """The same conditioning elsewhere; None leaves device or dtype as it is."""

@@ -78,6 +78,7 @@ class Setting:
             [
                 training.precision,
                 *([f"gradient checkpointing{_levels(training)}"] if training.gradient_checkpointing else []),
+                *([f"{training.together} records at once"] if training.together > 1 else []),
                 *([f"{self.base_bits}-bit base"] if self.base_bits else []),
                 *(["streaming"] if self.streaming else []),
                 *(["streamed middle"] if self.stream_middle else []),
@@ -128,6 +129,7 @@ class Prediction:
             "fused_backward": training.fused_backward,
             "rank": training.rank,
             "batch": training.batch,
+            "together": training.together,
             "bytes": self.bytes,
             "stages": {name: {"total": peak.total, **peak.bytes} for name, peak in self.stages.items()},
             "store_bytes": self.store_bytes,
@@ -276,6 +278,9 @@ class Planner:
                 old = setting.training
                 training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets)
         setting = replace(setting, resolution=setting.resolution or self.resolution, training=training)
+        if training.together > 1 and setting.class_images and training.prior_weight > 0:
+            # records of the prior are like any others
+            setting = replace(setting, training=replace(training, batch=2 * training.batch))
         if stage == "encode":
             setting = replace(setting, cut=None, class_images=min(setting.class_images, 1))
             if not setting.class_images:  # without the U-Net
@@ -323,11 +328,12 @@ def _ways(setting: Setting, precisions: tuple[Precision, ...], depth: int) -> li
     """From the fastest to the smallest, without streaming unless it is asked for; the U has `depth` levels."""
     ways = [replace(setting, training=replace(setting.training, precision=each)) for each in precisions]
     smallest = min(ways, key=lambda way: DTYPES[way.training.precision].itemsize)
-    recompute = replace(smallest.training, gradient_checkpointing=True)
+    one_by_one = replace(smallest, training=replace(smallest.training, together=1))
+    recompute = replace(one_by_one.training, gradient_checkpointing=True)
     levels = (*range(1, depth), None) if not setting.training.gradient_checkpointing else (recompute.checkpoint_levels,)
     checkpointing = [replace(smallest, training=replace(recompute, checkpoint_levels=number)) for number in levels]
     quantized = replace(checkpointing[-1], base_bits=setting.base_bits or 8)
-    return list(dict.fromkeys([*ways, *checkpointing, quantized]))
+    return list(dict.fromkeys([*ways, one_by_one, *checkpointing, quantized]))
 
 
 def _levels(training: TrainSettings) -> str:
@@ -342,6 +348,8 @@ def _gave_up(setting: Setting, first: Setting) -> tuple[str, ...]:
         given.append(f"the middle of the U-Net (cut {setting.cut})")
     if training.precision != first.training.precision:
         given.append(f"{first.training.precision} for {training.precision}")
+    if training.together != first.training.together:
+        given.append(f"the speed of {first.training.together} records at once")
     if training.gradient_checkpointing != first.training.gradient_checkpointing:
         given.append(f"the time to compute activations twice (gradient checkpointing{_levels(training)})")
     if setting.base_bits != first.base_bits:
@@ -393,12 +401,12 @@ def _precompute(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
 
 
 def _train(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
-    """The first steps of `train`, with two records at most: more are no more memory."""
+    """The first steps of `train`, with two parts of the records at most: more are no more memory."""
     training = setting.training
     unet = model.unet if setting.cut is None else hollow(model.unet, setting.cut, range(setting.samples))
     store = OneRecord(model, setting)
     del model
-    few = replace(training, batch=min(training.batch, 2), save_every=0)
+    few = replace(training, batch=min(training.batch, 2 * training.together), save_every=0)
 
     def stop_there(done: Progress) -> None:
         if done.step == _passes(setting):

@@ -82,8 +82,12 @@ def _smaller(
     """Settings that need less, from those that cost least on, and what they take in words."""
     words: list[str] = []
     yield words, setting
+    if "train" in stages and setting.training.together > 1:
+        words = ["one record at once"]
+        setting = replace(setting, training=replace(setting.training, together=1))
+        yield words, setting
     if "train" in stages and not setting.training.gradient_checkpointing:
-        words = ["gradient checkpointing"]
+        words = [*words, "gradient checkpointing"]
         setting = replace(setting, training=replace(setting.training, gradient_checkpointing=True))
         yield words, setting
     if setting.base_bits is None and not going_on:

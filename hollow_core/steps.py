@@ -10,24 +10,25 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from .activations import Record
-from .hollow import Conditioning
+from .hollow import Conditioning, HollowedUNet
 
-Loss = Callable[[int], Tensor]  # of the record with this index: a scalar
+Part = Sequence[tuple[int, float]]  # records that pass the U-Net together, each with its weight
+Loss = Callable[[Part], Tensor]  # Σ weight · loss(record) over a part: a scalar
 
 
 class Step(Protocol):
-    """A way to find the gradient of Σ weight · loss(record): adds it to `.grad` of the parameters."""
+    """A way to find the gradient of the loss over all parts: adds it to `.grad` of the parameters."""
 
-    def __call__(self, loss: Loss, weighted: Sequence[tuple[int, float]], scale: float = 1.0) -> float:
-        """`weighted` holds (record, weight); the gradient is `scale` times as large. Returns the sum."""
+    def __call__(self, loss: Loss, parts: Sequence[Part], scale: float = 1.0) -> float:
+        """The gradient is `scale` times as large. Returns the sum of the parts' losses."""
         ...
 
 
-def backpropagate(loss: Loss, weighted: Sequence[tuple[int, float]], scale: float = 1.0) -> float:
-    """A `Step` that goes backward after each record: the peak of memory is one record's at any batch size."""
+def backpropagate(loss: Loss, parts: Sequence[Part], scale: float = 1.0) -> float:
+    """A `Step` that goes backward after each part: the peak of memory is one part's, however many there are."""
     total = 0.0
-    for record, weight in weighted:
-        term = weight * loss(record)
+    for part in parts:
+        term = loss(part)
         (scale * term).backward()
         total += term.item()
     return total
@@ -56,14 +57,14 @@ class ZerothOrder:
     """Directions z that are averaged, two forward passes each; two are ZOODiP's."""
 
     @torch.no_grad()
-    def __call__(self, loss: Loss, weighted: Sequence[tuple[int, float]], scale: float = 1.0) -> float:
+    def __call__(self, loss: Loss, parts: Sequence[Part], scale: float = 1.0) -> float:
         """As `Step` says, with the mean of all L⁺ and L⁻ for the sum; θ is untouched also if `loss` raises."""
         before = [parameter.clone() for parameter in self.parameters]
 
         def loss_at(query: int, distance: float) -> float:
             for parameter, start, z in zip(self.parameters, before, self._directions(query), strict=True):
                 parameter.copy_(start).add_(z, alpha=distance)
-            return sum(weight * loss(record).item() for record, weight in weighted)
+            return sum(loss(part).item() for part in parts)
 
         try:
             losses = [(loss_at(query, self.epsilon), loss_at(query, -self.epsilon)) for query in range(self.queries)]
@@ -87,36 +88,47 @@ class ZerothOrder:
             yield torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=parameter.dtype)
 
 
-def record_loss(
+def record_losses(
     unet: UNet2DConditionModel,
     schedule: DDPMScheduler,
-    record: Record,
-    latents: Tensor,
-    conditioning: Conditioning,
+    records: Sequence[Record],
+    inputs: Sequence[tuple[Tensor, Conditioning]],
     *,
     snr_gamma: float | None = None,
-) -> Tensor:
-    """‖ε − ε_θ(z_t, t, E_T(P))‖² of one record (Hollowed Net, Eq. 1; of a prior record Eq. 2), a scalar.
+) -> list[Tensor]:
+    """‖ε − ε_θ(z_t, t, E_T(P))‖² of each record (Hollowed Net, Eq. 1; of a prior record Eq. 2), all of them in one
+    pass of the U-Net.
 
-    The mean over the latents (1, 4, height, width), in float32; under v-prediction of v in place of ε.
-    `snr_gamma` turns on `min_snr_weight`. The U-Net is hollowed if the record has an exit activation.
+    `inputs` are each record's latents (1, 4, height, width), all of one size, and prompt, all of as many tokens. A
+    loss is the mean over the latents, in float32; under v-prediction of v in place of ε. `snr_gamma` turns on
+    `min_snr_weight`. The U-Net is hollowed if the records have exit activations.
     """
-    noisy, noise = record.noisy(schedule, latents)
-    prediction = predict(unet, record, noisy, conditioning)
-    target = training_target(schedule, record.timestep, latents.float(), noise)
-    loss = F.mse_loss(prediction, target.to(prediction.device))
-    return loss if snr_gamma is None else min_snr_weight(schedule, record.timestep, snr_gamma) * loss
+    noised = [record.noisy(schedule, latents) for record, (latents, _) in zip(records, inputs, strict=True)]
+    prompts = Conditioning.batch([conditioning for _, conditioning in inputs])
+    predictions = predict(unet, records, torch.cat([noisy for noisy, _ in noised]), prompts)
+    losses = []
+    for record, (latents, _), (_, noise), prediction in zip(records, inputs, noised, predictions.split(1), strict=True):
+        target = training_target(schedule, record.timestep, latents.float(), noise)
+        loss = F.mse_loss(prediction, target.to(prediction.device))
+        weight = 1.0 if snr_gamma is None else min_snr_weight(schedule, record.timestep, snr_gamma)
+        losses.append(weight * loss)
+    return losses
 
 
-def predict(unet: UNet2DConditionModel, record: Record, noisy: Tensor, conditioning: Conditioning) -> Tensor:
-    """What the U-Net makes of `noisy` latents (1, 4, height, width) at a record's time step and exit; in float32."""
+def predict(unet: UNet2DConditionModel, records: Sequence[Record], noisy: Tensor, conditioning: Conditioning) -> Tensor:
+    """What the U-Net makes of `noisy` latents (batch, 4, height, width) at the records' time steps and exits; in
+    float32."""
     weight = unet.conv_in.weight
-    exit_activation = {} if record.exit_activation is None else {"exit_activation": record.exit_activation}
+    exits = [record.exit_activation for record in records if record.exit_activation is not None]
+    # a hollowed U-Net looks time steps up, which needs their numbers
+    timesteps = torch.tensor(
+        [record.timestep for record in records], device="cpu" if isinstance(unet, HollowedUNet) else weight.device
+    )
     prediction: Tensor = unet(
         noisy.to(weight.device, weight.dtype),
-        record.timestep,
+        timesteps,
         **conditioning.to(weight.device, weight.dtype).kwargs(),
-        **exit_activation,
+        **({"exit_activation": torch.cat(exits)} if exits else {}),
     ).sample
     return prediction.float()
 

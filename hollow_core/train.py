@@ -18,7 +18,7 @@ from .lora import ATTENTION, add_lora, load_lora_state, lora_parameters, lora_st
 from .optimizer import Optimizer, OptimizerName
 from .progress import Clock, Stop, Watch
 from .selective import Probability, Strategy, Taken, choices, falling, heat_map, taken
-from .steps import Step, ZerothOrder, backpropagate, record_loss
+from .steps import Part, Step, ZerothOrder, backpropagate, record_losses
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -51,6 +51,9 @@ class TrainSettings:
     least 4096 numbers."""
     batch: int = 1
     """Image records a step; as many of the prior come on top. Costs time, not memory."""
+    together: int = 1
+    """How many of a step's records pass the U-Net at once, as a batch: faster where the GPU is not busy with one, for
+    the memory of so many."""
     prior_weight: float = 1.0
     """How much the prior-preservation loss (Eq. 2) counts if the store has prior records; 0 leaves it out."""
     snr_gamma: float | None = None
@@ -95,7 +98,7 @@ class TrainSettings:
     @property
     def fixed(self) -> dict[str, Any]:
         """Those that may not change when a run goes on; the others do not change what a step does."""
-        free = {"save_every", "gradient_checkpointing", "checkpoint_levels", "fused_backward"}
+        free = {"save_every", "together", "gradient_checkpointing", "checkpoint_levels", "fused_backward"}
         if self.strategy != "selective":  # whose steps know how far the training is
             free |= {"steps", "selective_gamma", "probability"}
         if self.strategy == "bp":
@@ -121,6 +124,7 @@ class TrainSettings:
             ("weight_decay", 0 <= self.weight_decay < math.inf, "It must be 0 or more."),
             ("optimizer", self.optimizer in get_args(OptimizerName), "Choose adamw or adamw8bit."),
             ("batch", self.batch >= 1, "It must be at least 1."),
+            ("together", self.together >= 1, "It must be at least 1."),
             ("prior_weight", 0 <= self.prior_weight < math.inf, "It must be 0 or more."),
             ("snr_gamma", self.snr_gamma is None or 0 < self.snr_gamma < math.inf, positive),
             ("max_grad_norm", self.max_grad_norm > 0, positive),
@@ -248,10 +252,11 @@ def train(
     )
     trained_on = [record for choice in islice(ahead, len(losses)) for record in taken(store, choice)]
 
-    def loss_of(index: int) -> Tensor:
-        record = store.record(index)
-        latents, conditioning = store.inputs(record.image)
-        return record_loss(unet, schedule, record, latents, conditioning, snr_gamma=settings.snr_gamma)
+    def loss_of(part: Part) -> Tensor:
+        records = [store.record(index) for index, _ in part]
+        inputs = [store.inputs(record.image) for record in records]
+        losses = record_losses(unet, schedule, records, inputs, snr_gamma=settings.snr_gamma)
+        return torch.stack([weight * loss for (_, weight), loss in zip(part, losses, strict=True)]).sum()
 
     def save() -> None:
         moments = {way: optimizer.state() for way, optimizer in optimizers.items()}
@@ -266,7 +271,7 @@ def train(
             stopped = "stop"
             break
 
-        # the gradient, one record at a time, backwards or from forwards alone
+        # the gradient, a part of the records at a time, backwards or from forwards alone
         choice = next(ahead)
         forward_only = choice.kind == "zo-high"
         zeroth_order = ZerothOrder(parameters, choice.seed, settings.zo_epsilon, settings.zo_queries)
@@ -275,7 +280,7 @@ def train(
         before = lora_state(unet)
         try:
             with optimizer.watching():
-                loss = step(loss_of, choice.weighted, loss_scale)
+                loss = step(loss_of, _parts(store, choice.weighted, settings.together), loss_scale)
         except torch.cuda.OutOfMemoryError:
             if not optimizer.begun:  # half an update is none to go on from
                 save()
@@ -313,6 +318,19 @@ def train(
     else:
         load_lora_state(unet, good, settings.lora_alpha)
     return TrainResult(lora_state(unet), losses, stopped, trained_on)
+
+
+def _parts(store: Store, weighted: Part, together: int) -> list[Part]:
+    """`weighted` in order, in parts of up to so many neighbours whose pictures and prompts are of one size."""
+    parts: list[list[tuple[int, float]]] = []
+    sizes = None
+    for index, weight in weighted:
+        latents, conditioning = store.inputs(store.records[index].image)
+        before, sizes = sizes, (latents.shape, conditioning.encoder_hidden_states.shape)
+        if sizes != before or len(parts[-1]) == together:
+            parts.append([])
+        parts[-1].append((index, weight))
+    return list(parts)
 
 
 def checkpoint_activations(unet: UNet2DConditionModel, levels: int | None = None) -> None:

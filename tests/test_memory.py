@@ -244,6 +244,22 @@ def test_a_budget_takes_the_fastest_way_that_fits(tiny: Planner, table: dict[int
     assert half.gave_up[0] == "fp32 for bf16"
 
 
+def test_records_that_pass_together_need_more_and_are_given_up_first(tiny: Planner) -> None:
+    def setting(batch: int, together: int, class_images: int = 0) -> Setting:
+        training = replace(SMALL.training, batch=batch, together=together)
+        return replace(SMALL, class_images=class_images, training=training)
+
+    peaks = {pair: tiny.peak("train", setting(*pair)).bytes for pair in [(4, 1), (4, 2), (4, 4), (4, 64)]}
+    activations = [peak["activations"] for peak in peaks.values()]
+    assert activations[0] * 1.5 < activations[1]
+    assert activations[1] * 1.5 < activations[2] == activations[3]  # there are no more than four
+    assert tiny.peak("train", setting(2, 4, class_images=2)).bytes == peaks[4, 4]  # two are of the class
+    fit = tiny.fit(tiny.predict(setting(4, 4)).bytes - 1, setting(4, 4), precisions=["fp32"], cuts=[2])
+    assert fit.prediction.setting.training.together == 1
+    assert not fit.prediction.setting.training.gradient_checkpointing
+    assert fit.gave_up[-1] == "the speed of 4 records at once"
+
+
 def test_refusals_are_sentences(tiny: Planner, folder: Path) -> None:
     smallest = (
         "the smallest, .* in bf16, gradient checkpointing, 8-bit base, streaming, tiled VAE, needs .* GiB, in its stage"

@@ -74,6 +74,11 @@ def test_the_lever_that_costs_least_of_those_that_do_is_named(planner: Planner, 
     assert then == pytest.approx(enough / GIB, abs=0.01)
 
 
+def test_records_at_once_are_the_first_to_go(planner: Planner) -> None:
+    one, four = (replace(SETTING, training=replace(SETTING.training, batch=4, together=n)) for n in (1, 4))
+    assert advice(planner, ["train"], four, needs(planner, ["train"], one)).startswith("Take one record at once:")
+
+
 def test_where_nothing_helps_the_smallest_is_named(planner: Planner) -> None:
     said = r"Even cut \d in fp32, gradient checkpointing, streaming needs 0.0\d GiB: close what else uses the memory"
     with pytest.raises(HollowError, match=said):

@@ -11,7 +11,7 @@ from hollow_core.activations import Record
 from hollow_core.hollow import head, hollow
 from hollow_core.lora import add_lora, lora_parameters
 from hollow_core.precompute import run_to_exit
-from hollow_core.steps import backpropagate, min_snr_weight, record_loss, training_target
+from hollow_core.steps import backpropagate, min_snr_weight, record_losses, training_target
 from hollow_core.train import checkpoint_activations
 
 CUT = 2
@@ -19,6 +19,10 @@ CUT = 2
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def record_loss(unet, schedule, record, latents, personal, **options):
+    return record_losses(unet, schedule, [record], [(latents, personal)], **options)[0]
 
 
 def gradients(parameters):
@@ -125,10 +129,12 @@ def test_accumulated_records_have_the_gradient_of_one_batch(problem):
     hollowed = hollow(unet, CUT)
     parameters = lora_parameters(hollowed)
 
-    def loss_of(index):
-        return record_loss(hollowed, schedule, records[index], examples[index].latents, examples[index].personal)
+    def loss_of(part):
+        [(index, weight)] = part
+        example = examples[index]
+        return weight * record_loss(hollowed, schedule, records[index], example.latents, example.personal)
 
-    accumulated = backpropagate(loss_of, [(0, 0.5), (1, 0.5)], scale=4.0)
+    accumulated = backpropagate(loss_of, [[(0, 0.5)], [(1, 0.5)]], scale=4.0)
     one_by_one = gradients(parameters)
 
     noisy, noise = map(torch.cat, zip(*(r.noisy(schedule, examples[r.image].latents) for r in records), strict=True))
@@ -141,8 +147,12 @@ def test_accumulated_records_have_the_gradient_of_one_batch(problem):
     loss = (predicted - noise).square().mean()
     loss.backward()
     assert accumulated == pytest.approx(loss.item(), rel=1e-5)
-    for mine, batched in zip(one_by_one, gradients(parameters), strict=True):
+    expected = gradients(parameters)
+    inputs = [(example.latents, example.personal) for example in examples]
+    sum(record_losses(hollowed, schedule, records, inputs)).backward()
+    for mine, together, batched in zip(one_by_one, gradients(parameters), expected, strict=True):
         torch.testing.assert_close(mine, 4 * batched, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(together, 2 * batched, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("levels", "inner"), [(None, 2), (1, 1)])

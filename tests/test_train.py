@@ -19,6 +19,7 @@ from tiny_training import (
     tiny_examples,
     tiny_schedule,
 )
+from tiny_unets import make_tiny_conditioning
 
 from hollow_core.errors import HollowError
 from hollow_core.hollow import hollow
@@ -82,6 +83,34 @@ def test_first_loss_is_equation_1_plus_the_weighted_prior_of_equation_2(begin, t
     equation_2 = (noise - predicted).square().mean().item()
     assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * equation_2, rel=1e-3)  # the record is in fp16
     assert losses[1.0] - losses[0.0] == pytest.approx(equation_2, rel=1e-3)
+
+
+@pytest.mark.parametrize(("layout", "cut"), [("sd15", None), ("sdxl", 1)])
+def test_records_that_pass_together_give_the_losses_of_one_by_one(begin, tmp_path, layout, cut):
+    """In fewer passes of the U-Net."""
+    settings = replace(FEW, batch=2, snr_gamma=5.0)
+    losses, passes = {}, []
+    for together in (1, 3, 64):
+        unet, schedule, store = begin(layout, cut=cut, samples=8, images=2, priors=2)
+        unet.conv_in.register_forward_hook(lambda *_: passes.append(1))
+        losses[together] = train(
+            unet, schedule, store, replace(settings, together=together), folder=tmp_path / str(together)
+        ).losses
+        assert len(passes) == settings.steps * {1: 4, 3: 2, 64: 1}[together]
+        passes.clear()
+    assert losses[3] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[64] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_records_of_different_sizes_pass_one_after_the_other(tiny_unet, tmp_path):
+    unet, schedule = tiny_unet("sd15"), tiny_schedule()
+    small, large = tiny_examples(unet, 1)[0], tiny_examples(unet, 1, size=16)[0]
+    longer = replace(large, personal=make_tiny_conditioning(unet, tokens=10))
+    store = precompute(unet, schedule, [small, large, longer], tmp_path / "store", cut=None, samples=3)
+    settings = replace(FEW, steps=2, batch=3)
+    one_by_one = train(unet, schedule, store, settings, folder=tmp_path / "one").losses
+    together = train(unet, schedule, store, replace(settings, together=3), folder=tmp_path / "three").losses
+    assert together == one_by_one
 
 
 @pytest.mark.parametrize("layout", ["sd21", "sdxl"])

@@ -93,6 +93,10 @@ CheckpointLevels = Annotated[
 StreamMiddle = Annotated[
     bool, typer.Option(help="The same for the middle alone, while precomputing: then it takes no more than training.")
 ]
+Together = Annotated[
+    int,
+    typer.Option(help="How many of a step's records pass the U-Net at once: faster, for the memory of so many."),
+]
 TiledVae = Annotated[
     bool,
     typer.Option(help="Encode and decode pictures in overlapping tiles of half the side: less memory for large ones."),

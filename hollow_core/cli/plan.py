@@ -27,6 +27,7 @@ from .options import (
     Stream,
     StreamMiddle,
     TiledVae,
+    Together,
     bits_of,
 )
 from .watch import quiet, watching
@@ -70,6 +71,7 @@ def plan(
     resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. (default: the model's own)")] = None,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
     batch: Annotated[int, typer.Option(help="Records a step.")] = 1,
+    together: Together = 1,
     samples: Annotated[int, typer.Option(help="Records to precompute.")] = 200,
     class_images: Annotated[int, typer.Option(help="Pictures of the class that the base model draws; 0 does without.")] = 0,
     precision: Annotated[list[Precision] | None, typer.Option(help="Of the base model and the arithmetic; may be given several times. (default: fp32, and bf16 where a budget asks for it)")] = None,
@@ -94,6 +96,7 @@ def plan(
     training = TrainSettings(
         rank=rank,
         batch=batch,
+        together=together,
         gradient_checkpointing=checkpointing,
         checkpoint_levels=checkpoint_levels,
         optimizer=optimizer.value,

@@ -63,7 +63,9 @@ def train(
         clear_device()
         planner, free = planner_of(hollowed.model), partial(free_bytes, hollowed.model)
         latents = [store.inputs(image)[0] for image in range(len(store.fingerprint.kinds))]
-        setting = setting_of(hollowed, latents, settings, len(store.records))
+        setting = replace(
+            setting_of(hollowed, latents, settings, len(store.records)), class_images=len(store.indices("prior"))
+        )
         check_fits(planner, setting, free(), ["train"])
         base = frozen_unet(hollowed, comfy.model_management.get_torch_device())
         unet = hollow(base, hollowed.cut, {record.timestep for record in store.records})

@@ -61,7 +61,7 @@ class Preview:
         from ...hollow_core.steps import predict
 
         noisy, _ = self.record.noisy(self.schedule, self.latents)
-        predicted = predict(self.unet, self.record, noisy, self.conditioning).cpu()
+        predicted = predict(self.unet, [self.record], noisy, self.conditioning).cpu()
         clean = _clean(self.schedule, noisy, predicted, self.record.timestep)
         factors = torch.tensor(self.latent_format.latent_rgb_factors)
         bias = torch.tensor(self.latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
