@@ -383,7 +383,7 @@ def _encode(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
         text = encode_guided(model, prompt, settings)
     with DryRun() as drawing:
         _hold(drawing, model.unet)
-        draw(model, text, 0, settings)
+        draw(model, text, [0], settings)
     return _in_turn(images, prompts, guided, drawing)
 
 
@@ -441,7 +441,7 @@ def _sample(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     with DryRun() as drawing:
         _hold(drawing, model.unet)
         drawing.name("lora", lora_parameters(model.unet))
-        latents = draw(model, text, 0, settings, recipe, generic)
+        latents = draw(model, text, [0], settings, recipe, generic)
     with DryRun() as picture:
         picture.hold("weights", model.vae)
         decode_images(model, [latents])

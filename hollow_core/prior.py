@@ -44,7 +44,7 @@ def class_latents(
             if path in todo:
                 if stop is not None and stop():
                     break
-                drawn = draw(model, texts[prompt], seed * 1_000_003 + index, settings)
+                drawn = draw(model, texts[prompt], [seed * 1_000_003 + index], settings)
                 write_safetensors(path, {"latents": drawn.cpu()}, made_for)
                 if progress is not None:
                     progress(clock(index + 1))
