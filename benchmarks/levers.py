@@ -17,14 +17,12 @@ from pathlib import Path
 from statistics import mean, median, pstdev
 from typing import Any
 
+from benchmarks import held_out
 from hollow_core import lora_file
 from hollow_core.demo import run, world
 from hollow_core.files import read_json, write_json
-from hollow_core.images import load_images
 from hollow_core.personalize import Request, personalize
 from hollow_core.progress import Progress
-
-SEEDS_A_SCENE = 3
 
 LEVERS: dict[str, dict[str, dict[str, Any]]] = {
     "fp32": {},
@@ -51,9 +49,7 @@ def main() -> None:
         for name in arguments.levers:
             rows[name].append(measured(arguments.out, name, subject, quick=arguments.quick))
     write_json(arguments.out / "levers.json", rows)
-    print(
-        "\n| lever | loss | greatest difference of a step's loss | subject score | difference | prompt score | time |"
-    )
+    print("\n| lever | loss | greatest difference of a step's loss | subject score | difference | scene score | time |")
     for name, of in rows.items():
         print(f"| {name} | " + " | ".join(summary(of, rows[first])) + " |")
 
@@ -68,13 +64,13 @@ def summary(rows: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]
         f"{apart:.4f}",
         f"{mean(row['subject'] for row in rows):.3f}",
         f"{mean(more):+.3f} ± {pstdev(more):.3f}",
-        f"{mean(row['prompt'] for row in rows):.3f}",
+        f"{mean(row['scene'] for row in rows):.3f}",
         f"{median(row['seconds_a_step'] / plain['seconds_a_step'] for row, plain in pairs):.2f}",
     ]
 
 
 def measured(out: Path, name: str, subject: int, *, quick: bool) -> dict[str, Any]:
-    """{"losses", "subject", "prompt", "seconds_a_step"} of one lever; read back where it was measured before."""
+    """{"losses", "subject", "scene", "structure", "seconds_a_step"} of one lever; read back if measured before."""
     folder = out / f"subject-{subject}" / name.replace(" ", "-")
     path = folder / "row.json"
     if not path.exists():
@@ -86,9 +82,8 @@ def measured(out: Path, name: str, subject: int, *, quick: bool) -> dict[str, An
 def _measure(
     folder: Path, subject: world.Subject, lever: Mapping[str, Mapping[str, Any]], quick: bool
 ) -> dict[str, Any]:
-    run.write_references(folder / "references", subject)
     request = Request(
-        load_images(folder / "references", world.SIZE),
+        held_out.references(folder / "references", subject),
         subject.kind,
         run.IDENTIFIER,
         run.CUT,
@@ -109,13 +104,9 @@ def _measure(
     assert outcome.file is not None
     assert outcome.result is not None
     base = run.model()
-    scenes = [scene for scene in world.NEW_SCENES for _ in range(SEEDS_A_SCENE)]
-    drawn = run.draw(base, run.called(subject), scenes, lora=lora_file.load(outcome.file, base.unet))
-    subject_score, prompt_score = run.score(drawn, subject, scenes)
     return {
         "losses": outcome.result.losses,
-        "subject": subject_score,
-        "prompt": prompt_score,
+        **held_out.scores(base, subject, lora_file.load(outcome.file, base.unet)),
         "seconds_a_step": median(after - before for before, after in pairwise(moments)),
     }
 

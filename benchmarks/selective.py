@@ -17,16 +17,15 @@ from shutil import copytree
 from statistics import mean, pstdev
 from typing import Any, NamedTuple
 
+from benchmarks import held_out
 from hollow_core import lora_file
-from hollow_core.demo import run, scorers, world
+from hollow_core.demo import run, world
 from hollow_core.files import read_json, write_json
-from hollow_core.images import load_images
 from hollow_core.memory import GIB, Planner, Setting
 from hollow_core.personalize import Request, personalize
 from hollow_core.selective import Probability, Strategy, count_by_time, falling, heat_map
 from hollow_core.train import TrainSettings
 
-SEEDS_A_SCENE = 3
 STEPS = 200
 ZO_LEARNING_RATE = 1e-4
 THREE_QUARTERS = 3 * world.SIZE // 4
@@ -115,7 +114,6 @@ def subject_scores(options: argparse.Namespace, number: int, budget: str) -> dic
     """{way: row} for one subject; read back where it was measured before."""
     folder: Path = options.out / f"subject-{number}"
     subject = world.HELD_OUT[number]
-    run.write_references(folder / "references", subject)
     rows = {}
     for name, way in WAYS.items():
         path, steps = folder / f"{name.replace('/', '_')}, {options.steps} steps.json", options.steps
@@ -142,7 +140,7 @@ def train_and_score(
         zo_learning_rate=options.zo_learning_rate,
     )
     request = Request(
-        load_images(folder.parent / "references", world.SIZE),
+        held_out.references(folder.parent / "references", subject),
         subject.kind,
         run.IDENTIFIER,
         way.cut,
@@ -159,14 +157,9 @@ def train_and_score(
         copytree(folder / "class", of_class)
     assert outcome.file is not None
     assert outcome.result is not None
-    base, judge = run.model(), scorers.load()
-    scenes = list(world.NEW_SCENES) * SEEDS_A_SCENE
-    drawn = run.draw(base, run.called(subject), scenes, lora=lora_file.load(outcome.file, base.unet))
-    subject_score, scene_score = run.score(drawn, subject, scenes)
+    base = run.model()
     return {
-        "subject": round(subject_score, 4),
-        "scene": round(scene_score, 4),
-        "structure": round(judge.class_score(drawn, [subject.kind] * len(drawn)), 4),
+        **held_out.scores(base, subject, lora_file.load(outcome.file, base.unet)),
         "steps": steps,
         "seconds": round(outcome.meter.stages[-1].seconds, 1),
         "by_time": count_by_time(outcome.result.taken),

@@ -1,0 +1,36 @@
+"""The six held-out subjects of the embedded model, drawn in new scenes and scored: what all benchmarks share."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from hollow_core.demo import run, scorers, world
+from hollow_core.images import TrainingImage, load_images
+from hollow_core.lora_file import LoraFile
+from hollow_core.models import BaseModel
+from hollow_core.sample import SampleSettings
+
+SEEDS_A_SCENE = 3
+SCENES = [scene for scene in world.NEW_SCENES for _ in range(SEEDS_A_SCENE)]
+SAMPLING = replace(run.SAMPLING, together=len(SCENES))
+
+
+def references(folder: Path, subject: world.Subject) -> list[TrainingImage]:
+    """The subject's five captioned pictures, by way of `folder`."""
+    run.write_references(folder, subject)
+    return load_images(folder, world.SIZE)
+
+
+def scores(
+    base: BaseModel,
+    subject: world.Subject,
+    lora: LoraFile | None,
+    sampling: SampleSettings = SAMPLING,
+    *,
+    single_path: bool = False,
+) -> dict[str, float]:
+    """Of pictures in four new scenes with three seeds each: how much the embedded scorers see of the subject
+    ("subject") and of the scenes ("scene"), and the reader of its class, whatever its colours ("structure")."""
+    drawn = run.draw(base, run.called(subject), SCENES, sampling, lora=lora, single_path=single_path)
+    subject_score, scene_score = run.score(drawn, subject, SCENES)
+    structure = scorers.load().class_score(drawn, [subject.kind] * len(drawn))
+    return {"subject": round(subject_score, 4), "scene": round(scene_score, 4), "structure": round(structure, 4)}
