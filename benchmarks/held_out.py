@@ -1,7 +1,10 @@
 """The six held-out subjects of the embedded model, drawn in new scenes and scored: what all benchmarks share."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from PIL import Image
 
 from hollow_core.demo import run, scorers, world
 from hollow_core.images import TrainingImage, load_images
@@ -31,6 +34,11 @@ def scores(
     """Of pictures in four new scenes with three seeds each: how much the embedded scorers see of the subject
     ("subject") and of the scenes ("scene"), and the reader of its class, whatever its colours ("structure")."""
     drawn = run.draw(base, run.called(subject), SCENES, sampling, lora=lora, single_path=single_path)
+    return judged(drawn, subject)
+
+
+def judged(drawn: Sequence[Image.Image], subject: world.Subject) -> dict[str, float]:
+    """The scores of pictures of `SCENES`."""
     subject_score, scene_score = run.score(drawn, subject, SCENES)
     structure = scorers.load().class_score(drawn, [subject.kind] * len(drawn))
     return {"subject": round(subject_score, 4), "scene": round(scene_score, 4), "structure": round(structure, 4)}

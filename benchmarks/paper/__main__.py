@@ -1,0 +1,45 @@
+"""`python -m benchmarks.paper --out DIR`: trains what is not trained yet, then writes DIR/RESULTS.md.
+
+Hours on two cores; `--quick` takes minutes and says little. A stopped run goes on, and several may share DIR, best with
+different `--subjects`. Seeds come one after the other, and the ways that most tables need come first.
+"""
+
+import argparse
+from itertools import product
+from pathlib import Path
+
+from tqdm import tqdm
+
+from hollow_core.demo import world
+
+from . import results
+from .figures import Measured
+from .trial import Extent, Trial, base_row, run_trial
+from .ways import QUICK, WAYS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
+    everyone = range(len(world.HELD_OUT))
+    parser.add_argument("--out", type=Path, default=Path("hollow-paper"), help="folder for the results")
+    parser.add_argument("--subjects", type=int, nargs="+", default=everyone, choices=everyone, help="which to train")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each")
+    parser.add_argument("--quick", action="store_true", help="one subject and seed, some of the ways, few steps")
+    parser.add_argument("--report", action="store_true", help="train nothing: write what is there")
+    options = parser.parse_args()
+    ways, extent = (QUICK, Extent(steps=60, distill_steps=20)) if options.quick else (WAYS, Extent())
+    subjects, seeds = ([0], range(1)) if options.quick else (options.subjects, range(options.seeds))
+    extent.keep(options.out)
+    if not options.report:
+        trials = [Trial(options.out, way, subject, seed) for seed, way, subject in product(seeds, ways, subjects)]
+        for trial in tqdm(trials):
+            run_trial(trial, extent)
+    everything = Measured(options.out, ways, everyone, range(options.seeds))
+    known = [subject for subject in everyone if options.report or subject in subjects]
+    for subject in known:
+        base_row(options.out, subject)
+    print(results.write(options.out, everything, extent, known))
+
+
+if __name__ == "__main__":
+    main()

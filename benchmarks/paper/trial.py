@@ -1,0 +1,209 @@
+"""One training of one subject in one way with one seed, and the scores of its pictures in every use."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import held_out
+from hollow_core import lora_file
+from hollow_core.demo import run, world
+from hollow_core.errors import HollowError
+from hollow_core.files import read_json, read_safetensors, write_json, write_safetensors
+from hollow_core.hollow import hollow
+from hollow_core.lora_file import LoraFile, Recipe
+from hollow_core.models import BaseModel, encode_prompt
+from hollow_core.personalize import LORA_FILE, Request, class_prompts, make_examples
+from hollow_core.precompute import Example, precompute
+from hollow_core.prior import class_latents
+from hollow_core.prompts import generic_prompt
+from hollow_core.sample import SampleSettings, sample
+from hollow_core.train import train
+
+from .baselines import distill, finetune, pruned
+from .ways import HOLLOWED, LORA, Way, Wording
+
+REFRESH = (1, 2, 3, 5)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of it all."""
+
+    steps: int = run.SETTINGS.steps
+    distill_steps: int = 500
+
+    def keep(self, out: Path) -> None:
+        """All trials of a folder have one. Raises HollowError where those there have another."""
+        path, told = out / "extent.json", asdict(self)
+        if not path.exists():
+            write_json(path, told)
+        if (begun := read_json(path)) != told:
+            raise HollowError(f"{out} was begun with {begun}, not {told}. Choose another folder.")
+
+
+class Trial(NamedTuple):
+    """A subject to be learned in a way with a seed."""
+
+    out: Path
+    """The benchmark's folder."""
+    way: Way
+    subject: int
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """What it leaves."""
+        return self.out / "trials" / self.way.name / f"seed-{self.seed}" / f"subject-{self.subject}"
+
+    @property
+    def result(self) -> Path:
+        """Its row; the trial is done when it is there."""
+        return self.folder / "row.json"
+
+    def row(self) -> dict[str, dict[str, float]]:
+        """{use: {"subject": …, "scene": …, "structure": …}}."""
+        found: dict[str, dict[str, float]] = read_json(self.result)
+        return found
+
+
+def base_row(out: Path, subject: int) -> dict[str, float]:
+    """Scores of the base model, which knows nothing of the subject."""
+    path = out / "base" / f"subject-{subject}.json"
+    if not path.exists():
+        write_json(path, held_out.scores(run.model(), world.HELD_OUT[subject], None))
+    row: dict[str, float] = read_json(path)
+    return row
+
+
+def run_trial(trial: Trial, extent: Extent) -> None:
+    """Do it, if it was not done. Interrupted, it begins anew."""
+    if trial.result.exists():
+        return
+    shutil.rmtree(trial.folder, ignore_errors=True)
+    way, subject, base = trial.way, world.HELD_OUT[trial.subject], run.model()
+    settings = replace(
+        run.SETTINGS,
+        rank=way.rank,
+        steps=extent.steps,
+        together=2 * run.SETTINGS.batch,
+        save_every=0,
+        seed=trial.seed,
+    )
+    store = precompute(
+        base.unet,
+        base.schedule,
+        _examples(trial, base),
+        trial.out / "stores" / f"subject-{trial.subject}-seed-{trial.seed}",
+        cut=way.cut if way.method == "hollowed" else None,
+        samples=way.samples,
+        seed=trial.seed,
+        apart=True,  # ways that differ in other things share it
+    )
+    if way.method == "full":
+        finetune(base.unet, base.schedule, store, settings)
+        rows = {"one path": held_out.scores(base, subject, None)}
+    elif way.method in ("pruned", "pruned, distilled"):
+        assert way.cut is not None
+        base.unet = _pruned(trial.out, way, base, extent)
+        train(base.unet, base.schedule, store, settings, folder=trial.folder)
+        rows = {"one path": held_out.scores(base, subject, None)}  # the LoRA is in it
+    else:
+        unet = base.unet if way.cut is None else hollow(base.unet, way.cut)
+        result = train(unet, base.schedule, store, settings, folder=trial.folder)
+        personal = f"a photo of a {run.called(subject)}"
+        recipe = Recipe(
+            way.cut,
+            run.IDENTIFIER,
+            subject.kind,
+            personal,
+            generic_prompt(personal, run.IDENTIFIER),
+            base.schedule.config.prediction_type,
+        )
+        file = trial.folder / LORA_FILE
+        lora_file.save(
+            file, result.state, base.unet.config, alpha=settings.lora_alpha, layout=base.layout, recipe=recipe
+        )
+        rows = _uses(way, trial.subject, lora_file.load(file, base.unet))
+    write_json(trial.result, rows)
+    for path in trial.folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path != trial.result and not (way == LORA and path.name == LORA_FILE):  # for benchmarks.analysis
+            path.unlink()
+
+
+def _examples(trial: Trial, base: BaseModel) -> list[Example]:
+    """The subject's pictures and those of its class, the base path's prompts in the way's wording."""
+    way, subject = trial.way, world.HELD_OUT[trial.subject]
+    images = held_out.references(trial.folder / "references", subject)
+    request = Request(images, subject.kind, run.IDENTIFIER, way.cut, way.samples, way.class_images)
+    drawn: Sequence[torch.Tensor] = []
+    if way.class_images:
+        of_class = trial.out / "class" / f"subject-{trial.subject}-seed-{trial.seed}"
+        drawn = class_latents(base, class_prompts(request), of_class, resolution=world.SIZE, seed=trial.seed)
+    examples = make_examples(base, request, drawn)
+    if way.generic == "class word":
+        return examples
+    worded = []
+    for example in examples:
+        if example.kind == "image":
+            text = worded_prompt(way.generic, example.personal_prompt, subject.kind)
+            example = replace(example, generic=encode_prompt(base, text), generic_prompt=text)
+        worded.append(example)
+    return worded
+
+
+def worded_prompt(wording: Wording, personal: str, kind: str) -> str:
+    """The base path's prompt in a wording: "a photo of a thing on the grass" in place of "… a sks cup …"."""
+    return {
+        "class word": generic_prompt(personal, run.IDENTIFIER),
+        "coarser word": personal.replace(f"{run.IDENTIFIER} {kind}", "thing"),
+        "empty": "",
+        "personal": personal,
+    }[wording]
+
+
+def _uses(way: Way, number: int, lora: LoraFile) -> dict[str, dict[str, float]]:
+    """The same file on one path and, if hollowed, on two, the main way's with every refresh."""
+    subject, base = world.HELD_OUT[number], run.model()
+    rows = {"one path": held_out.scores(base, subject, lora, single_path=True)}
+    if way.cut is None:
+        return rows
+    for refresh in REFRESH if way == HOLLOWED else (1,):
+        use = "two paths" if refresh == 1 else f"two paths, refresh {refresh}"
+        settings = replace(held_out.SAMPLING, refresh=refresh)
+        if way.generic == "class word":
+            rows[use] = held_out.scores(base, subject, lora, settings)
+        else:
+            rows[use] = _scores_worded(way.generic, base, subject, lora, settings)
+    return rows
+
+
+def _scores_worded(
+    wording: Wording, base: BaseModel, subject: world.Subject, lora: LoraFile, settings: SampleSettings
+) -> dict[str, float]:
+    """`held_out.scores`, the base path under the prompts on which it was precomputed."""
+    drawn = []
+    for seed, scene in enumerate(held_out.SCENES):
+        prompt = world.photo_caption(run.called(subject), scene)
+        generic = worded_prompt(wording, prompt, subject.kind)
+        drawn += sample(base, [prompt], [seed], settings, lora=lora, generic=generic)
+    return held_out.judged(drawn, subject)
+
+
+def _pruned(out: Path, way: Way, base: BaseModel, extent: Extent) -> Any:
+    """The U-Net without its middle; one that is distilled is kept, as all subjects and seeds begin from it."""
+    assert way.cut is not None
+    small = pruned(run.model().unet, way.cut)
+    if way.method == "pruned":
+        return small
+    path, told = out / f"distilled-k{way.cut}.safetensors", {"steps": str(extent.distill_steps)}
+    if not path.exists():
+        distill(small, base, extent.distill_steps)
+        write_safetensors(path, {name: tensor.clone() for name, tensor in small.state_dict().items()}, told)
+    small.load_state_dict(read_safetensors(path)[0])
+    return small

@@ -1,0 +1,74 @@
+"""Every way of training that a table compares."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hollow_core.blocks import max_cut
+from hollow_core.demo import pretrain, run
+
+Method = Literal["lora", "hollowed", "full", "pruned", "pruned, distilled"]
+Wording = Literal["class word", "coarser word", "empty", "personal"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of training; what it leaves open is the demo's."""
+
+    method: Method
+    cut: int | None = None
+    rank: int = run.SETTINGS.rank
+    samples: int = run.SAMPLES
+    """Records, half of them of the class where there are class pictures."""
+    class_images: int = run.CLASS_IMAGES
+    generic: Wording = "class word"
+    """What stands for "sks cup" in the prompt of the base path, at training and at sampling."""
+
+    @property
+    def name(self) -> str:
+        """As its folder is called: "hollowed-k3-r16-s300"."""
+        parts = [
+            self.method.replace(", ", "-"),
+            None if self.cut is None else f"k{self.cut}",
+            None if self.method == "full" else f"r{self.rank}",
+            f"s{self.samples}",
+            None if self.class_images == run.CLASS_IMAGES else f"c{self.class_images}",
+            None if self.generic == "class word" else self.generic.replace(" ", "-"),
+        ]
+        return "-".join(part for part in parts if part)
+
+
+LORA = Way("lora")
+HOLLOWED = Way("hollowed", run.CUT)
+FULL = Way("full")
+PRUNED = [Way("pruned", run.CUT), Way("pruned, distilled", run.CUT)]
+RANKS = (1, 4, 16, 128)
+LORA_RANKS = {rank: Way("lora", rank=rank) for rank in RANKS}
+HOLLOWED_RANKS = {rank: Way("hollowed", run.CUT, rank=rank) for rank in RANKS}
+CUTS = {cut: Way("hollowed", cut) for cut in range(max_cut(pretrain.new_unet().config) + 1)}
+SAMPLES = {samples: Way("hollowed", run.CUT, samples=samples) for samples in (50, 100, 200, 500, 1000)}
+WORDINGS: dict[Wording, Way] = {
+    "class word": HOLLOWED,
+    "coarser word": Way("hollowed", run.CUT, generic="coarser word"),
+    "empty": Way("hollowed", run.CUT, generic="empty"),
+    "personal": Way("hollowed", run.CUT, generic="personal"),
+}
+WITHOUT_PRIOR = {LORA: Way("lora", class_images=0), HOLLOWED: Way("hollowed", run.CUT, class_images=0)}
+
+WAYS = list(
+    dict.fromkeys(
+        [
+            LORA,
+            HOLLOWED,
+            *(way for rank in (128, 1, 4) for way in (LORA_RANKS[rank], HOLLOWED_RANKS[rank])),
+            FULL,
+            *PRUNED,
+            *WORDINGS.values(),
+            *WITHOUT_PRIOR.values(),
+            *SAMPLES.values(),
+            *CUTS.values(),
+        ]
+    )
+)
+"""All of them, those first that most tables need."""
+
+QUICK = [LORA, HOLLOWED, FULL, *PRUNED, WORDINGS["coarser word"], WITHOUT_PRIOR[HOLLOWED], CUTS[6]]
