@@ -247,8 +247,9 @@ def _operations() -> str:
         ["drawing step on one", f"{row['full'] / 1e12:.3f}", short(TABLE_3["lora inference"])],
     ]
     return (
-        "## Table 3: operations, k=3\n\nCounted one by one; the paper takes a backward pass for two forward ones, "
-        "while frozen weights need no gradients.\n\n" + _table(["SD2.1, rank 128", "TFLOP", "published"], rows)
+        "## Table 3: operations, k=3\n\nCounted one by one, attention computed anew in the backward pass, as a GPU's "
+        "kernels do; the paper takes a backward pass for two forward ones, while frozen weights need no gradients.\n\n"
+        + _table(["SD2.1, rank 128", "TFLOP", "published"], rows)
     )
 
 
