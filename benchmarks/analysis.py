@@ -1,14 +1,16 @@
 """The paper's Fig. 2 on the embedded model: `python -m benchmarks.analysis --trainings DIR --out DIR`.
 
-DIR/subject-N-plain/lora.safetensors are the LoRAs that `benchmarks.subjects` trains without hollowing on the six
-held-out subjects. Draws mean and spread over them into OUT/analysis.png, and prints, from the middle of the U outwards,
-how much the blocks change and how much a picture does when one of them is switched off; ten minutes on two cores.
+DIR is where `benchmarks.paper` has trained LoRAs of the six held-out subjects without hollowing. Draws mean and spread
+over them into OUT/analysis.png, and prints, from the middle of the U outwards, how much the blocks change and how much
+a picture does when one of them is switched off; ten minutes on two cores.
 """
 
 import argparse
 from pathlib import Path
 from statistics import mean
 
+from benchmarks.paper.trial import Trial
+from benchmarks.paper.ways import LORA
 from hollow_core import lora_file
 from hollow_core.analysis.ablation import ablate
 from hollow_core.analysis.change import together
@@ -24,12 +26,12 @@ RINGS = ((0, 0), (1, 3), (4, 6), (7, 9), (10, 12))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--trainings", type=Path, default=Path("hollow-benchmark"), help="what benchmarks.subjects made"
-    )
-    parser.add_argument("--out", type=Path, default=Path("hollow-benchmark"), help="folder for the results")
+    parser.add_argument("--trainings", type=Path, default=Path("hollow-paper"), help="what benchmarks.paper made")
+    parser.add_argument("--out", type=Path, default=Path("hollow-analysis"), help="folder for the results")
     asked = parser.parse_args()
-    files = [asked.trainings / f"subject-{number}-plain" / run.LORA_FILE for number in range(len(world.HELD_OUT))]
+    files = [
+        Trial(asked.trainings, LORA, number, seed=0).folder / run.LORA_FILE for number in range(len(world.HELD_OUT))
+    ]
     analyses = analyze_files(files, run.MODEL)
     write_png(asked.out / "analysis.png", picture(analyses))
     influences = [influence(file, subject) for file, subject in zip(files, world.HELD_OUT, strict=True)]

@@ -30,10 +30,14 @@ def scores(
     sampling: SampleSettings = SAMPLING,
     *,
     single_path: bool = False,
+    noun: str | None = None,
 ) -> dict[str, float]:
     """Of pictures in four new scenes with three seeds each: how much the embedded scorers see of the subject
-    ("subject") and of the scenes ("scene"), and the reader of its class, whatever its colours ("structure")."""
-    drawn = run.draw(base, run.called(subject), SCENES, sampling, lora=lora, single_path=single_path)
+    ("subject") and of the scenes ("scene"), and the reader of its class, whatever its colours ("structure").
+
+    `noun` is what prompts call it, if not by its identifier.
+    """
+    drawn = run.draw(base, noun or run.called(subject), SCENES, sampling, lora=lora, single_path=single_path)
     return judged(drawn, subject)
 
 

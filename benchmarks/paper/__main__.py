@@ -14,6 +14,7 @@ from hollow_core.demo import world
 
 from . import results
 from .figures import Measured
+from .predictions import predictions
 from .trial import Extent, Trial, base_row, run_trial
 from .ways import QUICK, WAYS
 
@@ -38,7 +39,7 @@ def main() -> None:
     known = [subject for subject in everyone if options.report or subject in subjects]
     for subject in known:
         base_row(options.out, subject)
-    print(results.write(options.out, everything, extent, known))
+    print(results.write(options.out, everything, extent, predictions(options.out), known))
 
 
 if __name__ == "__main__":

@@ -2,26 +2,18 @@
 
 import platform
 from collections.abc import Sequence
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 
-from benchmarks.memory import INFERENCE, PUBLISHED, inference
-from hollow_core.blocks import layout_config
-from hollow_core.cost import cuts_table, inputs
+from benchmarks.memory import INFERENCE, PUBLISHED
 from hollow_core.demo import run, world
-from hollow_core.dry_run import DryRun
 from hollow_core.files import write_bytes
-from hollow_core.lora import add_lora, lora_parameters
-from hollow_core.memory import GIB, Planner, Setting
-from hollow_core.train import TrainSettings
 
-from .baselines import pruned
 from .figures import Figure, Measured, plain, short, signed
 from .plots import plot
+from .predictions import TABLE_3, TABLE_6, Predicted
 from .trial import REFRESH, Extent, base_row
 from .ways import CUTS, FULL, HOLLOWED, HOLLOWED_RANKS, LORA, LORA_RANKS, PRUNED, SAMPLES, WITHOUT_PRIOR, WORDINGS, Way
 
@@ -37,27 +29,23 @@ DINO = {
     HOLLOWED_RANKS[16]: ".626",
 }
 """The paper's, of SD2.1 on DreamBooth."""
-TABLE_3 = {"precompute": 0.238, "hollowed": 2.004, "lora": 2.148, "inference": 0.920, "lora inference": 0.716}
-"""The paper's TFLOP."""
-TABLE_6 = {(0, 200): 0.08, (3, 200): 0.26, (4, 200): 0.26, (0, 1000): 0.38, (3, 1000): 1.31, (4, 1000): 1.31}
-"""{(cut, records): GB}"""
 
 
-def write(out: Path, measured: Measured, extent: Extent, subjects: Sequence[int]) -> Path:
+def write(out: Path, measured: Measured, extent: Extent, predicted: Predicted, subjects: Sequence[int]) -> Path:
     """RESULTS.md and its plots in `out`, of whatever is measured."""
     parts = [
         _head(measured, extent),
         _claims(measured),
-        _table_1(out, measured, subjects),
-        _table_4(measured),
-        _table_5(measured),
-        _cuts(out, measured),
+        _table_1(out, measured, predicted, subjects),
+        _table_4(measured, predicted),
+        _table_5(measured, predicted),
+        _cuts(out, measured, predicted),
         _records(out, measured),
-        _operations(),
-        _storage(),
+        _operations(predicted),
+        _storage(predicted),
         _paths(measured),
         _wordings(measured),
-        _refresh(measured),
+        _refresh(measured, predicted),
         _prior(measured),
         _subjects(measured),
     ]
@@ -140,6 +128,10 @@ def _verdict(found: Figure | None, expected: str) -> str:
     return "no, it is worse" if high < -0.02 else "no, it is better" if low > 0.02 else "cannot be told"
 
 
+def _gib(predicted: Predicted, way: Way) -> str:
+    return f"{predicted['gib'][way.name]:.2f}"
+
+
 def _scores(measured: Measured, way: Way, use: str | None = None) -> list[str]:
     use = use or use_of(way)
     found = measured.figure(way, use)
@@ -151,28 +143,33 @@ def _scores(measured: Measured, way: Way, use: str | None = None) -> list[str]:
     ]
 
 
-def _table_1(out: Path, measured: Measured, subjects: Sequence[int]) -> str:
+def _table_1(out: Path, measured: Measured, predicted: Predicted, subjects: Sequence[int]) -> str:
     of_base = [base_row(out, subject) for subject in subjects]
     base = [plain(Figure.of(row[kind] for row in of_base)) for kind in ("subject", "scene", "structure")]
-    rows = [["base model", *base, str(len(of_base)), f"{inference():.2f}", f"{INFERENCE}", ""]]
+    rows = [["base model", *base, str(len(of_base)), f"{predicted['inference']:.2f}", f"{INFERENCE}", ""]]
     for name, way, published in (
         ("full fine-tuning", FULL, "16.62"),
         ("LoRA, rank 128", LORA_RANKS[128], "5.23"),
         ("LoRA, rank 1", LORA_RANKS[1], "4.84"),
         ("hollowed, rank 128", HOLLOWED_RANKS[128], "3.88"),
     ):
-        rows.append([name, *_scores(measured, way), _gib(way), published, DINO[way]])
+        rows.append([name, *_scores(measured, way), _gib(predicted, way), published, DINO[way]])
     return "## Table 1: methods\n\n" + _table([*SCORES, "SD2.1, GiB", "published GiB", "published DINO"], rows)
 
 
 SCORES = ["", "subject score", "scene score", "structure", "n"]
 
 
-def _table_4(measured: Measured) -> str:
+def _table_4(measured: Measured, predicted: Predicted) -> str:
     rows = [
-        ["hollowed", *_scores(measured, HOLLOWED), _gib(HOLLOWED), ".660 (3.88)"],
-        ["pruned at the same cut", *_scores(measured, PRUNED[0]), _gib(PRUNED[0]), ""],
-        ["the same, re-trained", *_scores(measured, PRUNED[1]), _gib(PRUNED[1]), ".629 (3.546), .602 (3.133)"],
+        ["hollowed", *_scores(measured, HOLLOWED), _gib(predicted, HOLLOWED), ".660 (3.88)"],
+        ["pruned at the same cut", *_scores(measured, PRUNED[0]), _gib(predicted, PRUNED[0]), ""],
+        [
+            "the same, re-trained",
+            *_scores(measured, PRUNED[1]),
+            _gib(predicted, PRUNED[1]),
+            ".629 (3.546), .602 (3.133)",
+        ],
     ]
     return (
         "## Table 4: the middle pruned for good\n\nWithout a stored activation, at training and at drawing. "
@@ -182,9 +179,9 @@ def _table_4(measured: Measured) -> str:
     )
 
 
-def _table_5(measured: Measured) -> str:
+def _table_5(measured: Measured, predicted: Predicted) -> str:
     rows = [
-        [f"{name}, rank {rank}", *_scores(measured, way), _gib(way), published, DINO.get(way, "")]
+        [f"{name}, rank {rank}", *_scores(measured, way), _gib(predicted, way), published, DINO.get(way, "")]
         for name, ways, cut in (("LoRA", LORA_RANKS, None), ("hollowed", HOLLOWED_RANKS, 3))
         for rank, way in ways.items()
         for published in [next((f"{gib}" for row, r, gib in PUBLISHED.values() if (row, r) == (cut, rank)), "")]
@@ -192,16 +189,15 @@ def _table_5(measured: Measured) -> str:
     return "## Table 5: ranks\n\n" + _table([*SCORES, "SD2.1, GiB", "published GiB", "published DINO"], rows)
 
 
-def _cuts(out: Path, measured: Measured) -> str:
-    sd21 = cuts_table(layout_config("sd21"))
-    embedded = cuts_table(run.model().unet.config)
+def _cuts(out: Path, measured: Measured, predicted: Predicted) -> str:
+    sd21, embedded = predicted["removed"]["sd21"], predicted["removed"]["embedded"]
     rows, curves = [], []
     for cut, way in CUTS.items():
         two, one = measured.figure(way, TWO), measured.figure(way, ONE)
-        removed = embedded[cut]["removed_percent"]
+        removed = embedded[cut]
         if two is not None and one is not None:
             curves.append((removed, two, one))
-        gib = f"{sd21[cut]['removed_percent']} %, {_gib(way)}" if cut in _planner().cuts() else ""
+        gib = f"{sd21[cut]} %, {_gib(predicted, way)}" if way.name in predicted["gib"] else ""
         published = next((f"{gib}" for k, rank, gib in PUBLISHED.values() if (k, rank) == (cut, 128)), "")
         gap = signed(measured.difference(way, ONE, way, TWO))
         rows.append([f"k={cut}, {removed} %", *_scores(measured, way), gap, gib, published])
@@ -230,22 +226,8 @@ def _records(out: Path, measured: Measured) -> str:
     return text + _table(["records", *SCORES[1:], "over 1000"], rows)
 
 
-def _operations() -> str:
-    row = cuts_table(layout_config("sd21"))[run.CUT]["flops"]
-    hollowed, lora = (
-        _planner().step_flops(Setting(cut, 512, training=TrainSettings(rank=128))) for cut in (run.CUT, None)
-    )
-    rows = [
-        ["precompute a record", f"{row['precompute'] / 1e12:.3f}", short(TABLE_3["precompute"])],
-        ["training step, hollowed", f"{hollowed / 1e12:.3f}", short(TABLE_3["hollowed"])],
-        ["training step, LoRA", f"{lora / 1e12:.3f}", short(TABLE_3["lora"])],
-        [
-            "drawing step on two paths",
-            f"{(row['precompute'] + row['hollowed_forward']) / 1e12:.3f}",
-            short(TABLE_3["inference"]),
-        ],
-        ["drawing step on one", f"{row['full'] / 1e12:.3f}", short(TABLE_3["lora inference"])],
-    ]
+def _operations(predicted: Predicted) -> str:
+    rows = [[name, f"{count / 1e12:.3f}", short(TABLE_3[name])] for name, count in predicted["operations"].items()]
     return (
         "## Table 3: operations, k=3\n\nCounted one by one, attention computed anew in the backward pass, as a GPU's "
         "kernels do; the paper takes a backward pass for two forward ones, while frozen weights need no gradients.\n\n"
@@ -253,14 +235,11 @@ def _operations() -> str:
     )
 
 
-def _storage() -> str:
-    planner, rows = _planner(), []
-    for (cut, samples), published in TABLE_6.items():
-        fp32, fp16 = (
-            planner.store_bytes(Setting(cut, 512, samples=samples, store_dtype=dtype)) / 1e9
-            for dtype in (torch.float32, torch.float16)
-        )
-        rows.append([f"k={cut}", str(samples), f"{fp32:.2f}", f"{published:.2f}", f"{fp16:.2f}"])
+def _storage(predicted: Predicted) -> str:
+    rows = [
+        [f"k={cut}", str(samples), f"{size / 1e9:.2f}", f"{TABLE_6[cut, samples]:.2f}", f"{size / 2e9:.2f}"]
+        for cut, samples, size in predicted["fp32_storage"]
+    ]
     return "## Table 6: storage\n\n" + _table(["", "records", "GB in fp32", "published", "GB in fp16 (ours)"], rows)
 
 
@@ -304,12 +283,13 @@ def _wordings(measured: Measured) -> str:
     )
 
 
-def _refresh(measured: Measured) -> str:
-    flops = cuts_table(layout_config("sd21"))[run.CUT]["flops"]
-    rows = []
+def _refresh(measured: Measured, predicted: Predicted) -> str:
+    rows, flops = [], predicted["operations"]
+    full = flops["drawing step on one path"]
+    base = flops["precompute a record"]
     for every in REFRESH:
         use = TWO if every == 1 else f"{TWO}, refresh {every}"
-        ratio = (flops["precompute"] / every + flops["hollowed_forward"]) / flops["full"]
+        ratio = (base / every + flops["drawing step on two paths"] - base) / full
         difference = signed(measured.difference(HOLLOWED, use, HOLLOWED, TWO))
         rows.append([str(every), *_scores(measured, HOLLOWED, use), difference, f"{ratio:.2f}"])
     return "## Refresh\n\n" + _table(
@@ -320,11 +300,14 @@ def _refresh(measured: Measured) -> str:
 def _prior(measured: Measured) -> str:
     rows = []
     for name, way in (("LoRA", LORA), ("hollowed", HOLLOWED)):
-        without = WITHOUT_PRIOR[way]
-        rows.append([f"{name}, with class pictures", *_scores(measured, way), ""])
-        difference = signed(measured.difference(without, use_of(way), way))
-        rows.append([f"{name}, without", *_scores(measured, without), difference])
-    return "## Prior preservation\n\n" + _table([*SCORES, "over with"], rows)
+        for words, which in (("with class pictures", way), ("without", WITHOUT_PRIOR[way])):
+            difference = "" if which == way else signed(measured.difference(which, use_of(way), way))
+            unasked = plain(measured.figure(which, "no identifier"))
+            rows.append([f"{name}, {words}", *_scores(measured, which), difference, unasked])
+    return (
+        "## Prior preservation\n\nWithout the identifier the subject should not be seen: “cup” is any cup.\n\n"
+        + _table([*SCORES, "over with", "subject score without the identifier"], rows)
+    )
 
 
 def _subjects(measured: Measured) -> str:
@@ -340,37 +323,3 @@ def _subjects(measured: Measured) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-@cache
-def _planner() -> Planner:
-    return Planner("sd21")
-
-
-@cache
-def _gib(way: Way) -> str:
-    """Of training SD2.1 so."""
-    if way.method in ("full", "pruned", "pruned, distilled"):
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(layout_config("sd21"))
-            if way.cut is not None:
-                unet = pruned(unet, way.cut)
-        return f"{_peak(unet, None if way.method == 'full' else way.rank) / GIB:.2f}"
-    setting = Setting(way.cut, 512, training=TrainSettings(rank=way.rank))
-    return f"{_planner().peak('train', setting).total / GIB:.2f}"
-
-
-def _peak(unet: UNet2DConditionModel, rank: int | None) -> int:
-    """Bytes of a training step with AdamW of a LoRA on the attention, or of all weights."""
-    if rank is not None:
-        add_lora(unet, rank, generator=torch.Generator())
-    parameters = list(unet.parameters()) if rank is None else lora_parameters(unet)
-    latents, prompt = inputs(unet.config)
-    with DryRun() as dry:
-        dry.hold("weights", unet)
-        optimizer = torch.optim.AdamW(parameters)
-        predicted = unet(latents.to("meta"), 1, prompt.encoder_hidden_states.to("meta")).sample
-        predicted.square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return dry.peak().total

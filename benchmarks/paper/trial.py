@@ -24,7 +24,7 @@ from hollow_core.sample import SampleSettings, sample
 from hollow_core.train import train
 
 from .baselines import distill, finetune, pruned
-from .ways import HOLLOWED, LORA, Way, Wording
+from .ways import HOLLOWED, LORA, WITHOUT_PRIOR, Way, Wording
 
 REFRESH = (1, 2, 3, 5)
 
@@ -171,6 +171,8 @@ def _uses(way: Way, number: int, lora: LoraFile) -> dict[str, dict[str, float]]:
     """The same file on one path and, if hollowed, on two, the main way's with every refresh."""
     subject, base = world.HELD_OUT[number], run.model()
     rows = {"one path": held_out.scores(base, subject, lora, single_path=True)}
+    if way in (*WITHOUT_PRIOR, *WITHOUT_PRIOR.values()):
+        rows["no identifier"] = held_out.scores(base, subject, lora, noun=subject.kind)
     if way.cut is None:
         return rows
     for refresh in REFRESH if way == HOLLOWED else (1,):

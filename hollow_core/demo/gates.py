@@ -89,7 +89,7 @@ def base_obeys(base: BaseModel, judge: scorers.Scorers, out: Path) -> dict[str, 
 def personalised_obeys(out: Path) -> dict[str, Any]:
     """Gates (b) and (c), second half, on the held-out subjects with the demo's settings.
 
-    Trainings are kept in `out` where `benchmarks.subjects` keeps its own, so that each need not repeat the other's.
+    Trainings are kept in `out`, so that a stopped run goes on.
     """
     judge = scorers.load()
     rows: list[dict[str, float]] = []

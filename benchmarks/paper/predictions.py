@@ -1,0 +1,105 @@
+"""What dry runs say of SD2.1 at 512 pixels in fp32, batch 1, with LoRA on the attention; nothing is trained for it."""
+
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from benchmarks.memory import inference
+from hollow_core.blocks import layout_config
+from hollow_core.cost import cuts_table, inputs
+from hollow_core.demo import pretrain, run
+from hollow_core.dry_run import DryRun
+from hollow_core.files import read_json, write_json
+from hollow_core.lora import add_lora, lora_parameters
+from hollow_core.memory import GIB, Planner, Setting
+from hollow_core.train import TrainSettings
+
+from .baselines import pruned
+from .ways import WAYS, Way
+
+TABLE_3 = {
+    "precompute a record": 0.238,
+    "training step, hollowed": 2.004,
+    "training step, LoRA": 2.148,
+    "drawing step on two paths": 0.920,
+    "drawing step on one path": 0.716,
+}
+"""The paper's TFLOP."""
+TABLE_6 = {(0, 200): 0.08, (3, 200): 0.26, (4, 200): 0.26, (0, 1000): 0.38, (3, 1000): 1.31, (4, 1000): 1.31}
+"""{(cut, records): GB}, the paper's."""
+
+
+class Predicted(TypedDict):
+    """JSON-ready."""
+
+    gib: dict[str, float]
+    """Training in each way, by its name; without cuts that leave next to nothing."""
+    inference: float
+    """GiB of drawing with the U-Net alone."""
+    operations: dict[str, int]
+    """As in `TABLE_3`."""
+    fp32_storage: list[list[int]]
+    """(cut, records, bytes) as in `TABLE_6`."""
+    removed: dict[str, list[float]]
+    """Per cent of the parameters at each cut, of "sd21" and of the "embedded" model."""
+
+
+def predictions(out: Path) -> Predicted:
+    """Read back from `out` where they were made before; a minute."""
+    path = out / "predicted.json"
+    if not path.exists():
+        write_json(path, _predict())
+    found: Predicted = read_json(path)
+    return found
+
+
+def _predict() -> Predicted:
+    planner, sd21 = Planner("sd21"), cuts_table(layout_config("sd21"))
+    flops, worthwhile = sd21[run.CUT]["flops"], planner.cuts()
+    hollowed, lora = (
+        planner.step_flops(Setting(cut, 512, training=TrainSettings(rank=128))) for cut in (run.CUT, None)
+    )
+    of_drawing = [flops["precompute"] + flops["hollowed_forward"], flops["full"]]
+    counts = [flops["precompute"], hollowed, lora, *of_drawing]
+    return {
+        "gib": {way.name: _gib(planner, way) for way in WAYS if way.cut is None or way.cut in worthwhile},
+        "inference": inference(),
+        "operations": dict(zip(TABLE_3, counts, strict=True)),
+        "fp32_storage": [
+            [cut, samples, planner.store_bytes(Setting(cut, 512, samples=samples, store_dtype=torch.float32))]
+            for cut, samples in TABLE_6
+        ],
+        "removed": {
+            name: [row["removed_percent"] for row in table]
+            for name, table in (("sd21", sd21), ("embedded", cuts_table(pretrain.new_unet().config)))
+        },
+    }
+
+
+def _gib(planner: Planner, way: Way) -> float:
+    if way.method in ("lora", "hollowed"):
+        setting = Setting(way.cut, 512, training=TrainSettings(rank=way.rank))
+        return planner.peak("train", setting).total / GIB
+    with torch.device("meta"):
+        unet: UNet2DConditionModel = UNet2DConditionModel.from_config(layout_config("sd21"))
+        if way.cut is not None:
+            unet = pruned(unet, way.cut)
+    return _peak(unet, None if way.method == "full" else way.rank) / GIB
+
+
+def _peak(unet: UNet2DConditionModel, rank: int | None) -> int:
+    """Bytes of a training step with AdamW of a LoRA on the attention, or of all weights."""
+    if rank is not None:
+        add_lora(unet, rank, generator=torch.Generator())
+    parameters = list(unet.parameters()) if rank is None else lora_parameters(unet)
+    latents, prompt = inputs(unet.config)
+    with DryRun() as dry:
+        dry.hold("weights", unet)
+        optimizer = torch.optim.AdamW(parameters)
+        predicted = unet(latents.to("meta"), 1, prompt.encoder_hidden_states.to("meta")).sample
+        predicted.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return dry.peak().total

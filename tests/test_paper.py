@@ -1,0 +1,97 @@
+"""The benchmark of the paper's tables: its baselines against diffusers, and that tables say what was measured."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from tiny_training import tiny_examples, tiny_schedule
+from tiny_unets import make_tiny_conditioning, make_tiny_unet
+
+from benchmarks.paper import results
+from benchmarks.paper.baselines import finetune, pruned
+from benchmarks.paper.figures import Measured
+from benchmarks.paper.predictions import TABLE_3, TABLE_6, Predicted
+from benchmarks.paper.trial import Extent, Trial
+from benchmarks.paper.ways import CUTS, HOLLOWED, LORA, PRUNED, WAYS
+from hollow_core.blocks import max_cut
+from hollow_core.errors import HollowError
+from hollow_core.files import write_json
+from hollow_core.precompute import precompute
+from hollow_core.train import TrainSettings, train
+
+
+def test_a_pruned_unet_without_its_mid_block_is_diffusers_own() -> None:
+    unet = make_tiny_unet("sd15")
+    config = dict(unet.config) | {"mid_block_type": None}
+    expected: UNet2DConditionModel = UNet2DConditionModel.from_config(config).eval()
+    expected.load_state_dict({k: v for k, v in unet.state_dict().items() if not k.startswith("mid_block")})
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    prompt = make_tiny_conditioning(unet).encoder_hidden_states
+    with torch.no_grad():
+        drawn = pruned(unet, 0)(latents, 500, prompt).sample
+        torch.testing.assert_close(drawn, expected(latents, 500, prompt).sample)
+        assert not torch.allclose(drawn, unet(latents, 500, prompt).sample, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+def test_every_cut_can_be_pruned_and_trained(layout: str, tmp_path: Path) -> None:
+    for cut in range(max_cut(make_tiny_unet(layout).config)):  # the last leaves no layer on the way down
+        unet, schedule = make_tiny_unet(layout), tiny_schedule()
+        store = precompute(unet, schedule, tiny_examples(unet), tmp_path / f"{cut}", cut=None, samples=2)
+        settings = TrainSettings(rank=2, steps=1, targets=("conv1",))
+        result = train(pruned(unet, cut), schedule, store, settings, folder=tmp_path / f"training {cut}")
+        assert all(tensor.isfinite().all() for tensor in result.state.values())
+
+
+def test_full_finetuning_trains_all_weights_and_its_loss_falls(tmp_path: Path) -> None:
+    unet, schedule = make_tiny_unet("sd15"), tiny_schedule()
+    before = {name: tensor.clone() for name, tensor in unet.named_parameters()}
+    store = precompute(unet, schedule, tiny_examples(unet, priors=1), tmp_path, cut=None, samples=4)
+    losses = finetune(unet, schedule, store, TrainSettings(steps=40, batch=1, learning_rate=5e-2))
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    moved = [not torch.equal(tensor, before[name]) for name, tensor in unet.named_parameters()]
+    assert sum(moved) > 0.95 * len(moved)
+    assert not any(parameter.requires_grad for parameter in unet.parameters())
+
+
+PREDICTED: Predicted = {
+    "gib": {way.name: 3.25 for way in WAYS if way.cut is None or way.cut < 7},
+    "inference": 3.5,
+    "operations": dict.fromkeys(TABLE_3, 10**12),
+    "fp32_storage": [[cut, samples, 10**9] for cut, samples in TABLE_6],
+    "removed": {name: [8.0 * cut for cut in CUTS] for name in ("sd21", "embedded")},
+}
+
+
+def row(subject: float) -> dict[str, float]:
+    return {"subject": subject, "scene": 1.0, "structure": 0.5}
+
+
+def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> None:
+    for (subject, seed), (lora, two, one) in {(0, 0): (0.8, 0.7, 0.71), (1, 0): (0.6, 0.48, 0.5)}.items():
+        write_json(Trial(tmp_path, LORA, subject, seed).result, {"one path": row(lora)})
+        rows = {"two paths": row(two), "one path": row(one)}
+        write_json(Trial(tmp_path, HOLLOWED, subject, seed).result, rows)
+        write_json(Trial(tmp_path, PRUNED[1], subject, seed).result, {"one path": row(two - 0.3)})
+        write_json(tmp_path / "base" / f"subject-{subject}.json", row(0.02))
+    write_json(Trial(tmp_path, LORA, 2, 0).result, {"one path": row(0.1)})  # without a twin: in no difference
+    measured = Measured(tmp_path, WAYS, range(3), range(1))
+    text = results.write(tmp_path, measured, Extent(), PREDICTED, [0, 1]).read_text()
+    assert "| the same at rank 16 | +.008 | -.110 ± .010 | 2 | no, it is worse |" in text
+    assert "| A pruned net, re-trained, is worse than hollowed | -.031 | -.300 ± .000 | 2 | yes |" in text
+    assert "| Full fine-tuning is hardly better than LoRA (rank 128) | +.005 | – | – | not measured |" in text
+    assert "| LoRA, rank 16 | .500 ± .294 |" in text
+    assert "| hollowed, rank 16 | .590 ± .110 | .605 ± .105 | +.015 ± .005 | 2 |" in text
+    assert "| base model | .020 ± .000 |" in text
+    for picture in re.findall(r"\((\w+\.png)\)", text):
+        assert (tmp_path / picture).exists()
+    assert len({way.name for way in WAYS}) == len(WAYS) > len(CUTS)
+
+
+def test_a_folder_has_trials_of_one_extent(tmp_path: Path) -> None:
+    Extent(steps=60).keep(tmp_path)
+    Extent(steps=60).keep(tmp_path)
+    with pytest.raises(HollowError, match=r"was begun with .*60.* not .*400.* Choose another folder"):
+        Extent().keep(tmp_path)
