@@ -89,7 +89,12 @@ def _measure(
         run.CUT,
         samples=16 if quick else run.SAMPLES,
         class_images=2 if quick else run.CLASS_IMAGES,
-        settings=replace(run.SETTINGS, steps=60 if quick else run.SETTINGS.steps, **lever.get("settings", {})),
+        settings=replace(
+            run.SETTINGS,
+            steps=60 if quick else run.SETTINGS.steps,
+            together=1,  # as where memory is short
+            **lever.get("settings", {}),
+        ),
         **lever.get("request", {}),
     )
     moments: list[float] = []

@@ -132,7 +132,6 @@ def train_and_score(
     settings = replace(
         run.SETTINGS,
         steps=steps,
-        together=2 * run.SETTINGS.batch,
         save_every=0,
         strategy=way.strategy,
         selective_gamma=way.gamma,

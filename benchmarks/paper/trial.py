@@ -89,7 +89,6 @@ def run_trial(trial: Trial, extent: Extent) -> None:
         run.SETTINGS,
         rank=way.rank,
         steps=extent.steps,
-        together=2 * run.SETTINGS.batch,
         save_every=0,
         seed=trial.seed,
     )

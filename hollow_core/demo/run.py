@@ -35,13 +35,14 @@ SETTINGS = TrainSettings(
     targets=ALL_LAYERS,
     steps=400,
     batch=2,
+    together=4,  # with those of the class
     learning_rate=2e-3,
     prior_weight=0.25,
     save_every=100,
 )
 SAMPLES = 300  # half of them are the prior's
 CLASS_IMAGES = 24
-SAMPLING = SampleSettings(steps=30, guidance=3.0)
+SAMPLING = SampleSettings(steps=30, guidance=3.0, together=4)
 
 Watch = Callable[[str, Progress], object]
 
@@ -76,8 +77,11 @@ def run(
     """
     references = out / "references"
     write_references(references, subject)
-    plain = train(out / "work" / "plain", references, subject, None, settings, progress)
-    hollowed = train(out / "work" / "hollowed", references, subject, CUT, settings, progress)
+    work = out / "work"
+    plain, hollowed = (
+        train(work / name, references, subject, cut, settings, progress, class_folder=work / "class")
+        for name, cut in (("plain", None), ("hollowed", CUT))
+    )
     write_bytes(out / LORA_FILE, hollowed.file.read_bytes())
 
     base = model()
@@ -120,8 +124,12 @@ def train(
     cut: int | None,
     settings: TrainSettings = SETTINGS,
     progress: Watch | None = None,
+    class_folder: Path | None = None,
 ) -> Trained:
-    """A LoRA of the pictures in `references`, hollowed at `cut` or plain; goes on in `folder` if interrupted."""
+    """A LoRA of the pictures in `references`, hollowed at `cut` or plain; goes on in `folder` if interrupted.
+
+    Trainings of one subject may share the pictures of its class in `class_folder`.
+    """
     name = "plain LoRA" if cut is None else "hollowed LoRA"
     watch = None if progress is None else lambda stage, done: progress(f"{name}: {stage}", done)
     request = Request(
@@ -131,6 +139,7 @@ def train(
         cut,
         samples=SAMPLES,
         class_images=CLASS_IMAGES,
+        class_folder=class_folder,
         settings=settings,
     )
     outcome = personalize(model, request, folder, progress=watch)
