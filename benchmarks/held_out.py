@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from hollow_core.demo import run, scorers, world
+from hollow_core.errors import HollowError
+from hollow_core.files import read_json, write_json
 from hollow_core.images import TrainingImage, load_images
 from hollow_core.lora_file import LoraFile
 from hollow_core.models import BaseModel
@@ -21,6 +24,15 @@ def references(folder: Path, subject: world.Subject) -> list[TrainingImage]:
     """The subject's five captioned pictures, by way of `folder`."""
     run.write_references(folder, subject)
     return load_images(folder, world.SIZE)
+
+
+def keep_alike(out: Path, settings: dict[str, Any]) -> None:
+    """All rows of a folder are made with the same settings. Raises HollowError where those there have others."""
+    path = out / "settings.json"
+    if not path.exists():
+        write_json(path, settings)
+    if (begun := read_json(path)) != settings:
+        raise HollowError(f"{out} was begun with {begun}, not {settings}. Choose another folder.")
 
 
 def scores(

@@ -11,9 +11,9 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
+from itertools import product
 from pathlib import Path
-from shutil import copytree
 from statistics import mean, median, pstdev
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from hollow_core.demo import run, world
 from hollow_core.files import read_json, write_json
 from hollow_core.memory import GIB, Planner, Setting
 from hollow_core.personalize import Request, personalize
+from hollow_core.remedy import selective_peak
 from hollow_core.selective import Probability, Strategy, count_by_time, falling, heat_map
 from hollow_core.train import TrainSettings
 
@@ -41,7 +42,7 @@ class Way(NamedTuple):
     probability: Probability | None = None
     low_resolution: int | None = None
     share: float = 1.0
-    """Of the steps: what a mixture's BP-low steps do alone."""
+    """Of the steps: what the BP-low steps of a mixture do alone."""
 
 
 def first_half(t: float, s: float) -> float:
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="of BP at full size")
     parser.add_argument("--zo-learning-rate", type=float, default=ZO_LEARNING_RATE, help="of zeroth-order steps")
     options = parser.parse_args()
+    held_out.keep_alike(options.out, {"steps": options.steps, "zo_learning_rate": options.zo_learning_rate})
     results: dict[str, Any] = {"sd15": sd15_rows()}
     print("\n| SD1.5, rank 16, fp32 | base | peak, GiB | of BP's | TFLOP a step |\n|---|---|---|---|---|")
     for row in results["sd15"]:
@@ -95,9 +97,9 @@ def main() -> None:
         subjects = [subject_scores(options, number, budget) for number in options.subjects]
         results[budget] = subjects
         print(f"\n| {budget} | subject | over BP's | scene | structure | steps | seconds |\n" + "|---" * 7 + "|")
-        for name in WAYS:
+        for name in subjects[0]:
             print(f"| {name} | " + " | ".join(summary(subjects, name)) + " |")
-    write_json(options.out / "selective.json", results)
+        write_json(options.out / "selective.json", results)
 
 
 def summary(subjects: list[dict[str, dict[str, Any]]], name: str) -> list[str]:
@@ -118,13 +120,19 @@ def subject_scores(options: argparse.Namespace, number: int, budget: str) -> dic
     """{way: row} for one subject; read back where it was measured before."""
     folder: Path = options.out / f"subject-{number}"
     subject = world.HELD_OUT[number]
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, way in WAYS.items():
         path, steps = folder / _file(name, options.steps), round(way.share * options.steps)
-        if budget == "same time" and way != WAYS["BP at full size"]:
-            steps = max(round(steps * _faster(options, name)), 1)
-            path = path.with_name(f"{path.stem}, in that time.json")
         rows[name] = _once(path, partial(train_and_score, options, subject, way, steps, path.with_suffix("")))
+    if budget == "same time":
+        pace = _pace(options)
+        for name in list(rows)[1:]:
+            way, path = WAYS[name], folder / f"{Path(_file(name, options.steps)).stem}, in that time.json"
+            if way.share < 1:  # it goes with a mixture of as many steps
+                del rows[name]
+                continue
+            steps = max(round(options.steps * pace[name]), 1)
+            rows[name] = _once(path, partial(train_and_score, options, subject, way, steps, path.with_suffix("")))
     return rows
 
 
@@ -132,16 +140,20 @@ def _file(name: str, steps: int) -> str:
     return f"{name.replace('/', '_')}, {steps} steps.json"
 
 
-def _faster(options: argparse.Namespace, name: str) -> float:
-    """How many steps a way makes while BP at full size makes one: the median over the subjects that are there, as
-    another program may have been busy meanwhile."""
-    ratios = []
-    for folder in options.out.glob("subject-*"):
-        bp, other = (folder / _file(each, options.steps) for each in ("BP at full size", name))
-        if bp.exists() and other.exists():
-            mine = read_json(other)
-            ratios.append(read_json(bp)["seconds"] / options.steps / (mine["seconds"] / mine["steps"]))
-    return median(ratios)
+def _pace(options: argparse.Namespace) -> dict[str, float]:
+    """How many steps each way makes while BP at full size makes one: the median over the subjects that are there by
+    now, as another program may have been busy meanwhile; kept, so that it is the same for all."""
+    path = options.out / "pace.json"
+    if not path.exists():
+        ratios: dict[str, list[float]] = {name: [] for name in WAYS}
+        for folder, (name, of_name) in product(options.out.glob("subject-*"), ratios.items()):
+            bp, other = (folder / _file(each, options.steps) for each in ("BP at full size", name))
+            if bp.exists() and other.exists():
+                mine = read_json(other)
+                of_name.append(read_json(bp)["seconds"] / options.steps / (mine["seconds"] / mine["steps"]))
+        write_json(path, {name: median(of_name) for name, of_name in ratios.items()})
+    pace: dict[str, float] = read_json(path)
+    return pace
 
 
 def train_and_score(
@@ -164,15 +176,11 @@ def train_and_score(
         way.cut,
         run.SAMPLES,
         run.CLASS_IMAGES,
+        class_folder=folder.parent / "class",  # the same for all
         settings=settings,
         low_resolution=way.low_resolution,
     )
-    of_class = folder.parent / "class"  # the same pictures of the class for all
-    if of_class.exists() and not folder.exists():
-        copytree(of_class, folder / "class")
     outcome = personalize(run.model, request, folder)
-    if not of_class.exists():
-        copytree(folder / "class", of_class)
     assert outcome.file is not None
     assert outcome.result is not None
     base = run.model()
@@ -190,24 +198,26 @@ def sd15_rows() -> list[dict[str, Any]]:
     its schedule at γ = 1."""
     planner = Planner("sd15")
 
-    @cache
-    def step(cut: int | None, bits: Any, strategy: Strategy, side: int) -> tuple[int, int]:
-        setting = Setting(cut, side, base_bits=bits, training=TrainSettings(strategy=strategy))
-        return planner.peak("train", setting).total, planner.step_flops(setting)
+    def setting(cut: int | None, bits: Any, strategy: Strategy, side: int) -> Setting:
+        return Setting(cut, side, base_bits=bits, training=TrainSettings(strategy=strategy))
 
     rows = []
     low = mean(mean(row) for row in heat_map(falling(1.0)))
     for bits in (None, 8):
-        full = step(None, bits, "bp", 512)[0]
+        full = planner.peak("train", setting(None, bits, "bp", 512)).total
         for cut in (None, run.CUT):
             for name, steps in SD15_WAYS.items():
-                peaks, flops = zip(*(step(cut, bits, *each) for each in steps), strict=True)
+                settings = [setting(cut, bits, *each) for each in steps]
+                flops = [planner.step_flops(each) for each in settings]
+                peak = planner.peak("train", settings[0]).total
+                if len(steps) == 2:
+                    peak = selective_peak(planner, settings[1], low_resolution=steps[0][1])
                 rows.append(
                     {
                         "way": name if cut is None else f"{name}, hollowed",
                         "base": "fp32" if bits is None else f"{bits} bits",
-                        "peak": max(peaks) / GIB,
-                        "ratio": max(peaks) / full,
+                        "peak": peak / GIB,
+                        "ratio": peak / full,
                         "tflop": (low * flops[0] + (1 - low) * flops[-1]) / 1e12,
                     }
                 )

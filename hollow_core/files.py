@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -14,6 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import HollowError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -45,6 +48,13 @@ def write_png(path: Path, picture: Image.Image) -> None:
     """Write a picture; `path` appears whole or not at all. Raises HollowError if it cannot."""
     data = io.BytesIO()
     picture.save(data, "PNG")
+    write_bytes(path, data.getvalue())
+
+
+def write_figure(path: Path, figure: "Figure") -> None:
+    """Write matplotlib's figure as PNG; `path` appears whole or not at all. Raises HollowError if it cannot."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=120)
     write_bytes(path, data.getvalue())
 
 

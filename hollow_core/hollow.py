@@ -83,7 +83,9 @@ class HollowedUNet(UNet2DConditionModel):
     def get_time_embed(self, sample: Tensor, timestep: Tensor | float) -> Any:
         """What `time_embedding` is given: for the MLP a sinusoid, for the table the time steps themselves."""
         if not isinstance(self.time_embedding, _TimeTable):
-            return super().get_time_embed(sample, timestep)
+            return super().get_time_embed(
+                sample, timestep.to(sample.device) if isinstance(timestep, Tensor) else timestep
+            )
         return timestep.flatten().tolist() if isinstance(timestep, Tensor) else [timestep]
 
 

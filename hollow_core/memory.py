@@ -41,7 +41,7 @@ from .progress import Progress
 from .prompts import generic_prompt, personal_prompt
 from .residency import Bits, away, stream_middle
 from .sample import SampleSettings, draw, encode_guided
-from .train import DTYPES, Precision, TrainSettings, train
+from .train import DTYPES, Precision, TrainSettings, check_unfused, train
 
 STAGES = ("encode", "precompute", "train", "sample")
 
@@ -59,7 +59,7 @@ class Setting:
     samples: int = 200
     """Records in the store."""
     class_images: int = 0
-    """Pictures of the class that the base draws, among what is encoded."""
+    """Pictures of the class that the base draws, among what is encoded; with any, a step has twice the records."""
     store_dtype: torch.dtype = torch.float16
     """How exit activations are kept."""
     base_bits: Bits | None = None
@@ -71,6 +71,11 @@ class Setting:
     tiled_vae: bool = False
     """Pictures are encoded and decoded in tiles."""
     training: TrainSettings = field(default_factory=TrainSettings)
+
+    @property
+    def step_records(self) -> int:
+        """Records that a training step goes through, those of the class included."""
+        return self.training.batch * (2 if self.class_images and self.training.prior_weight > 0 else 1)
 
     def __str__(self) -> str:
         training = self.training
@@ -214,11 +219,11 @@ class Planner:
         """The least hollowing, and for it the fastest way, whose stages all stay within `budget` bytes.
 
         From the whole U-Net on, cut by cut (those of `cuts()`, or `cuts` if given), the ways are tried that give up
-        least: `precisions` in their order, then in the smallest of them gradient checkpointing, level by level from
-        the outermost, then a base in 8 bits; with a tiled VAE where pictures would not fit otherwise, and a streamed
-        middle where precomputing would not. Where no cut fits so, all is streamed: last, as it is the slowest, while
-        a cut makes steps faster. All else is as in `setting`. Sampling is not counted, as any other tool can draw
-        with the LoRA. Raises HollowError where nothing fits, saying what the smallest would need.
+        least: `precisions` in their order, then in the smallest of them one record at a time, gradient checkpointing,
+        level by level from the outermost, then a base in 8 bits; with a tiled VAE where pictures would not fit
+        otherwise, and a streamed middle where precomputing would not. Where no cut fits so, all is streamed: last, as
+        it is the slowest, while a cut makes steps faster. All else is as in `setting`. Sampling is not counted, as any
+        other tool can draw with the LoRA. Raises HollowError where nothing fits, saying what the smallest would need.
         """
         self._check(setting)
         resident = _ways(setting, tuple(precisions), len(self.config["block_out_channels"]))
@@ -259,6 +264,8 @@ class Planner:
         side = self.resolution if setting.resolution is None else setting.resolution
         if side < 1 or side % self._pixels:
             raise HollowError(f"The resolution {side} is no multiple of {self._pixels} pixels. Take 512, 768 or 1024.")
+        if setting.class_images and setting.training.prior_weight > 0:
+            check_unfused(setting.training)
         if setting.samples < 1:
             raise HollowError(f"{setting.samples} records are too few. Ask for at least 1; 200 are usual.")
         return side
@@ -278,9 +285,8 @@ class Planner:
                 old = setting.training
                 training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets)
         setting = replace(setting, resolution=setting.resolution or self.resolution, training=training)
-        if training.together > 1 and setting.class_images and training.prior_weight > 0:
-            # records of the prior are like any others
-            setting = replace(setting, training=replace(training, batch=2 * training.batch))
+        if stage == "train":  # records of the class are like any others
+            setting = replace(setting, training=replace(training, batch=setting.step_records))
         if stage == "encode":
             setting = replace(setting, cut=None, class_images=min(setting.class_images, 1))
             if not setting.class_images:  # without the U-Net

@@ -42,16 +42,21 @@ def memory_told(
 
 
 def needs(planner: Planner, stages: Sequence[str], setting: Setting) -> int:
-    """The highest peak of `stages` in bytes. Selective training is its two parts, small pictures half as large."""
-    peaks, training = [], setting.training
-    for stage in stages:
-        parts = [setting]
-        if stage == "train" and training.strategy == "selective":
-            side = -(-(setting.resolution or planner.resolution) // 128) * 64
-            low = replace(setting, resolution=side, training=replace(training, strategy="bp"))
-            parts = [low, replace(setting, training=replace(training, strategy="zo"))]
-        peaks += [planner.peak(stage, part).total for part in parts]
-    return max(peaks)
+    """The highest peak of `stages` in bytes; of a selective training with small pictures half as large."""
+    return max(
+        selective_peak(planner, setting, -(-(setting.resolution or planner.resolution) // 128) * 64)
+        if stage == "train" and setting.training.strategy == "selective"
+        else planner.peak(stage, setting).total
+        for stage in stages
+    )
+
+
+def selective_peak(planner: Planner, setting: Setting, low_resolution: int) -> int:
+    """Bytes of training by both kinds of steps: while one goes on, the other's optimizer states are there, too."""
+    low = replace(setting, resolution=low_resolution, training=replace(setting.training, strategy="bp"))
+    high = replace(setting, training=replace(setting.training, strategy="zo"))
+    peaks = [planner.peak("train", part) for part in (low, high)]
+    return max(peak.total + other.bytes["optimizer"] for peak, other in zip(peaks, reversed(peaks), strict=True))
 
 
 def advice(planner: Planner, stages: Sequence[str], setting: Setting, free: int, *, going_on: bool = False) -> str:
@@ -82,8 +87,8 @@ def _smaller(
     """Settings that need less, from those that cost least on, and what they take in words."""
     words: list[str] = []
     yield words, setting
-    if "train" in stages and setting.training.together > 1:
-        words = ["one record at once"]
+    if "train" in stages and min(setting.training.together, setting.step_records) > 1:
+        words = ["together 1"]
         setting = replace(setting, training=replace(setting.training, together=1))
         yield words, setting
     if "train" in stages and not setting.training.gradient_checkpointing:

@@ -19,7 +19,8 @@ from .two_path import two_path
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How to sample; the same seed gives the same picture on the same machine."""
+    """How to sample; the same seed gives the same picture on the same machine, but for rounding if others are drawn
+    together with it."""
 
     steps: int = 30
     """Denoising steps."""
@@ -55,6 +56,10 @@ def sample(
     form, `generic` if given; any other LoRA, or `single_path`, on the ordinary one. Text encoders, U-Net and VAE
     visit `device` in turn; None leaves them where they are.
     """
+    if len(seeds) != len(prompts):
+        raise HollowError(f"There are {len(prompts)} prompts and {len(seeds)} seeds. Give one seed for each prompt.")
+    if settings.together < 1:
+        raise HollowError(f"{settings.together} pictures cannot be drawn together. It must be at least 1.")
     size = settings.size or (model.resolution, model.resolution)
     recipe = None if lora is None or single_path else lora.recipe
     with visiting(device, *model.text_encoders):

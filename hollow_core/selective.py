@@ -5,7 +5,6 @@ resolution, learns fast but distorts structure; ZO-high, MeZO at full resolution
 memory, but learns nothing from scratch. At each step a probability that knows the time step picks one of them.
 """
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from .activations import Store
 from .errors import HollowError
-from .files import write_bytes
+from .files import write_figure
 
 Strategy = Literal["bp", "zo", "selective"]
 StepKind = Literal["bp", "bp-low", "zo-high"]
@@ -36,7 +35,7 @@ class Choice(NamedTuple):
     """What one step is to do."""
 
     kind: StepKind
-    weighted: list[tuple[int, float]]  # records and their weights, as a `Step` takes them
+    weighted: list[tuple[int, float]]  # records and their weights
     seed: int  # of a zeroth-order step's directions
 
 
@@ -145,9 +144,7 @@ def save_schedule(path: Path, probability: Probability, steps: Sequence[Taken], 
         below = [one + other for one, other in zip(below, found, strict=True)]
     right.set(xlabel="image records", ylabel="time step t", ylim=(0, timesteps))
     right.legend()
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=120)
-    write_bytes(path, data.getvalue())
+    write_figure(path, figure)
 
 
 def _low(store: Store) -> list[int]:

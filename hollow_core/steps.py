@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from .activations import Record
+from .activations import Record, Store
 from .hollow import Conditioning, HollowedUNet
 
 Part = Sequence[tuple[int, float]]  # records that pass the U-Net together, each with its weight
@@ -86,6 +86,16 @@ class ZerothOrder:
         generator = None if device.type == "meta" else torch.Generator(device).manual_seed(self.seed + query)
         for parameter in self.parameters:
             yield torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=parameter.dtype)
+
+
+def part_loss(
+    unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, part: Part, *, snr_gamma: float | None = None
+) -> Tensor:
+    """Σ weight · loss over a part of a store's records, a scalar: a `Loss`, once all but the part is given."""
+    records = [store.record(index) for index, _ in part]
+    inputs = [store.inputs(record.image) for record in records]
+    losses = record_losses(unet, schedule, records, inputs, snr_gamma=snr_gamma)
+    return torch.stack([weight * loss for (_, weight), loss in zip(part, losses, strict=True)]).sum()
 
 
 def record_losses(

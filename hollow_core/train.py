@@ -1,6 +1,7 @@
 """Stage 2: train a LoRA on the records of a store; the loop reads top to bottom."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -18,7 +19,7 @@ from .lora import ATTENTION, add_lora, load_lora_state, lora_parameters, lora_st
 from .optimizer import Optimizer, OptimizerName
 from .progress import Clock, Stop, Watch
 from .selective import Probability, Strategy, Taken, choices, falling, heat_map, taken
-from .steps import Part, Step, ZerothOrder, backpropagate, record_losses
+from .steps import Part, Step, ZerothOrder, backpropagate, part_loss
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -50,7 +51,7 @@ class TrainSettings:
     """AdamW with its states in fp32, or in 8 bits by bitsandbytes: a quarter of their memory, for matrices of at
     least 4096 numbers."""
     batch: int = 1
-    """Image records a step; as many of the prior come on top. Costs time, not memory."""
+    """Image records a step; as many of the prior come on top. Costs time, and memory only for what is `together`."""
     together: int = 1
     """How many of a step's records pass the U-Net at once, as a batch: faster where the GPU is not busy with one, for
     the memory of so many."""
@@ -97,7 +98,8 @@ class TrainSettings:
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """Those that may not change when a run goes on; the others do not change what a step does."""
+        """Those that may not change when a run goes on; the others do not change what a step does, but for rounding
+        where `together` is another."""
         free = {"save_every", "together", "gradient_checkpointing", "checkpoint_levels", "fused_backward"}
         if self.strategy != "selective":  # whose steps know how far the training is
             free |= {"steps", "selective_gamma", "probability"}
@@ -252,11 +254,7 @@ def train(
     )
     trained_on = [record for choice in islice(ahead, len(losses)) for record in taken(store, choice)]
 
-    def loss_of(part: Part) -> Tensor:
-        records = [store.record(index) for index, _ in part]
-        inputs = [store.inputs(record.image) for record in records]
-        losses = record_losses(unet, schedule, records, inputs, snr_gamma=settings.snr_gamma)
-        return torch.stack([weight * loss for (_, weight), loss in zip(part, losses, strict=True)]).sum()
+    loss_of = partial(part_loss, unet, schedule, store, snr_gamma=settings.snr_gamma)
 
     def save() -> None:
         moments = {way: optimizer.state() for way, optimizer in optimizers.items()}
@@ -320,8 +318,10 @@ def train(
     return TrainResult(lora_state(unet), losses, stopped, trained_on)
 
 
-def _parts(store: Store, weighted: Part, together: int) -> list[Part]:
+def _parts(store: Store, weighted: Sequence[tuple[int, float]], together: int) -> list[Part]:
     """`weighted` in order, in parts of up to so many neighbours whose pictures and prompts are of one size."""
+    if together == 1:
+        return [[each] for each in weighted]
     parts: list[list[tuple[int, float]]] = []
     sizes = None
     for index, weight in weighted:

@@ -109,7 +109,7 @@ class HollowTrainLoRA(io.ComfyNode):
                     min=1,
                     max=64,
                     optional=True,
-                    tooltip="Records a step. Costs time, not memory.",
+                    tooltip="Records a step. Costs time, and memory only for what is together.",
                 ),
                 io.Combo.Input(
                     "layers",
@@ -165,7 +165,7 @@ class HollowTrainLoRA(io.ComfyNode):
                     max=64,
                     optional=True,
                     tooltip="How many of a step's records, those of the class included, pass the U-Net at once: "
-                    "faster, for the memory of so many.",
+                    "faster, for the memory of so many. The plan of Hollow U-Net counts one.",
                 ),
             ],
             outputs=[

@@ -258,6 +258,11 @@ def test_records_that_pass_together_need_more_and_are_given_up_first(tiny: Plann
     assert fit.prediction.setting.training.together == 1
     assert not fit.prediction.setting.training.gradient_checkpointing
     assert fit.gave_up[-1] == "the speed of 4 records at once"
+    flops = {pair: tiny.step_flops(setting(*pair)) for pair in [(4, 1), (4, 4), (2, 1, 2), (2, 4, 2)]}
+    assert len(set(flops.values())) == 1
+    fused = replace(SMALL.training, fused_backward=True, max_grad_norm=math.inf, together=2)
+    with pytest.raises(HollowError, match=r"but there are pictures of the class too\. Set prior_weight to 0"):
+        tiny.predict(replace(SMALL, class_images=2, training=fused))
 
 
 def test_refusals_are_sentences(tiny: Planner, folder: Path) -> None:

@@ -9,9 +9,10 @@ from diffusers import UNet2DConditionModel
 from tiny_training import tiny_examples, tiny_schedule
 from tiny_unets import make_tiny_conditioning, make_tiny_unet
 
+from benchmarks.held_out import keep_alike
 from benchmarks.paper import results
 from benchmarks.paper.baselines import finetune, pruned
-from benchmarks.paper.figures import Measured
+from benchmarks.paper.figures import Figure, Measured, short
 from benchmarks.paper.predictions import TABLE_3, TABLE_6, Predicted
 from benchmarks.paper.trial import Extent, Trial
 from benchmarks.paper.ways import CUTS, HOLLOWED, LORA, PRUNED, WAYS
@@ -79,19 +80,30 @@ def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> No
     write_json(Trial(tmp_path, LORA, 2, 0).result, {"one path": row(0.1)})  # without a twin: in no difference
     measured = Measured(tmp_path, WAYS, range(3), range(1))
     text = results.write(tmp_path, measured, Extent(), PREDICTED, [0, 1]).read_text()
-    assert "| the same at rank 16 | +.008 | -.110 ± .010 | 2 | no, it is worse |" in text
+    assert "| the same at rank 16 | +.008 | -.110 ± .010 | 2 | cannot be told |" in text  # t of two subjects is 12.7
     assert "| A pruned net, re-trained, is worse than hollowed | -.031 | -.300 ± .000 | 2 | yes |" in text
     assert "| Full fine-tuning is hardly better than LoRA (rank 128) | +.005 | – | – | not measured |" in text
     assert "| LoRA, rank 16 | .500 ± .294 |" in text
     assert "| hollowed, rank 16 | .590 ± .110 | .605 ± .105 | +.015 ± .005 | 2 |" in text
     assert "| base model | .020 ± .000 |" in text
-    for picture in re.findall(r"\((\w+\.png)\)", text):
-        assert (tmp_path / picture).exists()
+    assert re.findall(r"\((\w+\.png)\)", text) == ["cuts.png", "records.png"]
+    assert all((tmp_path / picture).exists() for picture in ("cuts.png", "records.png"))
     assert len({way.name for way in WAYS}) == len(WAYS) > len(CUTS)
 
 
-def test_a_folder_has_trials_of_one_extent(tmp_path: Path) -> None:
-    Extent(steps=60).keep(tmp_path)
-    Extent(steps=60).keep(tmp_path)
+def test_seeds_of_one_subject_are_no_strangers() -> None:
+    """Three subjects, the same with every seed: more seeds make the mean no surer."""
+    values = {(subject, seed): score for subject, score in enumerate([0.1, 0.2, 0.3]) for seed in range(9)}
+    figure = Figure.of(values)
+    assert figure is not None
+    assert figure[:2] == pytest.approx((0.2, (0.02 / 3) ** 0.5))
+    assert figure.error == pytest.approx(0.1 / 3**0.5)
+    assert figure.interval == pytest.approx((0.2 - 4.30 * figure.error, 0.2 + 4.30 * figure.error))
+    assert (short(0.05), short(10.5)) == (".050", "10.500")
+
+
+def test_a_folder_has_rows_made_alike(tmp_path: Path) -> None:
+    keep_alike(tmp_path, {"steps": 60})
+    keep_alike(tmp_path, {"steps": 60})
     with pytest.raises(HollowError, match=r"was begun with .*60.* not .*400.* Choose another folder"):
-        Extent().keep(tmp_path)
+        keep_alike(tmp_path, {"steps": 400})

@@ -76,7 +76,10 @@ def test_the_lever_that_costs_least_of_those_that_do_is_named(planner: Planner, 
 
 def test_records_at_once_are_the_first_to_go(planner: Planner) -> None:
     one, four = (replace(SETTING, training=replace(SETTING.training, batch=4, together=n)) for n in (1, 4))
-    assert advice(planner, ["train"], four, needs(planner, ["train"], one)).startswith("Take one record at once:")
+    assert advice(planner, ["train"], four, needs(planner, ["train"], one)).startswith("Take together 1:")
+    alone = replace(SETTING, training=replace(SETTING.training, together=4))  # at batch 1
+    enough = needs(planner, ["train"], with_checkpointing(alone))
+    assert advice(planner, ["train"], alone, enough).startswith("Take gradient checkpointing:")
 
 
 def test_where_nothing_helps_the_smallest_is_named(planner: Planner) -> None:
@@ -88,11 +91,14 @@ def test_where_nothing_helps_the_smallest_is_named(planner: Planner) -> None:
 
 
 def test_selective_training_needs_what_the_larger_of_its_parts_does(planner: Planner) -> None:
+    """And AdamW's moments of both kinds of steps."""
     selective, forward = (
         replace(SETTING, training=replace(SETTING.training, strategy=strategy)) for strategy in ("selective", "zo")
     )
-    small = needs(planner, ["train"], replace(SETTING, resolution=128))
-    assert needs(planner, ["train"], selective) == max(small, needs(planner, ["train"], forward))
+    parts = [planner.peak("train", part) for part in (replace(SETTING, resolution=128), forward)]
+    moments = parts[0].bytes["optimizer"]
+    assert parts[1].bytes["optimizer"] == moments > 0
+    assert needs(planner, ["train"], selective) == max(part.total for part in parts) + moments
 
 
 def test_running_out_all_the_same_is_told_and_keeps_the_records(planner: Planner) -> None:

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny_pipelines import tiny_pipeline
 
+from hollow_core.demo import run
+from hollow_core.errors import HollowError
 from hollow_core.hollow import hollow
 from hollow_core.lora import add_lora, lora_state, remove_lora
 from hollow_core.lora_file import LoraFile, Recipe
@@ -37,22 +40,35 @@ def test_a_picture_is_the_pipelines(layout: str, tmp_path: Path) -> None:
             assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
 
 
-def test_pictures_drawn_together_on_two_paths_are_those_drawn_alone(tmp_path: Path) -> None:
-    tiny_pipeline("sdxl").save_pretrained(tmp_path)
-    model = load(tmp_path)
-    hollowed = hollow(model.unet, 1)
-    add_lora(hollowed, 4, generator=torch.Generator().manual_seed(0))
-    state = {key: torch.ones_like(matrix) for key, matrix in lora_state(hollowed).items()}
+def test_pictures_drawn_together_on_two_paths_are_those_drawn_alone() -> None:
+    """By the embedded model, where prompts matter."""
+    model = run.model()
+    hollowed = hollow(model.unet, 3)
+    add_lora(hollowed, 2, generator=torch.Generator().manual_seed(0))
+    state = {key: torch.full_like(matrix, 0.02) for key, matrix in lora_state(hollowed).items()}
     remove_lora(hollowed)
-    lora = LoraFile(state, 1.0, Recipe(1, "sks", "dog", "a sks dog", "a dog", "epsilon"), {})
-    prompts = ["a sks dog", "a sks cat in the city", "a sks dog"]
-    settings, told = SampleSettings(steps=2, size=(64, 64)), []
-    alone = sample(model, prompts, [3, 4, 5], settings, lora=lora)
-    drawn = sample(
-        model, prompts, [3, 4, 5], replace(settings, together=2), lora=lora, progress=lambda *done: told.append(done)
-    )
+    lora = LoraFile(state, 2.0, Recipe(3, "sks", "cup", "a sks cup", "a cup", "v_prediction"), {})
+    prompts = ["a photo of a sks cup at night", "a photo of a sks fish on the beach", "a photo of a sks cup at night"]
+    alone = SampleSettings(steps=4, guidance=3.0)
+    together, told = replace(alone, together=2), []
+
+    def draw(settings: SampleSettings, **how: Any) -> list[np.ndarray]:
+        return [np.asarray(picture, int) for picture in sample(model, prompts, [3, 4, 5], settings, lora=lora, **how)]
+
+    def differ(first: list[np.ndarray], second: list[np.ndarray]) -> list[bool]:
+        return [bool(np.abs(one - other).max() > 3) for one, other in zip(first, second, strict=True)]
+
+    drawn = draw(together, progress=lambda *done: told.append(done))
     assert told == [(2, 3), (3, 3)]
-    for one, other in zip(drawn, alone, strict=True):
-        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
-    one_path = sample(model, prompts, [3, 4, 5], replace(settings, together=2), lora=lora, single_path=True)
-    assert np.abs(np.asarray(one_path[1], int) - np.asarray(drawn[1], int)).max() > 1
+    assert differ(drawn, draw(alone)) == [False] * 3
+    assert differ(drawn, draw(together, generic="a photo of a house in the city")) == [True] * 3
+    assert differ(drawn, draw(together, single_path=True)) == [True] * 3
+
+
+def test_refusals_are_sentences(tmp_path: Path) -> None:
+    tiny_pipeline("sd15").save_pretrained(tmp_path)
+    model = load(tmp_path)
+    with pytest.raises(HollowError, match=r"There are 3 prompts and 2 seeds\. Give one seed for each prompt\."):
+        sample(model, ["a dog"] * 3, [3, 4])
+    with pytest.raises(HollowError, match=r"0 pictures cannot be drawn together\. It must be at least 1\."):
+        sample(model, ["a dog"], [3], SampleSettings(together=0))

@@ -1,15 +1,17 @@
 """`python -m benchmarks.paper --out DIR`: trains what is not trained yet, then writes DIR/RESULTS.md.
 
-Hours on two cores; `--quick` takes minutes and says little. A stopped run goes on, and several may share DIR, best with
-different `--subjects`. Seeds come one after the other, and the ways that most tables need come first.
+Hours on two cores; `--quick` takes minutes and says little. A stopped run goes on, and several may share DIR, each
+with its own `--subjects`. Seeds come one after the other, and the ways that most tables need come first.
 """
 
 import argparse
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks import held_out
 from hollow_core.demo import world
 
 from . import results
@@ -30,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     ways, extent = (QUICK, Extent(steps=60, distill_steps=20)) if options.quick else (WAYS, Extent())
     subjects, seeds = ([0], range(1)) if options.quick else (options.subjects, range(options.seeds))
-    extent.keep(options.out)
+    held_out.keep_alike(options.out, asdict(extent))
     if not options.report:
         trials = [Trial(options.out, way, subject, seed) for seed, way, subject in product(seeds, ways, subjects)]
         for trial in tqdm(trials):

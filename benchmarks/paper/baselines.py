@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -15,7 +16,7 @@ from hollow_core.demo import language, pretrain
 from hollow_core.hollow import Conditioning, hollow
 from hollow_core.models import BaseModel, encode_prompt
 from hollow_core.selective import choices, falling
-from hollow_core.steps import Part, backpropagate, record_losses
+from hollow_core.steps import backpropagate, part_loss
 from hollow_core.train import TrainSettings
 
 FULL_LEARNING_RATE = 0.1
@@ -42,14 +43,9 @@ def finetune(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, 
         seeds=seeds[1:],
     )
 
-    def loss_of(part: Part) -> Tensor:
-        records = [store.record(index) for index, _ in part]
-        losses = record_losses(unet, schedule, records, [store.inputs(record.image) for record in records])
-        return torch.stack([weight * loss for (_, weight), loss in zip(part, losses, strict=True)]).sum()
-
     losses = []
     for choice in islice(ahead, settings.steps):
-        losses.append(backpropagate(loss_of, [choice.weighted]))
+        losses.append(backpropagate(partial(part_loss, unet, schedule, store), [choice.weighted]))
         nn.utils.clip_grad_norm_(unet.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

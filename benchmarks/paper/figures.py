@@ -1,5 +1,6 @@
 """What the rows of all trials say: means, spreads, and differences between trials that share subject and seed."""
 
+import re
 from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
@@ -14,24 +15,40 @@ from .ways import Way
 Key = tuple[int, int]  # subject, seed
 
 
+# Student's t for 95 % on both sides, by degrees of freedom; the six subjects have five
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}
+
+
 class Figure(NamedTuple):
-    """Of several numbers."""
+    """Of the numbers of several trials."""
 
     mean: float
     spread: float
     """Their standard deviation."""
     error: float
-    """The mean's standard error; that of a single number is unknown, and infinite."""
+    """The mean's standard error. Seeds of one subject are no strangers, so it is that of the subjects' means; of a
+    single subject it is unknown, and infinite."""
     n: int
+    """Trials."""
+    subjects: int
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> "Figure | None":
+    def of(cls, values: Mapping[Key, float]) -> "Figure | None":
         """None of none."""
-        numbers = list(values)
-        if not numbers:
+        if not values:
             return None
-        error = stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else float("inf")
-        return cls(mean(numbers), pstdev(numbers), error, len(numbers))
+        by_subject: dict[int, list[float]] = {}
+        for (subject, _), value in values.items():
+            by_subject.setdefault(subject, []).append(value)
+        means = [mean(numbers) for numbers in by_subject.values()]
+        error = stdev(means) / len(means) ** 0.5 if len(means) > 1 else float("inf")
+        return cls(mean(means), pstdev(values.values()), error, len(values), len(means))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Where the mean is, to 95 %."""
+        width = STUDENT[self.subjects - 1] * self.error if self.subjects > 1 else float("inf")
+        return self.mean - width, self.mean + width
 
 
 class Measured:
@@ -50,21 +67,23 @@ class Measured:
 
     def figure(self, way: Way, use: str, kind: str = "subject") -> Figure | None:
         """Over all subjects and seeds."""
-        return Figure.of(self.values(way, use, kind).values())
+        return Figure.of(self.values(way, use, kind))
 
     def difference(
         self, way: Way, use: str, other: Way, other_use: str | None = None, kind: str = "subject"
     ) -> Figure | None:
         """Of `way` over `other`, where subject and seed are the same."""
         ours, theirs = self.values(way, use, kind), self.values(other, other_use or use, kind)
-        return Figure.of(ours[key] - theirs[key] for key in ours.keys() & theirs.keys())
+        return Figure.of({key: ours[key] - theirs[key] for key in ours.keys() & theirs.keys()})
 
     def by_subject(self, way: Way, use: str) -> dict[str, Figure]:
         """The subject score of each of them, over its seeds."""
-        found: dict[str, list[float]] = {}
-        for (subject, _), value in self.values(way, use).items():
-            found.setdefault(world.HELD_OUT[subject].kind, []).append(value)
-        return {kind: figure for kind, values in found.items() if (figure := Figure.of(values))}
+        values = self.values(way, use)
+        found = {
+            subject.kind: Figure.of({key: value for key, value in values.items() if key[0] == number})
+            for number, subject in enumerate(world.HELD_OUT)
+        }
+        return {kind: figure for kind, figure in found.items() if figure}
 
 
 def plain(figure: Figure | None) -> str:
@@ -76,10 +95,10 @@ def signed(figure: Figure | None) -> str:
     """ "-.015 ± .021", the standard error."""
     if figure is None:
         return "–"
-    error = "" if figure.n == 1 else f" ± {short(figure.error)}"
+    error = "" if figure.subjects == 1 else f" ± {short(figure.error)}"
     return f"{'-' if figure.mean < 0 else '+'}{short(abs(figure.mean))}{error}"
 
 
 def short(number: float) -> str:
     """Three places and no zero before the point."""
-    return f"{number:.3f}".replace("0.", ".", 1)
+    return re.sub(r"^0\.", ".", f"{number:.3f}")

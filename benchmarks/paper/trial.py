@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,6 @@ import torch
 from benchmarks import held_out
 from hollow_core import lora_file
 from hollow_core.demo import run, world
-from hollow_core.errors import HollowError
 from hollow_core.files import read_json, read_safetensors, write_json, write_safetensors
 from hollow_core.hollow import hollow
 from hollow_core.lora_file import LoraFile, Recipe
@@ -35,14 +34,6 @@ class Extent:
 
     steps: int = run.SETTINGS.steps
     distill_steps: int = 500
-
-    def keep(self, out: Path) -> None:
-        """All trials of a folder have one. Raises HollowError where those there have another."""
-        path, told = out / "extent.json", asdict(self)
-        if not path.exists():
-            write_json(path, told)
-        if (begun := read_json(path)) != told:
-            raise HollowError(f"{out} was begun with {begun}, not {told}. Choose another folder.")
 
 
 class Trial(NamedTuple):

@@ -95,7 +95,9 @@ StreamMiddle = Annotated[
 ]
 Together = Annotated[
     int,
-    typer.Option(help="How many of a step's records pass the U-Net at once: faster, for the memory of so many."),
+    typer.Option(
+        help="How many of a step's records, those of the class included, pass the U-Net at once: faster, for the memory of so many."
+    ),
 ]
 TiledVae = Annotated[
     bool,

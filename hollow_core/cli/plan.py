@@ -82,7 +82,7 @@ def plan(
     stream: Stream = False,
     stream_middle: StreamMiddle = False,
     tiled_vae: TiledVae = False,
-    checkpointing: Annotated[bool, typer.Option(help="Recompute activations. With a budget, this, an 8-bit base and, last, streaming are tried.")] = False,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute activations. With a budget, --together 1, this, an 8-bit base and, last, streaming are tried.")] = False,
     checkpoint_levels: CheckpointLevels = None,
     cut: Annotated[list[int] | None, typer.Option(help="May be given several times; -1 is an ordinary LoRA on all of the U-Net. (default: all that leave enough to train)")] = None,
     budget: Annotated[str | None, typer.Option(help="Free memory, such as 4GB: pick the least hollowing and the fastest settings that fit. (default: none, a table of all)")] = None,

@@ -52,7 +52,7 @@ def train(
     optimizer: Optimizer = OptimizerKind.adamw,
     max_grad_norm: Annotated[float, typer.Option(help="The gradient is scaled down to this norm if it is longer; inf never clips.")] = 1.0,
     fused_backward: FusedBackward = False,
-    batch: Annotated[int, typer.Option(help="Records a step, one after the other: costs time, not memory.")] = 1,
+    batch: Annotated[int, typer.Option(help="Records a step; costs time, and memory only for what is --together.")] = 1,
     together: Together = 1,
     snr_gamma: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, usually 5. (default: off)")] = None,
     precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic.")] = Precision.fp32,

@@ -1,6 +1,5 @@
 """The demo's two figures: a labelled grid of pictures, and the training losses."""
 
-import io
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files import write_bytes, write_png
+from ..files import write_figure, write_png
 
 CELL = 128  # pixels
 MARGIN = 6
@@ -52,6 +51,4 @@ def save_losses(path: Path, losses: Mapping[str, Sequence[float]]) -> None:
         axes.plot(list(accumulate(values, lambda smooth, value: 0.97 * smooth + 0.03 * value)), label=name)
     axes.legend()
     axes.grid(alpha=0.3)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=120)
-    write_bytes(path, data.getvalue())
+    write_figure(path, figure)
