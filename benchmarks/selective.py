@@ -2,9 +2,10 @@
 
 Ways to train on the six held-out subjects of the embedded model, with the same number of steps and, once more, in the
 same time as backpropagation at full size: subject, scene and structure score of pictures in new scenes (on two paths
-where hollowed). Structure is the embedded reader's probability of the subject's class. What is done is kept in DIR, so
-that a stopped run goes on, and several may share DIR; `--subjects 0 --steps 100` is a small run. Writes
-DIR/selective.json with the peak of a dry run and the operations of a step for SD1.5 at 512², and prints the tables.
+where hollowed), and the loss at full size. Structure is the embedded reader's probability of the subject's class. What
+is done is kept in DIR, so that a stopped run goes on, and several may share DIR; `--subjects 0 --steps 100` is a small
+run. Writes DIR/selective.json with the peak of a dry run and the operations of a step for SD1.5 at 512², and prints the
+tables.
 """
 
 import argparse
@@ -17,19 +18,28 @@ from pathlib import Path
 from statistics import mean, median, pstdev
 from typing import Any, NamedTuple
 
+import torch
+
 from benchmarks import held_out
 from hollow_core import lora_file
+from hollow_core.activations import Store
 from hollow_core.demo import run, world
 from hollow_core.files import read_json, write_json
+from hollow_core.hollow import hollow
+from hollow_core.lora import load_lora_state
+from hollow_core.lora_file import LoraFile
 from hollow_core.memory import GIB, Planner, Setting
+from hollow_core.models import BaseModel
 from hollow_core.personalize import Request, personalize
 from hollow_core.remedy import selective_peak
 from hollow_core.selective import Probability, Strategy, count_by_time, falling, heat_map
+from hollow_core.steps import part_loss
 from hollow_core.train import TrainSettings
 
 STEPS = 200
 ZO_LEARNING_RATE = 1e-4
 THREE_QUARTERS = 3 * world.SIZE // 4
+AT_ONCE = 25
 BUDGETS = ("same steps", "same time")
 
 
@@ -96,7 +106,7 @@ def main() -> None:
     for budget in options.budgets:
         subjects = [subject_scores(options, number, budget) for number in options.subjects]
         results[budget] = subjects
-        print(f"\n| {budget} | subject | over BP's | scene | structure | steps | seconds |\n" + "|---" * 7 + "|")
+        print(f"\n| {budget} | subject | over BP's | scene | structure | loss | steps | seconds |\n" + "|---" * 8 + "|")
         for name in subjects[0]:
             print(f"| {name} | " + " | ".join(summary(subjects, name)) + " |")
         write_json(options.out / "selective.json", results)
@@ -111,6 +121,7 @@ def summary(subjects: list[dict[str, dict[str, Any]]], name: str) -> list[str]:
         f"{mean(more):+.3f} ± {pstdev(more):.3f}",
         f"{figures['scene']:.3f}",
         f"{figures['structure']:.3f}",
+        f"{figures['loss']:.3f}",
         f"{figures['steps']:.0f}",
         f"{figures['seconds']:.0f}",
     ]
@@ -134,6 +145,16 @@ def subject_scores(options: argparse.Namespace, number: int, budget: str) -> dic
             steps = max(round(options.steps * pace[name]), 1)
             rows[name] = _once(path, partial(train_and_score, options, subject, way, steps, path.with_suffix("")))
     return rows
+
+
+@torch.no_grad()
+def full_size_loss(base: BaseModel, cut: int | None, store: Store, lora: LoraFile) -> float:
+    """The mean loss of all image records at full size: what the training came to, whatever its steps were told."""
+    unet = base.unet if cut is None else hollow(base.unet, cut)
+    load_lora_state(unet, lora.state, lora.alpha)
+    weighted = [(index, 1.0) for index in store.indices("image")]
+    parts = [weighted[first : first + AT_ONCE] for first in range(0, len(weighted), AT_ONCE)]
+    return sum(part_loss(unet, base.schedule, store, part).item() for part in parts) / len(weighted)
 
 
 def _file(name: str, steps: int) -> str:
@@ -183,9 +204,12 @@ def train_and_score(
     outcome = personalize(run.model, request, folder)
     assert outcome.file is not None
     assert outcome.result is not None
+    assert outcome.store is not None
     base = run.model()
+    lora = lora_file.load(outcome.file, base.unet)
     return {
-        **held_out.scores(base, subject, lora_file.load(outcome.file, base.unet)),
+        **held_out.scores(base, subject, lora),
+        "loss": round(full_size_loss(run.model(), way.cut, outcome.store, lora), 4),
         "steps": steps,
         "seconds": round(outcome.meter.stages[-1].seconds, 1),
         "by_time": count_by_time(outcome.result.taken),
