@@ -32,6 +32,7 @@ LEVERS: dict[str, dict[str, dict[str, Any]]] = {
     "checkpointing": {"settings": {"gradient_checkpointing": True}},
     "bf16 arithmetic": {"settings": {"precision": "bf16"}},
     "8-bit AdamW": {"settings": {"optimizer": "adamw8bit"}},
+    "four records at once": {"settings": {"together": 4}},
 }
 """Of `Request` and of `TrainSettings`."""
 
@@ -82,6 +83,8 @@ def measured(out: Path, name: str, subject: int, *, quick: bool) -> dict[str, An
 def _measure(
     folder: Path, subject: world.Subject, lever: Mapping[str, Mapping[str, Any]], quick: bool
 ) -> dict[str, Any]:
+    # one record at a time, as where memory is short
+    alone = {"steps": 60 if quick else run.SETTINGS.steps, "together": 1}
     request = Request(
         held_out.references(folder / "references", subject),
         subject.kind,
@@ -89,12 +92,7 @@ def _measure(
         run.CUT,
         samples=16 if quick else run.SAMPLES,
         class_images=2 if quick else run.CLASS_IMAGES,
-        settings=replace(
-            run.SETTINGS,
-            steps=60 if quick else run.SETTINGS.steps,
-            together=1,  # as where memory is short
-            **lever.get("settings", {}),
-        ),
+        settings=replace(run.SETTINGS, **alone | lever.get("settings", {})),
         **lever.get("request", {}),
     )
     moments: list[float] = []
