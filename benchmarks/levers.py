@@ -84,7 +84,7 @@ def _measure(
     folder: Path, subject: world.Subject, lever: Mapping[str, Mapping[str, Any]], quick: bool
 ) -> dict[str, Any]:
     # one record at a time, as where memory is short
-    alone = {"steps": 60 if quick else run.SETTINGS.steps, "together": 1}
+    alone: dict[str, Any] = {"steps": 60 if quick else run.SETTINGS.steps, "together": 1}
     request = Request(
         held_out.references(folder / "references", subject),
         subject.kind,
