@@ -92,7 +92,7 @@ def _measure(
         run.CUT,
         samples=16 if quick else run.SAMPLES,
         class_images=2 if quick else run.CLASS_IMAGES,
-        settings=replace(run.SETTINGS, **alone | lever.get("settings", {})),
+        settings=replace(run.SETTINGS, **{**alone, **lever.get("settings", {})}),
         **lever.get("request", {}),
     )
     moments: list[float] = []
