@@ -73,7 +73,8 @@ def run(
 ) -> dict[str, Any]:
     """Do it all into `out`, and give the report that is written there too.
 
-    Called again after an interruption, it goes on. Raises HollowError where `out` cannot be written.
+    Called again after an interruption, it goes on. The stage "encode" of the plain LoRA has drawn the pictures of the
+    class, too, which both trainings share. Raises HollowError where `out` cannot be written.
     """
     references = out / "references"
     write_references(references, subject)
