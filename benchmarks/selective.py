@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import held_out
 from hollow_core import lora_file
-from hollow_core.activations import Store
+from hollow_core.activations import Kind, Store
 from hollow_core.demo import run, world
 from hollow_core.files import read_json, write_json
 from hollow_core.hollow import hollow
@@ -109,7 +109,11 @@ def main() -> None:
         print(f"\n| {budget} | subject | over BP's | scene | structure | loss | steps | seconds |\n" + "|---" * 8 + "|")
         for name in subjects[0]:
             print(f"| {name} | " + " | ".join(summary(subjects, name)) + " |")
+        results["base_losses"] = base_losses(options)
         write_json(options.out / "selective.json", results)
+    print(
+        "\nThe base model's loss: " + ", ".join(f"{size} {value:.3f}" for size, value in results["base_losses"].items())
+    )
 
 
 def summary(subjects: list[dict[str, dict[str, Any]]], name: str) -> list[str]:
@@ -147,12 +151,28 @@ def subject_scores(options: argparse.Namespace, number: int, budget: str) -> dic
     return rows
 
 
+def base_losses(options: argparse.Namespace) -> dict[str, float]:
+    """The loss of the base model on the subjects' pictures at full size, at half of it and at three quarters: whether
+    it knows small pictures at all."""
+    places: dict[str, tuple[Kind, str]] = {
+        "full size": ("image", "BP-low only"),
+        "half": ("low image", "BP-low only"),
+        "three quarters": ("low image", "BP-low only at 3/4"),
+    }
+    found: dict[str, list[float]] = {size: [] for size in places}
+    for number, (size, (kind, way)) in product(options.subjects, places.items()):
+        folder = options.out / f"subject-{number}" / Path(_file(way, options.steps)).stem
+        found[size].append(loss(run.model(), Store.open(folder / "store"), None, kind=kind))
+    return {size: mean(losses) for size, losses in found.items()}
+
+
 @torch.no_grad()
-def full_size_loss(base: BaseModel, cut: int | None, store: Store, lora: LoraFile) -> float:
-    """The mean loss of all image records at full size: what the training came to, whatever its steps were told."""
+def loss(base: BaseModel, store: Store, lora: LoraFile | None, cut: int | None = None, kind: Kind = "image") -> float:
+    """The mean loss of all records of a kind: at full size what a training came to, whatever its steps were told."""
     unet = base.unet if cut is None else hollow(base.unet, cut)
-    load_lora_state(unet, lora.state, lora.alpha)
-    weighted = [(index, 1.0) for index in store.indices("image")]
+    if lora is not None:
+        load_lora_state(unet, lora.state, lora.alpha)
+    weighted = [(index, 1.0) for index in store.indices(kind)]
     parts = [weighted[first : first + AT_ONCE] for first in range(0, len(weighted), AT_ONCE)]
     return sum(part_loss(unet, base.schedule, store, part).item() for part in parts) / len(weighted)
 
@@ -209,7 +229,7 @@ def train_and_score(
     lora = lora_file.load(outcome.file, base.unet)
     return {
         **held_out.scores(base, subject, lora),
-        "loss": round(full_size_loss(run.model(), way.cut, outcome.store, lora), 4),
+        "loss": round(loss(run.model(), outcome.store, lora, way.cut), 4),
         "steps": steps,
         "seconds": round(outcome.meter.stages[-1].seconds, 1),
         "by_time": count_by_time(outcome.result.taken),
