@@ -26,18 +26,20 @@ def main() -> None:
     everyone = range(len(world.HELD_OUT))
     parser.add_argument("--out", type=Path, default=Path("hollow-paper"), help="folder for the results")
     parser.add_argument("--subjects", type=int, nargs="+", default=everyone, choices=everyone, help="which to train")
+    parser.add_argument("--ways", nargs="+", default=[way.name for way in WAYS], help="which, such as lora-r16-s300")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each")
     parser.add_argument("--quick", action="store_true", help="one subject and seed, some of the ways, few steps")
     parser.add_argument("--report", action="store_true", help="train nothing: write what is there")
     options = parser.parse_args()
     ways, extent = (QUICK, Extent(steps=60, distill_steps=20)) if options.quick else (WAYS, Extent())
+    ways = [way for way in ways if way.name in options.ways]
     subjects, seeds = ([0], range(1)) if options.quick else (options.subjects, range(options.seeds))
     held_out.keep_alike(options.out, asdict(extent))
     if not options.report:
         trials = [Trial(options.out, way, subject, seed) for seed, way, subject in product(seeds, ways, subjects)]
         for trial in tqdm(trials):
             run_trial(trial, extent)
-    everything = Measured(options.out, ways, everyone, range(options.seeds))
+    everything = Measured(options.out, WAYS, everyone, range(options.seeds))
     known = [subject for subject in everyone if options.report or subject in subjects]
     for subject in known:
         base_row(options.out, subject)
