@@ -99,7 +99,7 @@ def test_seeds_of_one_subject_are_no_strangers() -> None:
     assert figure[:2] == pytest.approx((0.2, (0.02 / 3) ** 0.5))
     assert figure.error == pytest.approx(0.1 / 3**0.5)
     assert figure.interval == pytest.approx((0.2 - 4.30 * figure.error, 0.2 + 4.30 * figure.error))
-    assert (short(0.05), short(10.5)) == (".050", "10.500")
+    assert (short(0.05), short(-0.05), short(10.5)) == (".050", "-.050", "10.500")
 
 
 def test_a_folder_has_rows_made_alike(tmp_path: Path) -> None:

@@ -101,4 +101,4 @@ def signed(figure: Figure | None) -> str:
 
 def short(number: float) -> str:
     """Three places and no zero before the point."""
-    return re.sub(r"^0\.", ".", f"{number:.3f}")
+    return re.sub(r"^(-?)0\.", r"\1.", f"{number:.3f}")
