@@ -80,9 +80,13 @@ def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> No
     write_json(Trial(tmp_path, LORA, 2, 0).result, {"one path": row(0.1)})  # without a twin: in no difference
     measured = Measured(tmp_path, WAYS, range(3), range(1))
     text = results.write(tmp_path, measured, Extent(), PREDICTED, [0, 1]).read_text()
-    assert "| the same at rank 16 | +.008 | -.110 ± .010 | 2 | cannot be told |" in text  # t of two subjects is 12.7
-    assert "| A pruned net, re-trained, is worse than hollowed | -.031 | -.300 ± .000 | 2 | yes |" in text
-    assert "| Full fine-tuning is hardly better than LoRA (rank 128) | +.005 | – | – | not measured |" in text
+    assert (
+        "| the same at rank 16 | +.008 | -.110 ± .010 | +.000 ± .000 | 2 | cannot be told |" in text
+    )  # t of two subjects is 12.7
+    assert (
+        "| A pruned net, re-trained, is worse than hollowed | -.031 | -.300 ± .000 | +.000 ± .000 | 2 | yes |" in text
+    )
+    assert "| Full fine-tuning is hardly better than LoRA (rank 128) | +.005 | – | – | – | not measured |" in text
     assert "| LoRA, rank 16 | .500 ± .294 |" in text
     assert "| hollowed, rank 16 | .590 ± .110 | .605 ± .105 | +.015 ± .005 | 2 |" in text
     assert "| base model | .020 ± .000 |" in text
