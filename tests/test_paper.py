@@ -15,7 +15,7 @@ from benchmarks.paper.baselines import finetune, pruned
 from benchmarks.paper.figures import Figure, Measured, short
 from benchmarks.paper.predictions import TABLE_3, TABLE_6, Predicted
 from benchmarks.paper.trial import Extent, Trial
-from benchmarks.paper.ways import CUTS, HOLLOWED, LORA, PRUNED, WAYS
+from benchmarks.paper.ways import CUTS, HOLLOWED, LORA, PRUNED, SAMPLES, WAYS
 from hollow_core.blocks import max_cut
 from hollow_core.errors import HollowError
 from hollow_core.files import write_json
@@ -77,6 +77,8 @@ def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> No
         write_json(Trial(tmp_path, HOLLOWED, subject, seed).result, rows)
         write_json(Trial(tmp_path, PRUNED[1], subject, seed).result, {"one path": row(two - 0.3)})
         write_json(tmp_path / "base" / f"subject-{subject}.json", row(0.02))
+    for way in (CUTS[0], CUTS[6], SAMPLES[50], SAMPLES[1000]):
+        write_json(Trial(tmp_path, way, 0, 0).result, {"two paths": row(0.5), "one path": row(0.4)})
     write_json(Trial(tmp_path, LORA, 2, 0).result, {"one path": row(0.1)})  # without a twin: in no difference
     measured = Measured(tmp_path, WAYS, range(3), range(1))
     text = results.write(tmp_path, measured, Extent(), PREDICTED, [0, 1]).read_text()

@@ -18,6 +18,7 @@ from .trial import REFRESH, Extent, base_row
 from .ways import CUTS, FULL, HOLLOWED, HOLLOWED_RANKS, LORA, LORA_RANKS, PRUNED, SAMPLES, WITHOUT_PRIOR, WORDINGS, Way
 
 ONE, TWO = "one path", "two paths"
+FEWEST = 3  # points for a curve
 DINO = {
     FULL: ".663",
     LORA_RANKS[128]: ".658",
@@ -190,7 +191,7 @@ def _cuts(out: Path, measured: Measured, predicted: Predicted) -> str:
         gap = signed(measured.difference(way, ONE, way, TWO))
         rows.append([f"k={cut}, {removed} %", *_scores(measured, way), gap, gib, published])
     text = "## Figure 5: how much is hollowed\n\nThe paper's scores hold up to 56.6 % (k=4).\n\n"
-    if curves:
+    if len(curves) >= FEWEST:
         plot(out / "cuts.png", "parameters removed, %", curves)
         text += "![Subject score over cuts](cuts.png)\n\n"
     head = [*SCORES, "one path over two", "SD2.1: removed, GiB (rank 16)", "published GiB (rank 128)"]
@@ -208,7 +209,7 @@ def _records(out: Path, measured: Measured) -> str:
         for samples, way in sorted({**SAMPLES, run.SAMPLES: HOLLOWED}.items())
     ]
     text = "## Figure 8: records\n\nThe paper finds minimal loss at 200.\n\n"
-    if curves:
+    if len(curves) >= FEWEST:
         plot(out / "records.png", "records", sorted(curves, key=lambda curve: curve[0]))
         text += "![Subject score over records](records.png)\n\n"
     return text + _table(["records", *SCORES[1:], "over 1000"], rows)
