@@ -1,6 +1,6 @@
 """The six held-out subjects of the embedded model, drawn in new scenes and scored: what all benchmarks share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,13 @@ def keep_alike(out: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
     if (begun := read_json(path)) != settings:
         raise HollowError(f"{out} was begun with {begun}, not {settings}. Choose another folder.")
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What `make` makes, JSON-ready; read back from `path` where it was made before."""
+    if not path.exists():
+        write_json(path, make())
+    return read_json(path)
 
 
 def scores(

@@ -12,6 +12,7 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, pstdev
@@ -20,7 +21,7 @@ from typing import Any
 from benchmarks import held_out
 from hollow_core import lora_file
 from hollow_core.demo import run, world
-from hollow_core.files import read_json, write_json
+from hollow_core.files import write_json
 from hollow_core.personalize import Request, personalize
 from hollow_core.progress import Progress
 
@@ -73,10 +74,8 @@ def summary(rows: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]
 def measured(out: Path, name: str, subject: int, *, quick: bool) -> dict[str, Any]:
     """{"losses", "subject", "scene", "structure", "seconds_a_step"} of one lever; read back if measured before."""
     folder = out / f"subject-{subject}" / name.replace(" ", "-")
-    path = folder / "row.json"
-    if not path.exists():
-        write_json(path, _measure(folder, world.HELD_OUT[subject], LEVERS[name], quick))
-    row: dict[str, Any] = read_json(path)
+    measure = partial(_measure, folder, world.HELD_OUT[subject], LEVERS[name], quick)
+    row: dict[str, Any] = held_out.kept(folder / "row.json", measure)
     return row
 
 

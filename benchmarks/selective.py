@@ -109,8 +109,9 @@ def main() -> None:
         print(f"\n| {budget} | subject | over BP's | scene | structure | loss | steps | seconds |\n" + "|---" * 8 + "|")
         for name in subjects[0]:
             print(f"| {name} | " + " | ".join(summary(subjects, name)) + " |")
-        results["base_losses"] = base_losses(options)
         write_json(options.out / "selective.json", results)
+    results["base_losses"] = base_losses(options)
+    write_json(options.out / "selective.json", results)
     print(
         "\nThe base model's loss: " + ", ".join(f"{size} {value:.3f}" for size, value in results["base_losses"].items())
     )
@@ -137,12 +138,12 @@ def subject_scores(options: argparse.Namespace, number: int, budget: str) -> dic
     subject = world.HELD_OUT[number]
     rows: dict[str, dict[str, Any]] = {}
     for name, way in WAYS.items():
-        path, steps = folder / _file(name, options.steps), round(way.share * options.steps)
+        path, steps = folder / f"{_stem(name, options.steps)}.json", round(way.share * options.steps)
         rows[name] = _once(path, partial(train_and_score, options, subject, way, steps, path.with_suffix("")))
     if budget == "same time":
         pace = _pace(options)
         for name in list(rows)[1:]:
-            way, path = WAYS[name], folder / f"{Path(_file(name, options.steps)).stem}, in that time.json"
+            way, path = WAYS[name], folder / f"{_stem(name, options.steps)}, in that time.json"
             if way.share < 1:  # it goes with a mixture of as many steps
                 del rows[name]
                 continue
@@ -161,7 +162,7 @@ def base_losses(options: argparse.Namespace) -> dict[str, float]:
     }
     found: dict[str, list[float]] = {size: [] for size in places}
     for number, (size, (kind, way)) in product(options.subjects, places.items()):
-        folder = options.out / f"subject-{number}" / Path(_file(way, options.steps)).stem
+        folder = options.out / f"subject-{number}" / _stem(way, options.steps)
         found[size].append(loss(run.model(), Store.open(folder / "store"), None, kind=kind))
     return {size: mean(losses) for size, losses in found.items()}
 
@@ -177,23 +178,24 @@ def loss(base: BaseModel, store: Store, lora: LoraFile | None, cut: int | None =
     return sum(part_loss(unet, base.schedule, store, part).item() for part in parts) / len(weighted)
 
 
-def _file(name: str, steps: int) -> str:
-    return f"{name.replace('/', '_')}, {steps} steps.json"
+def _stem(name: str, steps: int) -> str:
+    return f"{name.replace('/', '_')}, {steps} steps"
 
 
 def _pace(options: argparse.Namespace) -> dict[str, float]:
     """How many steps each way makes while BP at full size makes one: the median over the subjects that are there by
     now, as another program may have been busy meanwhile; kept, so that it is the same for all."""
-    path = options.out / "pace.json"
-    if not path.exists():
+
+    def measure() -> dict[str, float]:
         ratios: dict[str, list[float]] = {name: [] for name in WAYS}
         for folder, (name, of_name) in product(options.out.glob("subject-*"), ratios.items()):
-            bp, other = (folder / _file(each, options.steps) for each in ("BP at full size", name))
+            bp, other = (folder / f"{_stem(each, options.steps)}.json" for each in ("BP at full size", name))
             if bp.exists() and other.exists():
                 mine = read_json(other)
                 of_name.append(read_json(bp)["seconds"] / options.steps / (mine["seconds"] / mine["steps"]))
-        write_json(path, {name: median(of_name) for name, of_name in ratios.items()})
-    pace: dict[str, float] = read_json(path)
+        return {name: median(of_name) for name, of_name in ratios.items()}
+
+    pace: dict[str, float] = held_out.kept(options.out / "pace.json", measure)
     return pace
 
 
@@ -229,7 +231,7 @@ def train_and_score(
     lora = lora_file.load(outcome.file, base.unet)
     return {
         **held_out.scores(base, subject, lora),
-        "loss": round(loss(run.model(), outcome.store, lora, way.cut), 4),
+        "loss": round(loss(base, outcome.store, lora, way.cut), 4),
         "steps": steps,
         "seconds": round(outcome.meter.stages[-1].seconds, 1),
         "by_time": count_by_time(outcome.result.taken),
@@ -269,11 +271,10 @@ def sd15_rows() -> list[dict[str, Any]]:
 
 
 def _once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    if not path.exists():
-        started = time.monotonic()
-        write_json(path, measure())
+    started, is_new = time.monotonic(), not path.exists()
+    row: dict[str, Any] = held_out.kept(path, measure)
+    if is_new:
         print(f"{path.parent.name}, {path.stem}: {time.monotonic() - started:.0f} s", flush=True)
-    row: dict[str, Any] = read_json(path)
     print({key: value for key, value in row.items() if key != "by_time"}, flush=True)
     return row
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from .errors import HollowError
+from .prompts import generic_prompt, personal_prompt
 
 # The values that kohya's trainer writes.
 _BASE_VERSION = {"sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0"}
@@ -60,6 +61,12 @@ class Recipe(NamedTuple):
     generic_prompt: str
     prediction_type: str = "epsilon"
     """The base model's: "epsilon" or "v_prediction"."""
+
+
+def recipe_for(cut: int | None, identifier: str, class_word: str, prediction_type: str) -> Recipe:
+    """The recipe of a training under the usual prompts, "a photo of a sks dog" and the same without its identifier."""
+    personal = personal_prompt(identifier, class_word)
+    return Recipe(cut, identifier, class_word, personal, generic_prompt(personal, identifier), prediction_type)
 
 
 def describe(title: str, layout: str, rank: int, alpha: float, recipe: Recipe) -> dict[str, str]:

@@ -26,7 +26,7 @@ from .errors import HollowError
 from .hollow import Conditioning, head, hollow
 from .images import TrainingImage
 from .lora import add_lora, lora_parameters
-from .lora_file import Recipe
+from .lora_metadata import recipe_for
 from .models import (
     BaseModel,
     decode_images,
@@ -38,7 +38,7 @@ from .models import (
 )
 from .precompute import Example, run_to_exit
 from .progress import Progress
-from .prompts import generic_prompt, personal_prompt
+from .prompts import personal_prompt
 from .residency import Bits, away, stream_middle
 from .sample import SampleSettings, draw, encode_guided
 from .train import DTYPES, Precision, TrainSettings, check_unfused, train
@@ -264,7 +264,7 @@ class Planner:
         side = self.resolution if setting.resolution is None else setting.resolution
         if side < 1 or side % self._pixels:
             raise HollowError(f"The resolution {side} is no multiple of {self._pixels} pixels. Take 512, 768 or 1024.")
-        if setting.class_images and setting.training.prior_weight > 0:
+        if setting.step_records > setting.training.batch:
             check_unfused(setting.training)
         if setting.samples < 1:
             raise HollowError(f"{setting.samples} records are too few. Ask for at least 1; 200 are usual.")
@@ -430,9 +430,7 @@ def _sample(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     side, training = setting.resolution or model.resolution, setting.training
     settings = SampleSettings(steps=_passes(setting), size=(side, side))
     prompt = personal_prompt("sks", "dog")
-    recipe = Recipe(
-        setting.cut, "sks", "dog", prompt, generic_prompt(prompt, "sks"), model.schedule.config.prediction_type
-    )
+    recipe = recipe_for(setting.cut, "sks", "dog", model.schedule.config.prediction_type)
     add_lora(
         model.unet if setting.cut is None else hollow(model.unet, setting.cut, None),
         training.rank,

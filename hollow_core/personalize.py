@@ -13,7 +13,8 @@ from .activations import Kind, Store
 from .errors import HollowError
 from .hollow import Conditioning, head, hollow
 from .images import TrainingImage, at_resolution
-from .lora_file import Recipe, Written
+from .lora_file import Written
+from .lora_metadata import recipe_for
 from .memory import Planner, Setting
 from .meter import Meter, free_bytes
 from .models import (
@@ -175,15 +176,7 @@ def personalize(
         unet.to(device)
         result = train(unet, schedule, store, request.settings, folder=folder, progress=watch("train"), stop=stop)
 
-    personal = _prompt(request, None)
-    recipe = Recipe(
-        cut=request.cut,
-        identifier=request.identifier,
-        class_word=request.class_word,
-        personal_prompt=personal,
-        generic_prompt=generic_prompt(personal, request.identifier),
-        prediction_type=schedule.config.prediction_type,
-    )
+    recipe = recipe_for(request.cut, request.identifier, request.class_word, schedule.config.prediction_type)
     file = folder / LORA_FILE
     picture = request.images[0].picture if request.thumbnail else None
     alpha = request.settings.lora_alpha

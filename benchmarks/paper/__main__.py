@@ -17,7 +17,7 @@ from hollow_core.demo import world
 from . import results
 from .figures import Measured
 from .predictions import predictions
-from .trial import Extent, Trial, base_row, run_trial
+from .trial import Extent, Trial, run_trial
 from .ways import QUICK, WAYS
 
 
@@ -41,8 +41,6 @@ def main() -> None:
             run_trial(trial, extent)
     everything = Measured(options.out, WAYS, everyone, range(options.seeds))
     known = [subject for subject in everyone if options.report or subject in subjects]
-    for subject in known:
-        base_row(options.out, subject)
     print(results.write(options.out, everything, extent, predictions(options.out), known))
 
 

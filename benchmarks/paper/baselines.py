@@ -1,7 +1,6 @@
 """What hollowing is compared with: all weights trained, and a U-Net whose middle is gone for good (BK-SDM)."""
 
 import random
-from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -108,8 +107,5 @@ def _drawn(
     texts = [language.caption(subject, scene, choose) for subject, scene in zip(subjects, scenes, strict=True)]
     timesteps = torch.randint(1000, (batch,), generator=generator)
     noise = torch.randn(clean.shape, generator=generator)
-    return base.schedule.add_noise(clean, noise, timesteps), timesteps, _embedded(base, texts).encoder_hidden_states
-
-
-def _embedded(base: BaseModel, texts: Sequence[str]) -> Conditioning:
-    return Conditioning.batch([encode_prompt(base, text) for text in texts])
+    prompts = Conditioning.batch([encode_prompt(base, text) for text in texts])
+    return base.schedule.add_noise(clean, noise, timesteps), timesteps, prompts.encoder_hidden_states

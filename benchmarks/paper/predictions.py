@@ -6,12 +6,12 @@ from typing import TypedDict
 import torch
 from diffusers import UNet2DConditionModel
 
+from benchmarks import held_out
 from benchmarks.memory import inference
 from hollow_core.blocks import layout_config
 from hollow_core.cost import cuts_table, inputs
 from hollow_core.demo import pretrain, run
 from hollow_core.dry_run import DryRun
-from hollow_core.files import read_json, write_json
 from hollow_core.lora import add_lora, lora_parameters
 from hollow_core.memory import GIB, Planner, Setting
 from hollow_core.train import TrainSettings
@@ -48,10 +48,7 @@ class Predicted(TypedDict):
 
 def predictions(out: Path) -> Predicted:
     """Read back from `out` where they were made before; a minute."""
-    path = out / "predicted.json"
-    if not path.exists():
-        write_json(path, _predict())
-    found: Predicted = read_json(path)
+    found: Predicted = held_out.kept(out / "predicted.json", _predict)
     return found
 
 

@@ -13,7 +13,8 @@ from hollow_core import lora_file
 from hollow_core.demo import run, world
 from hollow_core.files import read_json, read_safetensors, write_json, write_safetensors
 from hollow_core.hollow import hollow
-from hollow_core.lora_file import LoraFile, Recipe
+from hollow_core.lora_file import LoraFile
+from hollow_core.lora_metadata import recipe_for
 from hollow_core.models import BaseModel, encode_prompt
 from hollow_core.personalize import LORA_FILE, Request, class_prompts, make_examples
 from hollow_core.precompute import Example, precompute
@@ -63,10 +64,10 @@ class Trial(NamedTuple):
 
 def base_row(out: Path, subject: int) -> dict[str, float]:
     """Scores of the base model, which knows nothing of the subject."""
-    path = out / "base" / f"subject-{subject}.json"
-    if not path.exists():
-        write_json(path, held_out.scores(run.model(), world.HELD_OUT[subject], None))
-    row: dict[str, float] = read_json(path)
+    row: dict[str, float] = held_out.kept(
+        out / "base" / f"subject-{subject}.json",
+        lambda: held_out.scores(run.model(), world.HELD_OUT[subject], None),
+    )
     return row
 
 
@@ -104,15 +105,7 @@ def run_trial(trial: Trial, extent: Extent) -> None:
     else:
         unet = base.unet if way.cut is None else hollow(base.unet, way.cut)
         result = train(unet, base.schedule, store, settings, folder=trial.folder)
-        personal = f"a photo of a {run.called(subject)}"
-        recipe = Recipe(
-            way.cut,
-            run.IDENTIFIER,
-            subject.kind,
-            personal,
-            generic_prompt(personal, run.IDENTIFIER),
-            base.schedule.config.prediction_type,
-        )
+        recipe = recipe_for(way.cut, run.IDENTIFIER, subject.kind, base.schedule.config.prediction_type)
         file = trial.folder / LORA_FILE
         lora_file.save(
             file, result.state, base.unet.config, alpha=settings.lora_alpha, layout=base.layout, recipe=recipe
@@ -196,6 +189,6 @@ def _pruned(out: Path, way: Way, base: BaseModel, extent: Extent) -> Any:
     path, told = out / f"distilled-k{way.cut}.safetensors", {"steps": str(extent.distill_steps)}
     if not path.exists():
         distill(small, base, extent.distill_steps)
-        write_safetensors(path, {name: tensor.clone() for name, tensor in small.state_dict().items()}, told)
+        write_safetensors(path, small.state_dict(), told)
     small.load_state_dict(read_safetensors(path)[0])
     return small
