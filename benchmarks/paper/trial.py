@@ -24,7 +24,7 @@ from hollow_core.sample import SampleSettings, sample
 from hollow_core.train import train
 
 from .baselines import distill, finetune, pruned
-from .ways import HOLLOWED, LORA, WITHOUT_PRIOR, Way, Wording
+from .ways import COARSER, HOLLOWED, LORA, WITHOUT_PRIOR, Way, Wording
 
 REFRESH = (1, 2, 3, 5)
 
@@ -80,6 +80,7 @@ def run_trial(trial: Trial, extent: Extent) -> None:
     settings = replace(
         run.SETTINGS,
         rank=way.rank,
+        learning_rate=way.learning_rate,
         steps=extent.steps,
         save_every=0,
         seed=trial.seed,
@@ -120,40 +121,47 @@ def run_trial(trial: Trial, extent: Extent) -> None:
 
 
 def _examples(trial: Trial, base: BaseModel) -> list[Example]:
-    """The subject's pictures and those of its class, the base path's prompts in the way's wording."""
+    """The subject's pictures, once for each prompt that the base path has for them, and those of its class."""
     way, subject = trial.way, world.HELD_OUT[trial.subject]
+    kind = way.called or subject.kind
     images = held_out.references(trial.folder / "references", subject)
-    request = Request(images, subject.kind, run.IDENTIFIER, way.cut, way.samples, way.class_images)
+    images = [image._replace(caption=(image.caption or "").replace(subject.kind, kind)) for image in images]
+    request = Request(images, kind, run.IDENTIFIER, way.cut, way.samples, way.class_images)
     drawn: Sequence[torch.Tensor] = []
     if way.class_images:
-        of_class = trial.out / "class" / f"subject-{trial.subject}-seed-{trial.seed}"
+        name = f"subject-{trial.subject}-seed-{trial.seed}" + (f"-{way.called}" if way.called else "")
+        of_class = trial.out / "class" / name
         drawn = class_latents(base, class_prompts(request), of_class, resolution=world.SIZE, seed=trial.seed)
     examples = make_examples(base, request, drawn)
-    if way.generic == "class word":
-        return examples
-    worded = []
-    for example in examples:
-        if example.kind == "image":
-            text = worded_prompt(way.generic, example.personal_prompt, subject.kind)
-            example = replace(example, generic=encode_prompt(base, text), generic_prompt=text)
-        worded.append(example)
-    return worded
+    of_subject, of_class_word = ([one for one in examples if one.kind == which] for which in ("image", "prior"))
+    worded = [base_prompts(way.generic, example.personal_prompt, kind) for example in of_subject]
+    return [
+        replace(example, generic=encode_prompt(base, text), generic_prompt=text)
+        for texts in zip(*worded, strict=True)
+        for example, text in zip(of_subject, texts, strict=True)
+    ] + of_class_word
 
 
-def worded_prompt(wording: Wording, personal: str, kind: str) -> str:
-    """The base path's prompt in a wording: "a photo of a thing on the grass" in place of "… a sks cup …"."""
+def base_prompts(wording: Wording, personal: str, kind: str) -> list[str]:
+    """The base path's prompts in a wording: "a photo of a thing on the grass" in place of "… a sks cup …"."""
+    coarser = personal.replace(f"{run.IDENTIFIER} {kind}", COARSER)
     return {
-        "class word": generic_prompt(personal, run.IDENTIFIER),
-        "coarser word": personal.replace(f"{run.IDENTIFIER} {kind}", "thing"),
-        "empty": "",
-        "personal": personal,
+        "class word": [generic_prompt(personal, run.IDENTIFIER)],
+        "coarser word": [coarser],
+        "empty": [""],
+        "personal": [personal],
+        "coarser word or personal": [coarser, personal],
     }[wording]
 
 
 def _uses(way: Way, number: int, lora: LoraFile) -> dict[str, dict[str, float]]:
     """The same file on one path and, if hollowed, on two, the main way's with every refresh."""
     subject, base = world.HELD_OUT[number], run.model()
-    rows = {"one path": held_out.scores(base, subject, lora, single_path=True)}
+    noun = f"{run.IDENTIFIER} {way.called or subject.kind}"
+    rows = {"one path": held_out.scores(base, subject, lora, single_path=True, noun=noun)}
+    if way.generic.startswith("coarser word"):  # as the base path knew it
+        coarser = f"{run.IDENTIFIER} {COARSER}"
+        rows["one path, coarser word"] = held_out.scores(base, subject, lora, single_path=True, noun=coarser)
     if way in (*WITHOUT_PRIOR, *WITHOUT_PRIOR.values()):
         rows["no identifier"] = held_out.scores(base, subject, lora, noun=subject.kind)
     if way.cut is None:
@@ -162,7 +170,7 @@ def _uses(way: Way, number: int, lora: LoraFile) -> dict[str, dict[str, float]]:
         use = "two paths" if refresh == 1 else f"two paths, refresh {refresh}"
         settings = replace(held_out.SAMPLING, refresh=refresh)
         if way.generic == "class word":
-            rows[use] = held_out.scores(base, subject, lora, settings)
+            rows[use] = held_out.scores(base, subject, lora, settings, noun=noun)
         else:
             rows[use] = _scores_worded(way.generic, base, subject, lora, settings)
     return rows
@@ -175,7 +183,7 @@ def _scores_worded(
     drawn = []
     for seed, scene in enumerate(held_out.SCENES):
         prompt = world.photo_caption(run.called(subject), scene)
-        generic = worded_prompt(wording, prompt, subject.kind)
+        generic = base_prompts(wording, prompt, subject.kind)[0]
         drawn += sample(base, [prompt], [seed], settings, lora=lora, generic=generic)
     return held_out.judged(drawn, subject)
 

@@ -1,13 +1,15 @@
 """Every way of training that a table compares."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from hollow_core.blocks import max_cut
 from hollow_core.demo import pretrain, run
 
 Method = Literal["lora", "hollowed", "full", "pruned", "pruned, distilled"]
-Wording = Literal["class word", "coarser word", "empty", "personal"]
+Wording = Literal["class word", "coarser word", "empty", "personal", "coarser word or personal"]
+
+COARSER = "thing"
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class Way:
     class_images: int = run.CLASS_IMAGES
     generic: Wording = "class word"
     """What stands for "sks cup" in the prompt of the base path, at training and at sampling."""
+    called: str | None = None
+    """The class word of all prompts; None is what the subject is."""
+    learning_rate: float = run.SETTINGS.learning_rate
 
     @property
     def name(self) -> str:
@@ -33,6 +38,8 @@ class Way:
             f"s{self.samples}",
             None if self.class_images == run.CLASS_IMAGES else f"c{self.class_images}",
             None if self.generic == "class word" else self.generic.replace(" ", "-"),
+            None if self.called is None else f"called-{self.called}",
+            None if self.learning_rate == run.SETTINGS.learning_rate else f"lr{self.learning_rate:g}",
         ]
         return "-".join(part for part in parts if part)
 
@@ -44,14 +51,12 @@ PRUNED = [Way("pruned", run.CUT), Way("pruned, distilled", run.CUT)]
 RANKS = (1, 4, 16, 128)
 LORA_RANKS = {rank: Way("lora", rank=rank) for rank in RANKS}
 HOLLOWED_RANKS = {rank: Way("hollowed", run.CUT, rank=rank) for rank in RANKS}
+CALMER = {way: replace(way, learning_rate=2.5e-4) for way in (LORA_RANKS[128], HOLLOWED_RANKS[128])}
+"""The demo's learning rate is meant for rank 16; of eight times the rank, an eighth of it."""
 CUTS = {cut: Way("hollowed", cut) for cut in range(max_cut(pretrain.new_unet().config) + 1)}
 SAMPLES = {samples: Way("hollowed", run.CUT, samples=samples) for samples in (50, 100, 200, 500, 1000)}
-WORDINGS: dict[Wording, Way] = {
-    "class word": HOLLOWED,
-    "coarser word": Way("hollowed", run.CUT, generic="coarser word"),
-    "empty": Way("hollowed", run.CUT, generic="empty"),
-    "personal": Way("hollowed", run.CUT, generic="personal"),
-}
+WORDINGS: dict[Wording, Way] = {wording: Way("hollowed", run.CUT, generic=wording) for wording in get_args(Wording)}
+CALLED_COARSER = Way("hollowed", run.CUT, called=COARSER)
 WITHOUT_PRIOR = {LORA: Way("lora", class_images=0), HOLLOWED: Way("hollowed", run.CUT, class_images=0)}
 
 WAYS = list(
@@ -60,9 +65,11 @@ WAYS = list(
             LORA,
             HOLLOWED,
             *(way for rank in (128, 1, 4) for way in (LORA_RANKS[rank], HOLLOWED_RANKS[rank])),
+            *CALMER.values(),
             FULL,
             *PRUNED,
             *WORDINGS.values(),
+            CALLED_COARSER,
             *WITHOUT_PRIOR.values(),
             *SAMPLES.values(),
             *CUTS.values(),
