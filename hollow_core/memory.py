@@ -47,6 +47,8 @@ STAGES = ("encode", "precompute", "train", "sample")
 
 GIB = 2**30
 
+Outlines = Callable[[torch.dtype], BaseModel]
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -155,18 +157,21 @@ class Fit:
 
 
 class Planner:
-    """Predictions for one model: a layout ("sd15", "sd21", "sdxl") or a path, as for `models.outline`; or the
-    config of a U-Net whose pictures and prompts others encode and draw, with the stages precompute and train alone.
+    """Predictions for one model: a layout ("sd15", "sd21", "sdxl") or a path, as for `models.outline`; one that is
+    loaded, by its `models.outlines`; or the config of a U-Net whose pictures and prompts others encode and draw, with
+    the stages precompute and train alone.
 
     Raises HollowError as `outline` does.
     """
 
-    def __init__(self, model: str | Config) -> None:
-        self._outline: Callable[..., BaseModel] = (
-            partial(outline, model) if isinstance(model, str) else partial(_outline_unet, model)
-        )
+    def __init__(self, model: str | Outlines | Config) -> None:
+        self._outline: Outlines
+        if isinstance(model, str):
+            self._outline = partial(outline, model)
+        else:
+            self._outline = model if callable(model) else partial(_outline_unet, model)
         self._runs: dict[tuple[str, Setting], tuple[Peak, int]] = {}  # what was run once
-        known = self._outline()
+        known = self._outline(torch.float32)
         self.stages = STAGES if known.vae is not None else ("precompute", "train")
         self.road = [stage for stage in ROAD if stage in self.stages]
         self._unet = known.unet
@@ -311,7 +316,7 @@ class Planner:
         return self._runs[stage, setting]
 
 
-def _outline_unet(config: Config, dtype: torch.dtype = torch.float32) -> BaseModel:
+def _outline_unet(config: Config, dtype: torch.dtype) -> BaseModel:
     """As `models.outline`, but without anything beside the U-Net; a side of a latent is 8 pixels."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config).eval().requires_grad_(False)

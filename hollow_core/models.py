@@ -1,8 +1,9 @@
 """A base model from a diffusers folder or a single file, and what it makes of prompts and pictures."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -154,6 +155,20 @@ def outline(model: str, dtype: torch.dtype = torch.float32) -> BaseModel:
         layout=layout_name(unet_config),
         resolution=unet_config["sample_size"] * 2 ** (len(vae.config.block_out_channels) - 1),
     )
+
+
+def outlines(model: BaseModel) -> Callable[[torch.dtype], BaseModel]:
+    """What gives the `outline` of a loaded model in a dtype; it keeps nothing of the weights."""
+    makers = [partial(type(part).from_config, part.config) for part in (model.unet, model.vae) if part is not None]
+    makers += [partial(type(part), part.config) for part in model.text_encoders]
+    others = model.tokenizers, model.schedule, model.layout, model.resolution
+
+    def make(dtype: torch.dtype) -> BaseModel:
+        with quiet(), torch.device("meta"):
+            unet, vae, *encoders = (nn.Module.to(make().eval().requires_grad_(False), dtype=dtype) for make in makers)
+        return BaseModel(unet, vae, tuple(encoders), *others)
+
+    return make
 
 
 def layout_name(config: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from .models import (
     encode_prompt,
     free_encoders,
     keep_small,
+    outlines,
     visiting,
 )
 from .optimizer import optimizer_class
@@ -115,7 +116,7 @@ def personalize(
     text encoders, the U-Net up to the exit, and what is left of it; the whole U-Net only to draw class pictures. What
     no later stage needs leaves memory: the encoders before precomputing, the middle before training. `progress`
     is called with the name of the stage, "class pictures", "precompute" or "train". Raises HollowError as
-    the stages do, and where memory runs out in the latter two, saying what to change.
+    the stages do, and where memory runs out, saying what to change.
     """
     _check(request)
     meter = Meter(torch.device(device))
@@ -126,29 +127,34 @@ def personalize(
     with meter.stage("encode"):
         model = load()
         torch.nn.Module.to(model.unet, DTYPES[request.settings.precision])  # without diffusers' advice
+        told = partial(
+            memory_told,
+            cache(partial(Planner, outlines(model))),
+            setting=_setting(request),
+            free=partial(free_bytes, torch.device(device)),
+        )
         keep_small(model, request, device)
-        drawn: list[torch.Tensor] = []
-        if request.class_images:
-            drawn = class_latents(
-                model,
-                class_prompts(request),
-                request.class_folder or folder / "class",
-                resolution=request.images[0].picture.width,
-                seed=request.settings.seed if request.class_folder is None else 0,
-                device=device,
-                progress=watch("class pictures"),
-                stop=stop,
-            )
-            if len(drawn) < request.class_images:
-                return Outcome(None, None, None, meter)
-        examples = make_examples(model, request, drawn, device)
-        if request.settings.strategy == "selective":
-            examples += low_examples(model, request, drawn, device)
+        with told("encode"):
+            drawn: list[torch.Tensor] = []
+            if request.class_images:
+                drawn = class_latents(
+                    model,
+                    class_prompts(request),
+                    request.class_folder or folder / "class",
+                    resolution=request.images[0].picture.width,
+                    seed=request.settings.seed if request.class_folder is None else 0,
+                    device=device,
+                    progress=watch("class pictures"),
+                    stop=stop,
+                )
+                if len(drawn) < request.class_images:
+                    return Outcome(None, None, None, meter)
+            examples = make_examples(model, request, drawn, device)
+            if request.settings.strategy == "selective":
+                examples += low_examples(model, request, drawn, device)
         free_encoders(model)
 
-    planner = cache(partial(Planner, model.unet.config))
-    setting, free = _setting(request, examples), partial(free_bytes, torch.device(device))
-    with meter.stage("precompute"), memory_told(planner, "precompute", setting, free):
+    with meter.stage("precompute"), told("precompute"):
         if request.cut is not None:
             if request.stream_middle and not request.streaming:
                 stream_middle(model.unet, request.cut, device)
@@ -172,7 +178,7 @@ def personalize(
     if request.cut is not None:
         unet = hollow(unet, request.cut, {record.timestep for record in store.records})
     del model  # here the middle leaves memory
-    with meter.stage("train"), memory_told(planner, "train", setting, free):
+    with meter.stage("train"), told("train"):
         unet.to(device)
         result = train(unet, schedule, store, request.settings, folder=folder, progress=watch("train"), stop=stop)
 
@@ -269,10 +275,10 @@ def _check(request: Request) -> None:
         check_unfused(request.settings)
 
 
-def _setting(request: Request, examples: Sequence[Example]) -> Setting:
-    """The request as its memory is planned for; a side of a latent counts as 8 pixels."""
+def _setting(request: Request) -> Setting:
+    """The request as its memory is planned for."""
     planned = {name: getattr(request, name) for name in _PLANNED}
-    return Setting(resolution=8 * examples[0].latents.shape[-1], training=request.settings, **planned)
+    return Setting(resolution=request.images[0].picture.width, training=request.settings, **planned)
 
 
 def _prompt(request: Request, image: TrainingImage | None) -> str:

@@ -101,23 +101,26 @@ def test_a_stop_is_obeyed_and_run_again_it_goes_on(
 def test_out_of_memory_is_told_with_what_to_change_and_so_it_goes_on(
     model_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
-    request = ask(photos, cut=1)
+    request = ask(photos, cut=1, class_images=2)
     expected = content(personalize(lambda: load(model_folder), request, tmp_path / "whole").file)
     checkpointing = replace(request.settings, gradient_checkpointing=True)
+    drawn = 2 * 30  # calls for the pictures of the class
     for stage, calls, lever, change in (
-        ("precompute", 10, "a streamed middle", {"stream_middle": True}),
-        ("train", 12 + 4, "gradient checkpointing", {"settings": checkpointing}),
+        ("encode", 40, "streaming", {"streaming": True}),
+        ("precompute", drawn + 10, "a streamed middle", {"stream_middle": True}),
+        ("train", drawn + 12 + 4, "gradient checkpointing", {"settings": checkpointing}),
     ):
 
         def load_onto_a_full_device(calls: int = calls) -> BaseModel:
             model = load(model_folder)
-            model.unet.down_blocks[0].register_forward_hook(OutOfMemoryAt(calls))  # which both stages run
+            model.unet.down_blocks[0].register_forward_hook(OutOfMemoryAt(calls))  # which all stages run
             return model
 
         said = rf"in the stage {stage}: 0.0\d GiB were predicted, \S+ GiB are free now\. Take {lever}: then it is"
         with pytest.raises(HollowError, match=said):
             personalize(load_onto_a_full_device, request, tmp_path / stage)
         assert (tmp_path / stage / "checkpoint.safetensors").exists() == (stage == "train")
+        assert len(list((tmp_path / stage / "class").iterdir())) == (1 if stage == "encode" else 2)
         taken = replace(request, **change)
         found = content(personalize(lambda: load(model_folder), taken, tmp_path / stage).file)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
