@@ -1,5 +1,6 @@
 """ComfyUI's folders; a name from a graph never leaves them."""
 
+import os
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -44,9 +45,13 @@ def matching_loras(names: str) -> list[Path]:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of `name` in `folder`. Raises HollowError for an empty name and for one that leads out of it."""
-    path = (folder / name).resolve()
-    if not name.strip() or folder.resolve() not in path.parents:
+    """The path of `name` in `folder`. Raises HollowError for an empty name and for one that leads out of it.
+
+    Links inside it are followed, wherever they lead, as ComfyUI does: a graph cannot make one.
+    """
+    folder = Path(os.path.abspath(folder))
+    path = Path(os.path.abspath(folder / name))
+    if not name.strip() or folder not in path.parents:
         raise HollowError(
             f"The name {name!r} does not stay inside {folder}. Choose a name without .. and without a drive."
         )

@@ -31,7 +31,7 @@ from hollow_pack.nodes import (
     two_path_model,
     two_path_sampler,
 )
-from hollow_pack.nodes.host import plan
+from hollow_pack.nodes.host import files, plan
 from hollow_pack.nodes.host import precompute as host_precompute
 from hollow_pack.nodes.host import train as host_train
 from hollow_pack.nodes.host.unet import frozen_unet
@@ -351,6 +351,19 @@ def test_another_cut_gets_a_store_of_its_own(demo: Any) -> None:
     assert three.folder != two.folder
     with pytest.raises(Exception, match="precomputed for cut 3, but this Hollow U-Net has cut 2"):
         train_lora.HollowTrainLoRA.execute(hollowed, three, **SETTINGS)
+
+
+def test_names_stay_inside_comfyuis_folders_but_may_follow_its_links(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "loras", tmp_path / "big disk"
+    for made in (folder, elsewhere):
+        made.mkdir()
+    (folder / "SD15").symlink_to(elsewhere)
+    assert files.inside(folder, "SD15/mine").resolve() == elsewhere / "mine"
+    (tmp_path / "linked").symlink_to(folder)
+    assert files.inside(tmp_path / "linked", "mine") == tmp_path / "linked" / "mine"
+    for name in ("../mine", "SD15/../../mine", str(elsewhere / "mine"), ".", " ", "SD15/.."):
+        with pytest.raises(Exception, match="does not stay inside"):
+            files.inside(folder, name)
 
 
 def test_wrong_wires_are_refused(demo: Any) -> None:
