@@ -1,7 +1,7 @@
 """Stage 2: train a LoRA on the records of a store; the loop reads top to bottom."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -18,7 +18,7 @@ from .errors import HollowError
 from .lora import ATTENTION, add_lora, load_lora_state, lora_parameters, lora_state
 from .optimizer import Optimizer, OptimizerName
 from .progress import Clock, Stop, Watch
-from .selective import Probability, Strategy, Taken, choices, falling, heat_map, taken
+from .selective import Choice, Probability, Strategy, Taken, choices, falling, heat_map, taken
 from .steps import Part, Step, ZerothOrder, backpropagate, part_loss
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -215,14 +215,13 @@ def train(
             f"{path} has {len(begun.losses)} steps already, more than the {settings.steps} asked. "
             "Ask for more, or choose another folder."
         )
-    seeds = torch.randint(2**32, (5,), generator=torch.Generator().manual_seed(settings.seed)).tolist()
 
     # a LoRA in the frozen U-Net, and its optimizer
     unet.eval()  # the records, too, were made without dropout
     if settings.gradient_checkpointing:
         checkpoint_activations(unet, settings.checkpoint_levels)
     if begun is None:
-        generator = torch.Generator().manual_seed(seeds[0])
+        generator = torch.Generator().manual_seed(_seeds(settings)[0])
         add_lora(unet, settings.rank, settings.lora_alpha, settings.targets, generator=generator)
     else:
         load_lora_state(unet, begun.lora, settings.lora_alpha)
@@ -241,17 +240,7 @@ def train(
 
     # what each step does, as only the seed decides: to go on is to skip ahead
     losses = [] if begun is None else begun.losses
-    ahead = choices(
-        store,
-        settings.strategy,
-        batch=settings.batch,
-        prior_weight=settings.prior_weight,
-        steps=settings.steps,
-        timesteps=len(schedule.alphas_cumprod),
-        probability=settings.bp_low_probability,
-        zo_timesteps=settings.zo_timesteps,
-        seeds=seeds[1:],
-    )
+    ahead = steps_ahead(store, schedule, settings)
     trained_on = [record for choice in islice(ahead, len(losses)) for record in taken(store, choice)]
 
     loss_of = partial(part_loss, unet, schedule, store, snr_gamma=settings.snr_gamma)
@@ -316,6 +305,27 @@ def train(
     else:
         load_lora_state(unet, good, settings.lora_alpha)
     return TrainResult(lora_state(unet), losses, stopped, trained_on)
+
+
+def steps_ahead(store: Store, schedule: DDPMScheduler, settings: TrainSettings) -> Iterator[Choice]:
+    """What each step of a training does, from the first on and for ever. Raises HollowError as `choices` does."""
+    return choices(
+        store,
+        settings.strategy,
+        batch=settings.batch,
+        prior_weight=settings.prior_weight,
+        steps=settings.steps,
+        timesteps=len(schedule.alphas_cumprod),
+        probability=settings.bp_low_probability,
+        zo_timesteps=settings.zo_timesteps,
+        seeds=_seeds(settings)[1:],
+    )
+
+
+def _seeds(settings: TrainSettings) -> list[int]:
+    """For the LoRA's first values, then those of `choices`."""
+    seeds: list[int] = torch.randint(2**32, (5,), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    return seeds
 
 
 def _parts(store: Store, weighted: Sequence[tuple[int, float]], together: int) -> list[Part]:

@@ -14,9 +14,8 @@ from hollow_core.blocks import exit_shape
 from hollow_core.demo import language, pretrain
 from hollow_core.hollow import Conditioning, hollow
 from hollow_core.models import BaseModel, encode_prompt
-from hollow_core.selective import choices, falling
 from hollow_core.steps import backpropagate, part_loss
-from hollow_core.train import TrainSettings
+from hollow_core.train import TrainSettings, steps_ahead
 
 FULL_LEARNING_RATE = 0.1
 """Of full fine-tuning over the LoRA's: the paper has 1e-5 and 1e-4."""
@@ -29,21 +28,8 @@ def finetune(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, 
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=FULL_LEARNING_RATE * settings.learning_rate, weight_decay=settings.weight_decay
     )
-    seeds = torch.randint(2**32, (5,), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    ahead = choices(
-        store,
-        "bp",
-        batch=settings.batch,
-        prior_weight=settings.prior_weight,
-        steps=settings.steps,
-        timesteps=len(schedule.alphas_cumprod),
-        probability=falling(0),
-        zo_timesteps=None,
-        seeds=seeds[1:],
-    )
-
     losses = []
-    for choice in islice(ahead, settings.steps):
+    for choice in islice(steps_ahead(store, schedule, settings), settings.steps):
         losses.append(backpropagate(partial(part_loss, unet, schedule, store), [choice.weighted]))
         nn.utils.clip_grad_norm_(unet.parameters(), settings.max_grad_norm)
         optimizer.step()
