@@ -75,7 +75,7 @@ def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> No
         write_json(Trial(tmp_path, LORA, subject, seed).result, {"one path": row(lora)})
         rows = {"two paths": row(two), "one path": row(one)}
         write_json(Trial(tmp_path, HOLLOWED, subject, seed).result, rows)
-        write_json(Trial(tmp_path, PRUNED[1], subject, seed).result, {"one path": row(two - 0.3)})
+        write_json(Trial(tmp_path, PRUNED[1], subject, seed).result, {"one path": row(two - 0.3) | {"strayed": 0.006}})
         write_json(tmp_path / "base" / f"subject-{subject}.json", row(0.02))
     for way in (CUTS[0], CUTS[6], SAMPLES[50], SAMPLES[1000]):
         write_json(Trial(tmp_path, way, 0, 0).result, {"two paths": row(0.5), "one path": row(0.4)})
@@ -89,6 +89,7 @@ def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> No
         "| A pruned net, re-trained, is worse than hollowed | -.031 | -.300 ± .000 | +.000 ± .000 | 2 | yes |" in text
     )
     assert "| Full fine-tuning is hardly better than LoRA (rank 128) | +.005 | – | – | – | not measured |" in text
+    assert "| the same, re-trained | .290 ± .110 | 1.000 ± .000 | .500 ± .000 | 2 | .006 |" in text
     assert "| LoRA, rank 16 | .500 ± .294 |" in text
     assert "| hollowed, rank 16 | .590 ± .110 | .605 ± .105 | +.015 ± .005 | 2 |" in text
     assert "| base model | .020 ± .000 |" in text

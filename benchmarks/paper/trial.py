@@ -23,7 +23,7 @@ from hollow_core.prompts import generic_prompt
 from hollow_core.sample import SampleSettings, sample
 from hollow_core.train import train
 
-from .baselines import distill, finetune, pruned
+from .baselines import distill, finetune, pruned, strays
 from .ways import COARSER, HOLLOWED, LORA, WITHOUT_PRIOR, Way, Wording
 
 REFRESH = (1, 2, 3, 5)
@@ -57,7 +57,7 @@ class Trial(NamedTuple):
         return self.folder / "row.json"
 
     def row(self) -> dict[str, dict[str, float]]:
-        """{use: {"subject": …, "scene": …, "structure": …}}."""
+        """{use: {"subject": …, "scene": …, "structure": …}}, of pruned ways with "strayed" before any training."""
         found: dict[str, dict[str, float]] = read_json(self.result)
         return found
 
@@ -100,9 +100,11 @@ def run_trial(trial: Trial, extent: Extent) -> None:
         rows = {"one path": held_out.scores(base, subject, None)}
     elif way.method in ("pruned", "pruned, distilled"):
         assert way.cut is not None
-        base.unet = _pruned(trial.out, way, base, extent)
-        train(base.unet, base.schedule, store, settings, folder=trial.folder)
-        rows = {"one path": held_out.scores(base, subject, None)}  # the LoRA is in it
+        small = _pruned(trial.out, way, base, extent)
+        strayed = round(strays(small, base), 4)
+        train(small, base.schedule, store, settings, folder=trial.folder)
+        base.unet = small
+        rows = {"one path": held_out.scores(base, subject, None) | {"strayed": strayed}}  # the LoRA is in it
     else:
         unet = base.unet if way.cut is None else hollow(base.unet, way.cut)
         result = train(unet, base.schedule, store, settings, folder=trial.folder)
