@@ -82,6 +82,12 @@ def hollowed_layers(config: Config, cut: int) -> list[Layer]:
     return [*down[len(down) - cut :], *mid, *up]
 
 
+def leaves_attention(config: Config, cut: int) -> bool:
+    """Whether a U-Net hollowed at the cut still has attention, where a LoRA usually is."""
+    hollowed = hollowed_layers(config, cut)
+    return any(layer.kind == "RA" and layer not in hollowed for layer in layers(config))
+
+
 def exit_shape(config: Config, cut: int, height: int, width: int) -> tuple[int, int, int]:
     """(channels, height, width) of the exit activation for latents of height × width.
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .activations import Fingerprint, Record, Store, schedule_id
-from .blocks import Config, check_cut, exit_shape, hollowed_layers, layers, max_cut, removed_fraction
+from .blocks import Config, check_cut, exit_shape, leaves_attention, max_cut, removed_fraction
 from .cost import inputs
 from .dry_run import DryRun, Peak
 from .errors import HollowError
@@ -204,14 +204,11 @@ class Planner:
 
     def cuts(self) -> list[int]:
         """Those worth a look: they leave at least 15 % of the U-Net, as the paper's do, and attention in it."""
-        every = layers(self.config)
-
-        def is_worthwhile(cut: int) -> bool:
-            hollowed = hollowed_layers(self.config, cut)
-            attention = any(layer.kind == "RA" and layer not in hollowed for layer in every)
-            return attention and removed_fraction(self._unet, cut) <= 0.85
-
-        return [cut for cut in range(max_cut(self.config) + 1) if is_worthwhile(cut)]
+        return [
+            cut
+            for cut in range(max_cut(self.config) + 1)
+            if leaves_attention(self.config, cut) and removed_fraction(self._unet, cut) <= 0.85
+        ]
 
     def fit(
         self,

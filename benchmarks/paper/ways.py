@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from hollow_core.blocks import max_cut
+from hollow_core.blocks import leaves_attention, max_cut
 from hollow_core.demo import pretrain, run
 
 Method = Literal["lora", "hollowed", "full", "pruned", "pruned, distilled"]
@@ -53,7 +53,8 @@ LORA_RANKS = {rank: Way("lora", rank=rank) for rank in RANKS}
 HOLLOWED_RANKS = {rank: Way("hollowed", run.CUT, rank=rank) for rank in RANKS}
 CALMER = {way: replace(way, learning_rate=2.5e-4) for way in (LORA_RANKS[128], HOLLOWED_RANKS[128])}
 """The demo's learning rate is meant for rank 16; of eight times the rank, an eighth of it."""
-CUTS = {cut: Way("hollowed", cut) for cut in range(max_cut(pretrain.new_unet().config) + 1)}
+_CONFIG = pretrain.new_unet().config
+CUTS = {cut: Way("hollowed", cut) for cut in range(max_cut(_CONFIG) + 1) if leaves_attention(_CONFIG, cut)}
 SAMPLES = {samples: Way("hollowed", run.CUT, samples=samples) for samples in (50, 100, 200, 500, 1000)}
 WORDINGS: dict[Wording, Way] = {wording: Way("hollowed", run.CUT, generic=wording) for wording in get_args(Wording)}
 CALLED_COARSER = Way("hollowed", run.CUT, called=COARSER)
