@@ -159,16 +159,17 @@ def outline(model: str, dtype: torch.dtype = torch.float32) -> BaseModel:
 
 def outlines(model: BaseModel) -> Callable[[torch.dtype], BaseModel]:
     """What gives the `outline` of a loaded model in a dtype; it keeps nothing of the weights."""
-    makers = [partial(type(part).from_config, part.config) for part in (model.unet, model.vae) if part is not None]
-    makers += [partial(type(part), part.config) for part in model.text_encoders]
+    assert model.vae is not None
+    parts = [partial(type(part).from_config, part.config) for part in (model.unet, model.vae)]
+    parts += [partial(type(part), part.config) for part in model.text_encoders]
     others = model.tokenizers, model.schedule, model.layout, model.resolution
 
-    def make(dtype: torch.dtype) -> BaseModel:
+    def give(dtype: torch.dtype) -> BaseModel:
         with quiet(), torch.device("meta"):
-            unet, vae, *encoders = (nn.Module.to(make().eval().requires_grad_(False), dtype=dtype) for make in makers)
+            unet, vae, *encoders = (nn.Module.to(part().eval().requires_grad_(False), dtype=dtype) for part in parts)
         return BaseModel(unet, vae, tuple(encoders), *others)
 
-    return make
+    return give
 
 
 def layout_name(config: Mapping[str, Any]) -> str:

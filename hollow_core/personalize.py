@@ -134,7 +134,7 @@ def personalize(
             free=partial(free_bytes, torch.device(device)),
         )
         keep_small(model, request, device)
-        with told("encode"):
+        with told("encode", going_on=(folder / "store").exists()):
             drawn: list[torch.Tensor] = []
             if request.class_images:
                 drawn = class_latents(

@@ -23,12 +23,12 @@ def check_fits(planner: Planner, setting: Setting, free: int, stages: Sequence[s
 
 @contextmanager
 def memory_told(
-    planner: Callable[[], Planner], stage: str, setting: Setting, free: Callable[[], int]
+    planner: Callable[[], Planner], stage: str, setting: Setting, free: Callable[[], int], *, going_on: bool = True
 ) -> Iterator[None]:
     """Where memory runs out inside all the same, raises HollowError with what was predicted and what to change.
 
-    `free` gives the bytes that are there for another try. What is advised leaves records and checkpoints as they
-    are, so that the run goes on from them.
+    `free` gives the bytes that are there for another try. If `going_on`, what is advised leaves records and
+    checkpoints as they are, so that the run goes on from them; without, there are none yet.
     """
     try:
         yield
@@ -36,7 +36,7 @@ def memory_told(
         needed, available = needs(planner(), [stage], setting), free()
         raise HollowError(
             f"Memory ran out in the stage {stage}: {_gib(needed)} were predicted, {_gib(available)} are free now. "
-            f"{advice(planner(), [stage], setting, min(needed - 1, available), going_on=True)} "
+            f"{advice(planner(), [stage], setting, min(needed - 1, available), going_on=going_on)} "
             "What was saved stays, and the same run goes on from there."
         ) from None
 
@@ -62,12 +62,13 @@ def selective_peak(planner: Planner, setting: Setting, low_resolution: int) -> i
 def advice(planner: Planner, stages: Sequence[str], setting: Setting, free: int, *, going_on: bool = False) -> str:
     """Which setting to take, so that `stages` stay within `free` bytes, in a sentence.
 
-    Where a run is to go on, its records stay: they were made at this cut, by a base of these bits.
+    Where a run is to go on, its records stay: they were made at this cut, by a base of these bits, of latents that a
+    tiled VAE gives otherwise.
     """
     smallest, least = setting, needs(planner, stages, setting)
     for words, smaller in _smaller(planner, stages, setting, going_on):
         eased = planner.eased(smaller, free)
-        if "encode" in stages and eased.tiled_vae and not smaller.tiled_vae:
+        if "encode" in stages and eased.tiled_vae and not smaller.tiled_vae and not going_on:
             words, smaller = [*words, "a tiled VAE"], replace(smaller, tiled_vae=True)
         if "precompute" in stages and eased.stream_middle and not smaller.stream_middle:
             words, smaller = [*words, "a streamed middle"], replace(smaller, stream_middle=True)

@@ -23,6 +23,7 @@ from hollow_core.errors import HollowError
 from hollow_core.hollow import head
 from hollow_core.memory import STAGES, Planner, Prediction, Setting, parse_bytes
 from hollow_core.models import load, outline
+from hollow_core.remedy import advice
 from hollow_core.residency import stream
 from hollow_core.train import TrainSettings
 
@@ -58,6 +59,13 @@ def tiny(folder: Path) -> Planner:
 @pytest.fixture(scope="module")
 def table(tiny: Planner) -> dict[int | None, Prediction]:
     return {cut: tiny.predict(replace(SMALL, cut=cut)) for cut in CUTS}
+
+
+def test_latents_that_records_were_made_of_stay_when_a_run_goes_on(sd21: Planner) -> None:
+    large = replace(SMALL, resolution=1024)
+    free = sd21.peak("encode", replace(large, tiled_vae=True)).total
+    assert "Take a tiled VAE: then" in advice(sd21, ["encode"], large, free)
+    assert "tiled" not in advice(sd21, ["encode"], large, free, going_on=True)
 
 
 @pytest.mark.parametrize("row", [name for name in PUBLISHED if "rank 128" in name])

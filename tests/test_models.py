@@ -25,7 +25,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from hollow_core.errors import HollowError
 from hollow_core.images import TrainingImage
-from hollow_core.models import BaseModel, decode_images, encode_images, encode_prompt, free_encoders, load, tile_vae
+from hollow_core.models import (
+    BaseModel,
+    decode_images,
+    encode_images,
+    encode_prompt,
+    free_encoders,
+    load,
+    outline,
+    outlines,
+    tile_vae,
+)
 from hollow_core.residency import away, stream
 from hollow_core.single_file import LAYOUTS
 
@@ -387,6 +397,18 @@ def test_a_prediction_type_that_does_not_exist(tmp_path: Path) -> None:
 def test_the_embedded_models_outline_is_of_its_size() -> None:
     """Its VAE is a tiny autoencoder, whose config names its channels otherwise."""
     from hollow_core.demo.run import MODEL
-    from hollow_core.models import outline
 
     assert outline(str(MODEL)).resolution == 64
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+def test_a_loaded_model_has_the_outline_of_its_folder(tmp_path: Path, layout: str) -> None:
+    folder = save_folder(tiny_pipeline(layout), tmp_path / "model")
+    expected, found = outline(str(folder), torch.bfloat16), outlines(load(folder))(torch.bfloat16)
+
+    def told(model: BaseModel) -> list[dict[str, tuple[torch.Size, torch.dtype, torch.device]]]:
+        parts = [model.unet, model.vae, *model.text_encoders]
+        return [{name: (t.shape, t.dtype, t.device) for name, t in part.state_dict().items()} for part in parts]
+
+    assert told(found) == told(expected)
+    assert (found.layout, found.resolution) == (expected.layout, expected.resolution)

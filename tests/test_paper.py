@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from benchmarks.paper import results
 from benchmarks.paper.baselines import finetune, pruned
 from benchmarks.paper.figures import Figure, Measured, short
 from benchmarks.paper.predictions import TABLE_3, TABLE_6, Predicted
-from benchmarks.paper.trial import Extent, Trial
-from benchmarks.paper.ways import CUTS, HOLLOWED, LORA, PRUNED, SAMPLES, WAYS
+from benchmarks.paper.trial import Extent, Trial, base_prompts
+from benchmarks.paper.ways import CALMER, CUTS, HOLLOWED, LORA, PRUNED, SAMPLES, WAYS, Wording
 from hollow_core.blocks import max_cut
 from hollow_core.errors import HollowError
 from hollow_core.files import write_json
@@ -77,6 +78,8 @@ def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> No
         write_json(Trial(tmp_path, HOLLOWED, subject, seed).result, rows)
         write_json(Trial(tmp_path, PRUNED[1], subject, seed).result, {"one path": row(two - 0.3) | {"strayed": 0.006}})
         write_json(tmp_path / "base" / f"subject-{subject}.json", row(0.02))
+    for way, subject_score in zip(CALMER.values(), (0.75, 0.65), strict=True):
+        write_json(Trial(tmp_path, way, 0, 0).result, {use: row(subject_score) for use in ("one path", "two paths")})
     for way in (CUTS[0], CUTS[6], SAMPLES[50], SAMPLES[1000]):
         write_json(Trial(tmp_path, way, 0, 0).result, {"two paths": row(0.5), "one path": row(0.4)})
     write_json(Trial(tmp_path, LORA, 2, 0).result, {"one path": row(0.1)})  # without a twin: in no difference
@@ -90,12 +93,26 @@ def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> No
     )
     assert "| Full fine-tuning is hardly better than LoRA (rank 128) | +.005 | – | – | – | not measured |" in text
     assert "| the same, re-trained | .290 ± .110 | 1.000 ± .000 | .500 ± .000 | 2 | .006 |" in text
+    assert "| Hollowed is as good as LoRA (rank 128) | +.002 | -.100 |" in text  # at the lower learning rate
+    assert text.count("| LoRA, rank 128 | .750 ± .000 |") == 1  # in Table 1, not among the ranks of one rate
     assert "| LoRA, rank 16 | .500 ± .294 |" in text
     assert "| hollowed, rank 16 | .590 ± .110 | .605 ± .105 | +.015 ± .005 | 2 |" in text
     assert "| base model | .020 ± .000 |" in text
     assert re.findall(r"\((\w+\.png)\)", text) == ["cuts.png", "records.png"]
     assert all((tmp_path / picture).exists() for picture in ("cuts.png", "records.png"))
-    assert len({way.name for way in WAYS}) == len(WAYS) > len(CUTS)
+    assert len({way.name for way in WAYS}) == len(WAYS)
+    assert list(CUTS) == list(range(9))  # the embedded U-Net has attention two levels deep
+
+
+def test_the_base_path_has_its_prompt_in_each_wording() -> None:
+    said = {wording: base_prompts(wording, "a photo of a sks cup on the beach", "cup") for wording in get_args(Wording)}
+    assert said == {
+        "class word": ["a photo of a cup on the beach"],
+        "coarser word": ["a photo of a thing on the beach"],
+        "empty": [""],
+        "personal": ["a photo of a sks cup on the beach"],
+        "coarser word or personal": ["a photo of a thing on the beach", "a photo of a sks cup on the beach"],
+    }
 
 
 def test_seeds_of_one_subject_are_no_strangers() -> None:

@@ -179,9 +179,9 @@ def _table_4(measured: Measured, predicted: Predicted) -> str:
     return (
         "## Table 4: the middle pruned for good\n\nWithout a stored activation, at training and at drawing. "
         "Re-trained: by distillation from the whole U-Net on fresh pictures of many subjects, before it learns one. "
-        "The published ones are BK-SDM-Base and -Small, of rank 128 and re-trained for long. How far predictions are "
-        "from the whole U-Net's, mean square, is before a subject is learned: here the world is so small that "
-        "re-training gives nearly everything back, for pictures that nobody has of the real one.\n\n"
+        "The published ones are BK-SDM-Base and -Small, of rank 128 and re-trained for long. How far from the whole: "
+        "the mean square distance of the predictions, before a subject is learned. Re-training removes nine tenths of "
+        "it, as fresh pictures of so small a world can be drawn at will; of the real one they cannot.\n\n"
         + _table([*SCORES, "far from the whole", "SD2.1, GiB", "published DINO (GiB)"], rows)
     )
 
@@ -217,8 +217,8 @@ def _cuts(out: Path, measured: Measured, predicted: Predicted) -> str:
         gap = signed(measured.difference(way, ONE, way, TWO))
         rows.append([f"k={cut}, {removed} %", *_scores(measured, way), gap, gib, published])
     text = (
-        "## Figure 5: how much is hollowed\n\nThe paper's scores hold up to 56.6 % (k=4). Behind the last cut here no "
-        "attention is left to put a LoRA on.\n\n"
+        "## Figure 5: how much is hollowed\n\nThe paper's scores hold up to 56.6 % (k=4). Deeper cuts leave no "
+        "attention here, where the paper's LoRA is, and are left out.\n\n"
     )
     if len(curves) >= FEWEST:
         plot(out / "cuts.png", "parameters removed, %", curves)
@@ -267,6 +267,7 @@ def _paths(measured: Measured) -> str:
         for name, way in {
             "hollowed, rank 16": HOLLOWED,
             **{f"rank {rank}": way for rank, way in HOLLOWED_RANKS.items() if way != HOLLOWED},
+            f"rank 128, learning rate {_CALM}": CALMER[HOLLOWED_RANKS[128]],
             **{f"{samples} records": way for samples, way in SAMPLES.items()},
         }.items()
         if (gap := measured.difference(way, ONE, way, TWO))

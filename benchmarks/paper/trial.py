@@ -57,7 +57,8 @@ class Trial(NamedTuple):
         return self.folder / "row.json"
 
     def row(self) -> dict[str, dict[str, float]]:
-        """{use: {"subject": …, "scene": …, "structure": …}}, of pruned ways with "strayed" before any training."""
+        """{use: {"subject": …, "scene": …, "structure": …}}; with "strayed" of a pruned U-Net that has learned nothing
+        yet."""
         found: dict[str, dict[str, float]] = read_json(self.result)
         return found
 
@@ -108,7 +109,7 @@ def run_trial(trial: Trial, extent: Extent) -> None:
     else:
         unet = base.unet if way.cut is None else hollow(base.unet, way.cut)
         result = train(unet, base.schedule, store, settings, folder=trial.folder)
-        recipe = recipe_for(way.cut, run.IDENTIFIER, subject.kind, base.schedule.config.prediction_type)
+        recipe = recipe_for(way.cut, run.IDENTIFIER, way.kind_of(subject), base.schedule.config.prediction_type)
         file = trial.folder / LORA_FILE
         lora_file.save(
             file, result.state, base.unet.config, alpha=settings.lora_alpha, layout=base.layout, recipe=recipe
@@ -125,7 +126,7 @@ def run_trial(trial: Trial, extent: Extent) -> None:
 def _examples(trial: Trial, base: BaseModel) -> list[Example]:
     """The subject's pictures, once for each prompt that the base path has for them, and those of its class."""
     way, subject = trial.way, world.HELD_OUT[trial.subject]
-    kind = way.called or subject.kind
+    kind = way.kind_of(subject)
     images = held_out.references(trial.folder / "references", subject)
     images = [image._replace(caption=(image.caption or "").replace(subject.kind, kind)) for image in images]
     request = Request(images, kind, run.IDENTIFIER, way.cut, way.samples, way.class_images)
@@ -159,7 +160,7 @@ def base_prompts(wording: Wording, personal: str, kind: str) -> list[str]:
 def _uses(way: Way, number: int, lora: LoraFile) -> dict[str, dict[str, float]]:
     """The same file on one path and, if hollowed, on two, the main way's with every refresh."""
     subject, base = world.HELD_OUT[number], run.model()
-    noun = f"{run.IDENTIFIER} {way.called or subject.kind}"
+    noun = f"{run.IDENTIFIER} {way.kind_of(subject)}"
     rows = {"one path": held_out.scores(base, subject, lora, single_path=True, noun=noun)}
     if way.generic.startswith("coarser word"):  # as the base path knew it
         coarser = f"{run.IDENTIFIER} {COARSER}"

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from hollow_core.blocks import leaves_attention, max_cut
 from hollow_core.demo import pretrain, run
+from hollow_core.demo.world import Subject
 
 Method = Literal["lora", "hollowed", "full", "pruned", "pruned, distilled"]
 Wording = Literal["class word", "coarser word", "empty", "personal", "coarser word or personal"]
@@ -27,6 +28,10 @@ class Way:
     called: str | None = None
     """The class word of all prompts; None is what the subject is."""
     learning_rate: float = run.SETTINGS.learning_rate
+
+    def kind_of(self, subject: Subject) -> str:
+        """The class word by which all prompts call a subject."""
+        return self.called or subject.kind
 
     @property
     def name(self) -> str:

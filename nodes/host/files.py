@@ -1,4 +1,4 @@
-"""ComfyUI's folders; a name from a graph never leaves them."""
+"""ComfyUI's folders; a name from a graph leaves them only by links that are there."""
 
 import os
 from fnmatch import fnmatch
@@ -47,7 +47,7 @@ def matching_loras(names: str) -> list[Path]:
 def inside(folder: Path, name: str) -> Path:
     """The path of `name` in `folder`. Raises HollowError for an empty name and for one that leads out of it.
 
-    Links inside it are followed, wherever they lead, as ComfyUI does: a graph cannot make one.
+    Links inside the folder are followed, wherever they lead, as ComfyUI does: a graph cannot make one.
     """
     folder = Path(os.path.abspath(folder))
     path = Path(os.path.abspath(folder / name))

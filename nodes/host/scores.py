@@ -34,9 +34,6 @@ def scorers(dino: str, clip: str) -> Iterator[Scorers]:
 
 
 def _place(name: str) -> str:
-    models = Path(folder_paths.models_dir)
-    folder = models / name  # which may be a link to anywhere, as the owner of the disk likes
-    if not name.strip() or Path(name).anchor or ".." in Path(name).parts:
-        folder = inside(models, name)
+    folder = inside(Path(folder_paths.models_dir), name)
     on_the_hub = not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
     return name if on_the_hub else str(folder)
