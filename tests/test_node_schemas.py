@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -92,3 +93,11 @@ def test_every_node_has_a_help_page_with_a_picture(schemas: list[Any]) -> None:
         assert page.startswith(f"# {schema.display_name}\n")
         assert (docs / f"{schema.node_id}.jpg").exists()
         assert f"![{schema.display_name}]({schema.node_id}.jpg)" in page  # the front end finds it beside the page
+
+
+def test_what_comfyui_users_install_is_what_pyproject_asks_for() -> None:
+    asked = re.findall(r'^    "([\w-]+>=[\d.]+)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    installed = [line for line in lines if not line.startswith("#")]
+    assert len(installed) == 4
+    assert set(installed) < set(asked)
