@@ -4,7 +4,7 @@ Each stage's real code runs once on tensors without data (`dry_run`), so a predi
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,12 +29,14 @@ from .lora import add_lora, lora_parameters
 from .lora_metadata import recipe_for
 from .models import (
     BaseModel,
+    Outlines,
     decode_images,
     encode_images,
     encode_prompt,
     keep_small,
     layout_name,
     outline,
+    without_data,
 )
 from .precompute import Example, run_to_exit
 from .progress import Progress
@@ -46,8 +48,6 @@ from .train import DTYPES, Precision, TrainSettings, check_unfused, train
 STAGES = ("encode", "precompute", "train", "sample")
 
 GIB = 2**30
-
-Outlines = Callable[[torch.dtype], BaseModel]
 
 
 @dataclass(frozen=True)
@@ -315,9 +315,7 @@ class Planner:
 
 def _outline_unet(config: Config, dtype: torch.dtype) -> BaseModel:
     """As `models.outline`, but without anything beside the U-Net; a side of a latent is 8 pixels."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
-        nn.Module.to(unet, dtype=dtype)
+    (unet,) = without_data([partial(UNet2DConditionModel.from_config, config)], dtype)
     return BaseModel(unet, None, (), (), DDPMScheduler(), layout_name(config), 8 * config["sample_size"])
 
 

@@ -115,6 +115,10 @@ def load(
     )
 
 
+Outlines = Callable[[torch.dtype], BaseModel]
+"""Gives a model of tensors without data, in a dtype."""
+
+
 def outline(model: str, dtype: torch.dtype = torch.float32) -> BaseModel:
     """What `load` gives, of tensors that hold no data (on PyTorch's "meta" device): for a dry run.
 
@@ -134,16 +138,12 @@ def outline(model: str, dtype: torch.dtype = torch.float32) -> BaseModel:
     unet_config["sample_size"] = sample_size(folder, schedule, unet_config["sample_size"])
     parts = ["text_encoder", "text_encoder_2"] if kind is StableDiffusionXLPipeline else ["text_encoder"]
     tokenizers = [folder / part.replace("text_encoder", "tokenizer") for part in parts]
-    with quiet(), torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config)
-        vae_kind = AutoencoderTiny if vae_config["_class_name"] == "AutoencoderTiny" else AutoencoderKL
-        vae = vae_kind.from_config(vae_config)
-        encoders = [
-            encoder(CLIPTextConfig.from_pretrained(folder / part))
-            for encoder, part in zip((CLIPTextModel, CLIPTextModelWithProjection), parts, strict=False)
-        ]
-        for part in (unet, vae, *encoders):
-            nn.Module.to(part.eval().requires_grad_(False), dtype=dtype)
+    vae_kind = AutoencoderTiny if vae_config["_class_name"] == "AutoencoderTiny" else AutoencoderKL
+    makers = [partial(UNet2DConditionModel.from_config, unet_config), partial(vae_kind.from_config, vae_config)]
+    with quiet():
+        for encoder, part in zip((CLIPTextModel, CLIPTextModelWithProjection), parts, strict=False):
+            makers.append(partial(encoder, CLIPTextConfig.from_pretrained(folder / part)))
+    unet, vae, *encoders = without_data(makers, dtype)
     return BaseModel(
         unet=unet,
         vae=vae,
@@ -157,19 +157,24 @@ def outline(model: str, dtype: torch.dtype = torch.float32) -> BaseModel:
     )
 
 
-def outlines(model: BaseModel) -> Callable[[torch.dtype], BaseModel]:
+def outlines(model: BaseModel) -> Outlines:
     """What gives the `outline` of a loaded model in a dtype; it keeps nothing of the weights."""
     assert model.vae is not None
-    parts = [partial(type(part).from_config, part.config) for part in (model.unet, model.vae)]
-    parts += [partial(type(part), part.config) for part in model.text_encoders]
+    makers = [partial(type(part).from_config, part.config) for part in (model.unet, model.vae)]
+    makers += [partial(type(part), part.config) for part in model.text_encoders]
     others = model.tokenizers, model.schedule, model.layout, model.resolution
 
     def give(dtype: torch.dtype) -> BaseModel:
-        with quiet(), torch.device("meta"):
-            unet, vae, *encoders = (nn.Module.to(part().eval().requires_grad_(False), dtype=dtype) for part in parts)
+        unet, vae, *encoders = without_data(makers, dtype)
         return BaseModel(unet, vae, tuple(encoders), *others)
 
     return give
+
+
+def without_data(makers: Sequence[Callable[[], nn.Module]], dtype: torch.dtype) -> list[Any]:
+    """Frozen modules whose tensors hold no data (on PyTorch's "meta" device)."""
+    with quiet(), torch.device("meta"):
+        return [nn.Module.to(make().eval().requires_grad_(False), dtype=dtype) for make in makers]
 
 
 def layout_name(config: Mapping[str, Any]) -> str:

@@ -76,8 +76,9 @@ def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> No
         write_json(Trial(tmp_path, LORA, subject, seed).result, {"one path": row(lora)})
         rows = {"two paths": row(two), "one path": row(one)}
         write_json(Trial(tmp_path, HOLLOWED, subject, seed).result, rows)
-        write_json(Trial(tmp_path, PRUNED[1], subject, seed).result, {"one path": row(two - 0.3) | {"strayed": 0.006}})
+        write_json(Trial(tmp_path, PRUNED[1], subject, seed).result, {"one path": row(two - 0.3)})
         write_json(tmp_path / "base" / f"subject-{subject}.json", row(0.02))
+    write_json(tmp_path / "strayed" / f"{PRUNED[1].name}.json", 0.006)
     for way, subject_score in zip(CALMER.values(), (0.75, 0.65), strict=True):
         write_json(Trial(tmp_path, way, 0, 0).result, {use: row(subject_score) for use in ("one path", "two paths")})
     for way in (CUTS[0], CUTS[6], SAMPLES[50], SAMPLES[1000]):

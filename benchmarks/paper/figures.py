@@ -63,7 +63,7 @@ class Measured:
 
     def values(self, way: Way, use: str, kind: str = "subject") -> dict[Key, float]:
         """One for each subject and seed."""
-        return {key: row[use][kind] for key, row in self._rows.get(way, {}).items() if kind in row.get(use, ())}
+        return {key: row[use][kind] for key, row in self._rows.get(way, {}).items() if use in row}
 
     def figure(self, way: Way, use: str, kind: str = "subject") -> Figure | None:
         """Over all subjects and seeds."""

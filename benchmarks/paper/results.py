@@ -14,7 +14,7 @@ from hollow_core.files import write_bytes
 from .figures import Figure, Measured, plain, short, signed
 from .plots import plot
 from .predictions import TABLE_3, TABLE_6, Predicted
-from .trial import REFRESH, Extent, base_row
+from .trial import ONE, ONE_COARSER, REFRESH, TWO, Extent, base_row, strayed
 from .ways import (
     CALLED_COARSER,
     CALMER,
@@ -31,7 +31,6 @@ from .ways import (
     Way,
 )
 
-ONE, TWO = "one path", "two paths"
 FEWEST = 3  # points for a curve
 DINO = {
     FULL: ".663",
@@ -52,7 +51,7 @@ def write(out: Path, measured: Measured, extent: Extent, predicted: Predicted, s
         _head(measured, extent),
         _claims(measured),
         _table_1(out, measured, predicted, subjects),
-        _table_4(measured, predicted),
+        _table_4(out, measured, predicted, extent),
         _table_5(measured, predicted),
         _cuts(out, measured, predicted),
         _records(out, measured),
@@ -166,22 +165,22 @@ _CALM = f"{CALMER[LORA_RANKS[128]].learning_rate:g}"
 SCORES = ["", "subject score", "scene score", "structure", "n"]
 
 
-def _table_4(measured: Measured, predicted: Predicted) -> str:
+def _table_4(out: Path, measured: Measured, predicted: Predicted, extent: Extent) -> str:
     rows = []
     for name, way, published in (
         ("hollowed", HOLLOWED, ".660 (3.88)"),
         ("pruned at the same cut", PRUNED[0], ""),
         ("the same, re-trained", PRUNED[1], ".629 (3.546), .602 (3.133)"),
     ):
-        strayed = measured.figure(way, ONE, "strayed")
-        error = "" if strayed is None else short(strayed.mean)
+        is_known = way in PRUNED and measured.figure(way, ONE) is not None
+        error = short(strayed(out, way, extent)) if is_known else ""
         rows.append([name, *_scores(measured, way), error, _gib(predicted, way), published])
     return (
         "## Table 4: the middle pruned for good\n\nWithout a stored activation, at training and at drawing. "
         "Re-trained: by distillation from the whole U-Net on fresh pictures of many subjects, before it learns one. "
         "The published ones are BK-SDM-Base and -Small, of rank 128 and re-trained for long. How far from the whole: "
-        "the mean square distance of the predictions, before a subject is learned. Re-training removes nine tenths of "
-        "it, as fresh pictures of so small a world can be drawn at will; of the real one they cannot.\n\n"
+        "the mean square distance of the predictions, before a subject is learned. Of so small a world, fresh pictures "
+        "to re-train on can be drawn at will; of the real one they cannot.\n\n"
         + _table([*SCORES, "far from the whole", "SD2.1, GiB", "published DINO (GiB)"], rows)
     )
 
@@ -291,7 +290,7 @@ def _wordings(measured: Measured) -> str:
 
     def prompted(way: Way) -> tuple[str, str]:
         """The uses in which one path is told of a "sks cup" and of a "sks thing"."""
-        return ("", ONE) if way == CALLED_COARSER else (ONE, f"{ONE}, coarser word")
+        return ("", ONE) if way == CALLED_COARSER else (ONE, ONE_COARSER)
 
     rows = [
         [

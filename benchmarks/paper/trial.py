@@ -27,6 +27,8 @@ from .baselines import distill, finetune, pruned, strays
 from .ways import COARSER, HOLLOWED, LORA, WITHOUT_PRIOR, Way, Wording
 
 REFRESH = (1, 2, 3, 5)
+ONE, TWO = "one path", "two paths"
+ONE_COARSER = f"{ONE}, coarser word"
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,7 @@ class Trial(NamedTuple):
         return self.folder / "row.json"
 
     def row(self) -> dict[str, dict[str, float]]:
-        """{use: {"subject": …, "scene": …, "structure": …}}; with "strayed" of a pruned U-Net that has learned nothing
-        yet."""
+        """{use: {"subject": …, "scene": …, "structure": …}}."""
         found: dict[str, dict[str, float]] = read_json(self.result)
         return found
 
@@ -70,6 +71,17 @@ def base_row(out: Path, subject: int) -> dict[str, float]:
         lambda: held_out.scores(run.model(), world.HELD_OUT[subject], None),
     )
     return row
+
+
+def strayed(out: Path, way: Way, extent: Extent) -> float:
+    """How far a pruned way's U-Net is from the whole one, before it learns a subject."""
+
+    def measure() -> float:
+        base = run.model()
+        return round(strays(_pruned(out, way, base, extent), base), 4)
+
+    found: float = held_out.kept(out / "strayed" / f"{way.name}.json", measure)
+    return found
 
 
 def run_trial(trial: Trial, extent: Extent) -> None:
@@ -98,14 +110,12 @@ def run_trial(trial: Trial, extent: Extent) -> None:
     )
     if way.method == "full":
         finetune(base.unet, base.schedule, store, settings)
-        rows = {"one path": held_out.scores(base, subject, None)}
+        rows = {ONE: held_out.scores(base, subject, None)}
     elif way.method in ("pruned", "pruned, distilled"):
         assert way.cut is not None
-        small = _pruned(trial.out, way, base, extent)
-        strayed = round(strays(small, base), 4)
-        train(small, base.schedule, store, settings, folder=trial.folder)
-        base.unet = small
-        rows = {"one path": held_out.scores(base, subject, None) | {"strayed": strayed}}  # the LoRA is in it
+        base.unet = _pruned(trial.out, way, base, extent)
+        train(base.unet, base.schedule, store, settings, folder=trial.folder)
+        rows = {ONE: held_out.scores(base, subject, None)}  # the LoRA is in it
     else:
         unet = base.unet if way.cut is None else hollow(base.unet, way.cut)
         result = train(unet, base.schedule, store, settings, folder=trial.folder)
@@ -161,16 +171,16 @@ def _uses(way: Way, number: int, lora: LoraFile) -> dict[str, dict[str, float]]:
     """The same file on one path and, if hollowed, on two, the main way's with every refresh."""
     subject, base = world.HELD_OUT[number], run.model()
     noun = f"{run.IDENTIFIER} {way.kind_of(subject)}"
-    rows = {"one path": held_out.scores(base, subject, lora, single_path=True, noun=noun)}
+    rows = {ONE: held_out.scores(base, subject, lora, single_path=True, noun=noun)}
     if way.generic.startswith("coarser word"):  # as the base path knew it
         coarser = f"{run.IDENTIFIER} {COARSER}"
-        rows["one path, coarser word"] = held_out.scores(base, subject, lora, single_path=True, noun=coarser)
+        rows[ONE_COARSER] = held_out.scores(base, subject, lora, single_path=True, noun=coarser)
     if way in (*WITHOUT_PRIOR, *WITHOUT_PRIOR.values()):
         rows["no identifier"] = held_out.scores(base, subject, lora, noun=subject.kind)
     if way.cut is None:
         return rows
     for refresh in REFRESH if way == HOLLOWED else (1,):
-        use = "two paths" if refresh == 1 else f"two paths, refresh {refresh}"
+        use = TWO if refresh == 1 else f"{TWO}, refresh {refresh}"
         settings = replace(held_out.SAMPLING, refresh=refresh)
         if way.generic == "class word":
             rows[use] = held_out.scores(base, subject, lora, settings, noun=noun)
