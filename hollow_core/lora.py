@@ -47,7 +47,7 @@ def add_lora(
         if not any(f".{path}".endswith(f".{target}") for path in possible):
             raise HollowError(f"This U-Net has no layer {target!r} to put a LoRA on. Check the targets.")
     _inject(unet, list(targets), rank, rank if alpha is None else alpha)
-    for key, matrix in _matrices(unet):
+    for key, matrix in named_lora_parameters(unet).items():
         fresh = torch.zeros(matrix.shape)
         if key.endswith("lora_A.weight"):
             nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
@@ -67,18 +67,32 @@ def load_lora_state(unet: nn.Module, state: Mapping[str, Tensor], alpha: float) 
     rank = max(ranks.values())
     _make_room(unet)
     _inject(unet, paths, rank, alpha, {path: lower for path, lower in ranks.items() if lower < rank})
-    for key, matrix in _matrices(unet):
+    for key, matrix in named_lora_parameters(unet).items():
         matrix.data.copy_(state[key])
 
 
 def lora_state(unet: nn.Module) -> dict[str, Tensor]:
     """A snapshot on the CPU of every LoRA matrix: {"down_blocks.0.….to_q.lora_A.weight": (rank, in), …}."""
-    return {key: matrix.detach().to("cpu", copy=True) for key, matrix in _matrices(unet)}
+    return snapshot(named_lora_parameters(unet))
+
+
+def snapshot(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, which later changes leave alone."""
+    return {key: matrix.detach().to("cpu", copy=True) for key, matrix in parameters.items()}
+
+
+def named_lora_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """Every trainable LoRA matrix of `unet` by its name in `lora_state`, in the order of its modules."""
+    return {
+        f"{path}.{name}.weight": getattr(layer, name)[_ADAPTER].weight
+        for path, layer in _lora_layers(unet)
+        for name in ("lora_A", "lora_B")
+    }
 
 
 def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
-    """Every trainable LoRA matrix of `unet`, in the order of its modules."""
-    return [matrix for _, matrix in _matrices(unet)]
+    """The matrices alone, without their names."""
+    return list(named_lora_parameters(unet).values())
 
 
 def set_strength(unet: nn.Module, strength: float) -> None:
@@ -159,12 +173,6 @@ class _LoraConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight.to(x.dtype), None)
-
-
-def _matrices(unet: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for path, layer in _lora_layers(unet):
-        yield f"{path}.lora_A.weight", layer.lora_A[_ADAPTER].weight
-        yield f"{path}.lora_B.weight", layer.lora_B[_ADAPTER].weight
 
 
 def _lora_layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -46,15 +46,15 @@ def sample(
     *,
     lora: LoraFile | None = None,
     single_path: bool = False,
-    generic: str | None = None,
+    generics: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     progress: Any = None,
 ) -> list[Image.Image]:
     """One picture a prompt and seed.
 
-    A LoRA of a hollowed training is used on two paths (Hollowed Net, Sec. 4.3) with its prompt's generic
-    form, `generic` if given; any other LoRA, or `single_path`, on the ordinary one. Text encoders, U-Net and VAE
-    visit `device` in turn; None leaves them where they are.
+    A LoRA of a hollowed training is used on two paths (Hollowed Net, Sec. 4.3) with each prompt's
+    generic form or, if given, its one of `generics`; any other LoRA, or `single_path`, on the ordinary one. Text
+    encoders, U-Net and VAE visit `device` in turn; None leaves them where they are.
     """
     if len(seeds) != len(prompts):
         raise HollowError(f"There are {len(prompts)} prompts and {len(seeds)} seeds. Give one seed for each prompt.")
@@ -64,16 +64,16 @@ def sample(
     recipe = None if lora is None or single_path else lora.recipe
     with visiting(device, *model.text_encoders):
         texts = [encode_guided(model, prompt, settings) for prompt in prompts]
-        generics: list[Conditioning] = []
+        bare: list[Conditioning] = []
         if recipe is not None and recipe.cut is not None:
-            bare = [generic_prompt(prompt, recipe.identifier) if generic is None else generic for prompt in prompts]
-            generics = [encode_prompt(model, text, size) for text in bare]
+            generics = generics or [generic_prompt(prompt, recipe.identifier) for prompt in prompts]
+            bare = [encode_prompt(model, text, size) for text in generics]
     latents: list[torch.Tensor] = []
     with _lora(model, lora, settings.strength), visiting(device, model.unet):
         for first in range(0, len(prompts), settings.together):
             few = slice(first, first + settings.together)
-            bare_texts = Conditioning.batch(generics[few]) if generics else None
-            latents += draw(model, _batch(texts[few]), seeds[few], settings, recipe, bare_texts).split(1)
+            generic = Conditioning.batch(bare[few]) if bare else None
+            latents += draw(model, _batch(texts[few]), seeds[few], settings, recipe, generic).split(1)
             if progress is not None:
                 progress(len(latents), len(prompts))
     with visiting(device, model.vae):

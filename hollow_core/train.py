@@ -15,7 +15,7 @@ from torch import Tensor
 from .activations import Store, digest, schedule_id
 from .checkpoint import Checkpoint
 from .errors import HollowError
-from .lora import ATTENTION, add_lora, load_lora_state, lora_parameters, lora_state
+from .lora import ATTENTION, add_lora, load_lora_state, lora_state, named_lora_parameters, snapshot
 from .optimizer import Optimizer, OptimizerName
 from .progress import Clock, Stop, Watch
 from .selective import Choice, Probability, Strategy, Taken, choices, falling, heat_map, taken
@@ -225,7 +225,8 @@ def train(
         add_lora(unet, settings.rank, settings.lora_alpha, settings.targets, generator=generator)
     else:
         load_lora_state(unet, begun.lora, settings.lora_alpha)
-    parameters = lora_parameters(unet)
+    named = named_lora_parameters(unet)
+    parameters = list(named.values())
     for matrix in parameters:
         matrix.data = matrix.data.to(DTYPES[settings.lora_precision])
     optimizer_at = partial(Optimizer, parameters, settings.optimizer, weight_decay=settings.weight_decay)
@@ -247,9 +248,9 @@ def train(
 
     def save() -> None:
         moments = {way: optimizer.state() for way, optimizer in optimizers.items()}
-        Checkpoint(lora_state(unet), moments, losses, loss_scale, made_for).save(path)
+        Checkpoint(snapshot(named), moments, losses, loss_scale, made_for).save(path)
 
-    good = lora_state(unet)
+    good = snapshot(named)
     loss_scale = (2.0**16 if settings.precision == "fp16" else 1.0) if begun is None else begun.loss_scale
     stopped: Stopped = "finished"
     clock = Clock(len(losses), settings.steps)
@@ -264,7 +265,7 @@ def train(
         zeroth_order = ZerothOrder(parameters, choice.seed, settings.zo_epsilon, settings.zo_queries)
         step: Step = zeroth_order if forward_only else backpropagate
         optimizer = optimizers["forward" if forward_only else "backward"]
-        before = lora_state(unet)
+        before = snapshot(named)
         try:
             with optimizer.watching():
                 loss = step(loss_of, _parts(store, choice.weighted, settings.together), loss_scale)

@@ -61,7 +61,7 @@ def test_pictures_drawn_together_on_two_paths_are_those_drawn_alone() -> None:
     drawn = draw(together, progress=lambda *done: told.append(done))
     assert told == [(2, 3), (3, 3)]
     assert differ(drawn, draw(alone)) == [False] * 3
-    assert differ(drawn, draw(together, generic="a photo of a house in the city")) == [True] * 3
+    assert differ(drawn, draw(together, generics=["a photo of a house in the city"] * 3)) == [True] * 3
     assert differ(drawn, draw(together, single_path=True)) == [True] * 3
 
 

@@ -20,7 +20,7 @@ from hollow_core.personalize import LORA_FILE, Request, class_prompts, make_exam
 from hollow_core.precompute import Example, precompute
 from hollow_core.prior import class_latents
 from hollow_core.prompts import generic_prompt
-from hollow_core.sample import SampleSettings, sample
+from hollow_core.sample import SampleSettings
 from hollow_core.train import train
 
 from .baselines import distill, finetune, pruned, strays
@@ -193,11 +193,9 @@ def _scores_worded(
     wording: Wording, base: BaseModel, subject: world.Subject, lora: LoraFile, settings: SampleSettings
 ) -> dict[str, float]:
     """`held_out.scores`, the base path under the prompts on which it was precomputed."""
-    drawn = []
-    for seed, scene in enumerate(held_out.SCENES):
-        prompt = world.photo_caption(run.called(subject), scene)
-        generic = base_prompts(wording, prompt, subject.kind)[0]
-        drawn += sample(base, [prompt], [seed], settings, lora=lora, generic=generic)
+    prompts = [world.photo_caption(run.called(subject), scene) for scene in held_out.SCENES]
+    generics = [base_prompts(wording, prompt, subject.kind)[0] for prompt in prompts]
+    drawn = run.draw(base, run.called(subject), held_out.SCENES, settings, lora=lora, generics=generics)
     return held_out.judged(drawn, subject)
 
 

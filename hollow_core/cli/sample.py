@@ -78,7 +78,7 @@ def sample(
             settings,
             lora=file,
             single_path=single_path,
-            generic=generic,
+            generics=None if generic is None else [generic] * len(prompts),
             device=to,
             progress=progress,
         )
