@@ -1,11 +1,16 @@
 """The six held-out subjects of the embedded model, drawn in new scenes and scored: what all benchmarks share."""
 
+import hashlib
+import json
+import platform
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import get_num_threads
 
 from hollow_core.demo import run, scorers, world
 from hollow_core.errors import HollowError
@@ -27,12 +32,22 @@ def references(folder: Path, subject: world.Subject) -> list[TrainingImage]:
 
 
 def keep_alike(out: Path, settings: dict[str, Any]) -> None:
-    """All rows of a folder are made with the same settings. Raises HollowError where those there have others."""
-    path = out / "settings.json"
-    if not path.exists():
-        write_json(path, settings)
-    if (begun := read_json(path)) != settings:
-        raise HollowError(f"{out} was begun with {begun}, not {settings}. Choose another folder.")
+    """All rows of a folder are made with the same settings, the demo's and these, by the same embedded model. Raises
+    HollowError where those there have others."""
+    model = hashlib.sha256((run.MODEL / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:16]
+    demo = {"training": asdict(run.SETTINGS), "sampling": asdict(SAMPLING), "class pictures": run.CLASS_IMAGES}
+    settings = json.loads(json.dumps({**settings, **demo, "model": model}))
+    begun: dict[str, Any] = kept(out / "settings.json", lambda: settings | {"made with": _environment()})
+    other = [name for name in settings if begun.get(name) != settings[name]]
+    if other:
+        raise HollowError(f"{out} was begun with other settings ({', '.join(other)}). Choose another folder.")
+
+
+def _environment() -> str:
+    """What figures were made with; in another they are others, as rounding is."""
+    versions = [f"{name} {version(name)}" for name in ("torch", "diffusers", "peft", "transformers")]
+    python, machine = f"Python {platform.python_version()}", f"{platform.machine()}, {get_num_threads()} thread(s)"
+    return ", ".join([*versions, python, machine])
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:

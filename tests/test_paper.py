@@ -16,7 +16,7 @@ from benchmarks.paper.baselines import finetune, pruned
 from benchmarks.paper.figures import Figure, Measured, short
 from benchmarks.paper.predictions import TABLE_3, TABLE_6, Predicted
 from benchmarks.paper.trial import Extent, Trial, base_prompts
-from benchmarks.paper.ways import CALMER, CUTS, HOLLOWED, LORA, PRUNED, SAMPLES, WAYS, Wording
+from benchmarks.paper.ways import CALMER, CUTS, FRESH, HOLLOWED, LORA, PRUNED, SAMPLES, WAYS, Wording
 from hollow_core.blocks import max_cut
 from hollow_core.errors import HollowError
 from hollow_core.files import write_json
@@ -81,10 +81,13 @@ def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> No
     write_json(tmp_path / "strayed" / f"{PRUNED[1].name}.json", 0.006)
     for way, subject_score in zip(CALMER.values(), (0.75, 0.65), strict=True):
         write_json(Trial(tmp_path, way, 0, 0).result, {use: row(subject_score) for use in ("one path", "two paths")})
+    for subject, lora in enumerate((0.8, 0.6)):
+        write_json(Trial(tmp_path, FRESH, subject, 0).result, {"one path": row(lora)})
     for way in (CUTS[0], CUTS[6], SAMPLES[50], SAMPLES[1000]):
         write_json(Trial(tmp_path, way, 0, 0).result, {"two paths": row(0.5), "one path": row(0.4)})
     write_json(Trial(tmp_path, LORA, 2, 0).result, {"one path": row(0.1)})  # without a twin: in no difference
-    measured = Measured(tmp_path, WAYS, range(3), range(1))
+    keep_alike(tmp_path, {})
+    measured = Measured.read(tmp_path, WAYS, range(3), range(1))
     text = results.write(tmp_path, measured, Extent(), PREDICTED, [0, 1]).read_text()
     assert (
         "| the same at rank 16 | +.008 | -.110 ± .010 | +.000 ± .000 | 2 | cannot be told |" in text
@@ -93,10 +96,13 @@ def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> No
         "| A pruned net, re-trained, is worse than hollowed | -.031 | -.300 ± .000 | +.000 ± .000 | 2 | yes |" in text
     )
     assert "| Full fine-tuning is hardly better than LoRA (rank 128) | +.005 | – | – | – | not measured |" in text
-    assert "| the same, re-trained | .290 ± .110 | 1.000 ± .000 | .500 ± .000 | 2 | .006 |" in text
+    assert "| the same, re-trained | .290 ± .110 | 1.000 ± .000 | .500 ± .000 | .006 |" in text
     assert "| Hollowed is as good as LoRA (rank 128) | +.002 | -.100 |" in text  # at the lower learning rate
-    assert text.count("| LoRA, rank 128 | .750 ± .000 |") == 1  # in Table 1, not among the ranks of one rate
-    assert "| LoRA, rank 16 | .500 ± .294 |" in text
+    assert text.count("| LoRA, rank 128 | .750 ± .000 |") == 2  # in Tables 1 and 5
+    assert "| LoRA, rank 16 | .800 ± .000 |" in text  # of the one subject that all ranks have
+    assert "1 training in each row, of 1 subject." in text
+    assert "| k=6, 48.0 % | .500 ± .000 | 1.000 ± .000 | .500 ± .000 | -.300 | -.100 |" in text  # over LoRA, one path
+    assert "| 1600 | .700 ± .100 | 1.000 ± .000 | .500 ± .000 | +.000 ± .000 |" in text
     assert "| hollowed, rank 16 | .590 ± .110 | .605 ± .105 | +.015 ± .005 | 2 |" in text
     assert "| base model | .020 ± .000 |" in text
     assert re.findall(r"\((\w+\.png)\)", text) == ["cuts.png", "records.png"]
@@ -130,5 +136,5 @@ def test_seeds_of_one_subject_are_no_strangers() -> None:
 def test_a_folder_has_rows_made_alike(tmp_path: Path) -> None:
     keep_alike(tmp_path, {"steps": 60})
     keep_alike(tmp_path, {"steps": 60})
-    with pytest.raises(HollowError, match=r"was begun with .*60.* not .*400.* Choose another folder"):
+    with pytest.raises(HollowError, match=r"was begun with other settings \(steps\)\. Choose another folder\."):
         keep_alike(tmp_path, {"steps": 400})

@@ -39,7 +39,7 @@ def main() -> None:
         trials = [Trial(options.out, way, subject, seed) for seed, way, subject in product(seeds, ways, subjects)]
         for trial in tqdm(trials):
             run_trial(trial, extent)
-    everything = Measured(options.out, WAYS, everyone, range(options.seeds))
+    everything = Measured.read(options.out, WAYS, everyone, range(options.seeds))
     known = [subject for subject in everyone if options.report or subject in subjects]
     print(results.write(options.out, everything, extent, predictions(options.out), known))
 

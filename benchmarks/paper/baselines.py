@@ -1,5 +1,6 @@
 """What hollowing is compared with: all weights trained, and a U-Net whose middle is gone for good (BK-SDM)."""
 
+import math
 import random
 from functools import partial
 from itertools import islice
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from hollow_core.activations import Store
 from hollow_core.blocks import exit_shape
 from hollow_core.demo import language, pretrain
+from hollow_core.errors import HollowError
 from hollow_core.hollow import Conditioning, hollow
 from hollow_core.models import BaseModel, encode_prompt
 from hollow_core.steps import backpropagate, part_loss
@@ -23,7 +25,7 @@ FULL_LEARNING_RATE = 0.1
 
 def finetune(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, settings: TrainSettings) -> list[float]:
     """Full fine-tuning on the records on which a LoRA would train, with its settings but for the learning rate; the
-    loss of each step."""
+    loss of each step. Raises HollowError where one is not finite."""
     unet.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=FULL_LEARNING_RATE * settings.learning_rate, weight_decay=settings.weight_decay
@@ -31,6 +33,8 @@ def finetune(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, 
     losses = []
     for choice in islice(steps_ahead(store, schedule, settings), settings.steps):
         losses.append(backpropagate(partial(part_loss, unet, schedule, store), [choice.weighted]))
+        if not math.isfinite(losses[-1]):
+            raise HollowError(f"Full fine-tuning ended with a non-finite loss at step {len(losses)}.")
         nn.utils.clip_grad_norm_(unet.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -7,13 +7,11 @@ from pathlib import Path
 from statistics import mean, pstdev, stdev
 from typing import NamedTuple
 
-from hollow_core.demo import world
-
 from .trial import Trial
 from .ways import Way
 
 Key = tuple[int, int]  # subject, seed
-
+Row = Mapping[str, Mapping[str, float]]  # {use: {kind of score: score}}
 
 # Student's t for 95 % on both sides, by degrees of freedom; the six subjects have five
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}
@@ -52,14 +50,32 @@ class Figure(NamedTuple):
 
 
 class Measured:
-    """All trials of a folder that are done."""
+    """What trials have measured."""
 
-    def __init__(self, out: Path, ways: Iterable[Way], subjects: Iterable[int], seeds: Iterable[int]) -> None:
-        self._rows: dict[Way, dict[Key, Mapping[str, Mapping[str, float]]]] = {}
+    def __init__(self, rows: Mapping[Way, Mapping[Key, Row]]) -> None:
+        self._rows = rows
+
+    @classmethod
+    def read(cls, out: Path, ways: Iterable[Way], subjects: Iterable[int], seeds: Iterable[int]) -> "Measured":
+        """All trials of a folder that are done."""
+        rows: dict[Way, dict[Key, Row]] = {}
         for way, subject, seed in product(ways, subjects, seeds):
             trial = Trial(out, way, subject, seed)
             if trial.result.exists():
-                self._rows.setdefault(way, {})[subject, seed] = trial.row()
+                rows.setdefault(way, {})[subject, seed] = trial.row()
+        return cls(rows)
+
+    def shared(self, ways: Iterable[Way]) -> "Measured":
+        """The trials of subjects and seeds that all of `ways` have, so that their means can be compared; a way that
+        has none yet is passed over."""
+        rows = {way: self._rows[way] for way in ways if way in self._rows}
+        keys = set[Key].intersection(*(set(of_way) for of_way in rows.values())) if rows else set()
+        return Measured({way: {key: of_way[key] for key in sorted(keys)} for way, of_way in rows.items()})
+
+    @property
+    def keys(self) -> list[Key]:
+        """The subjects and seeds that any way has."""
+        return sorted({key for of_way in self._rows.values() for key in of_way})
 
     def values(self, way: Way, use: str, kind: str = "subject") -> dict[Key, float]:
         """One for each subject and seed."""
@@ -76,14 +92,14 @@ class Measured:
         ours, theirs = self.values(way, use, kind), self.values(other, other_use or use, kind)
         return Figure.of({key: ours[key] - theirs[key] for key in ours.keys() & theirs.keys()})
 
-    def by_subject(self, way: Way, use: str) -> dict[str, Figure]:
-        """The subject score of each of them, over its seeds."""
-        values = self.values(way, use)
-        found = {
-            subject.kind: Figure.of({key: value for key, value in values.items() if key[0] == number})
-            for number, subject in enumerate(world.HELD_OUT)
-        }
-        return {kind: figure for kind, figure in found.items() if figure}
+    def part(self, *, subject: int | None = None, seed: int | None = None) -> "Measured":
+        """The trials of a subject, or of a seed."""
+        return Measured(
+            {
+                way: {key: row for key, row in rows.items() if subject in (None, key[0]) and seed in (None, key[1])}
+                for way, rows in self._rows.items()
+            }
+        )
 
 
 def plain(figure: Figure | None) -> str:

@@ -10,7 +10,9 @@ import torch
 
 from benchmarks import held_out
 from hollow_core import lora_file
+from hollow_core.activations import Store
 from hollow_core.demo import run, world
+from hollow_core.errors import HollowError
 from hollow_core.files import read_json, read_safetensors, write_json, write_safetensors
 from hollow_core.hollow import hollow
 from hollow_core.lora_file import LoraFile
@@ -21,7 +23,7 @@ from hollow_core.precompute import Example, precompute
 from hollow_core.prior import class_latents
 from hollow_core.prompts import generic_prompt
 from hollow_core.sample import SampleSettings
-from hollow_core.train import train
+from hollow_core.train import TrainResult, TrainSettings, train
 
 from .baselines import distill, finetune, pruned, strays
 from .ways import COARSER, HOLLOWED, LORA, WITHOUT_PRIOR, Way, Wording
@@ -114,11 +116,11 @@ def run_trial(trial: Trial, extent: Extent) -> None:
     elif way.method in ("pruned", "pruned, distilled"):
         assert way.cut is not None
         base.unet = _pruned(trial.out, way, base, extent)
-        train(base.unet, base.schedule, store, settings, folder=trial.folder)
+        _trained(trial, base.unet, base, store, settings)
         rows = {ONE: held_out.scores(base, subject, None)}  # the LoRA is in it
     else:
         unet = base.unet if way.cut is None else hollow(base.unet, way.cut)
-        result = train(unet, base.schedule, store, settings, folder=trial.folder)
+        result = _trained(trial, unet, base, store, settings)
         recipe = recipe_for(way.cut, run.IDENTIFIER, way.kind_of(subject), base.schedule.config.prediction_type)
         file = trial.folder / LORA_FILE
         lora_file.save(
@@ -131,6 +133,14 @@ def run_trial(trial: Trial, extent: Extent) -> None:
             shutil.rmtree(path)
         elif path != trial.result and not (way == LORA and path.name == LORA_FILE):  # for benchmarks.analysis
             path.unlink()
+
+
+def _trained(trial: Trial, unet: Any, base: BaseModel, store: Store, settings: TrainSettings) -> TrainResult:
+    """Raises HollowError for a training that diverged: what it leaves is of an earlier step."""
+    result = train(unet, base.schedule, store, settings, folder=trial.folder)
+    if result.stopped != "finished":
+        raise HollowError(f"{trial.folder} ended with a {result.stopped} after {result.steps} steps.")
+    return result
 
 
 def _examples(trial: Trial, base: BaseModel) -> list[Example]:
