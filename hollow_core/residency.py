@@ -76,7 +76,7 @@ def stream(part: nn.Module, device: torch.device | str, only: Iterable[str] = ("
                 continue
             tensor.data = tensor.data.cpu().pin_memory() if streamer.device.type == "cuda" else tensor.data.cpu()
         layer.streamer = streamer
-    part.register_forward_pre_hook(lambda *_: streamer.begin())
+    part.register_forward_pre_hook(lambda view, _: streamer.begin(view))
 
 
 def stream_middle(unet: UNet2DConditionModel, cut: int, device: torch.device | str) -> None:
@@ -196,21 +196,23 @@ class _Multiply(torch.autograd.Function):
 class Streamer:
     """Brings weights from main memory to the device, one ahead of use.
 
-    Who comes next it knows from the last pass through the U-Net, forward and backward: a pass like the last finds
-    every weight on its way. After a pass unlike the last, as the first is, a weight is fetched when it is asked for.
+    Who comes next it knows from the last pass through the same view of the U-Net, forward and backward: a pass like
+    that finds every weight on its way. In one unlike it, as the first is, a weight is fetched when it is asked for.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         # in the order in which they were asked for; a layer that was hollowed meanwhile is free to go
+        self._orders = weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[_FrozenLayer]]]()
         self._last: list[weakref.ref[_FrozenLayer]] = []
         self._now: list[weakref.ref[_FrozenLayer]] = []
         self._ahead: tuple[_FrozenLayer, _Copy] | None = None
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def begin(self) -> None:
-        """A new pass begins."""
-        self._last, self._now = self._now, []
+    def begin(self, view: nn.Module) -> None:
+        """A new pass through `view` begins."""
+        self._last, self._now = self._orders.get(view, []), []
+        self._orders[view] = self._now
 
     def visit(self, layer: _FrozenLayer) -> list[Tensor]:
         """What `layer` holds, on the device; the one that comes after it is sent for."""

@@ -41,6 +41,7 @@ class HollowSaveLoRA(io.ComfyNode):
             description="Writes the LoRA into ComfyUI's loras folder, for ComfyUI, A1111, Forge, InvokeAI and "
             "diffusers, reads it back to be sure, and tells how large its largest change is.",
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 HollowLoraType.Input("hollow_lora", tooltip="From Train Hollowed LoRA."),
                 io.String.Input("name", default="hollow/my-subject", tooltip=NAME_TIP),
@@ -69,7 +70,7 @@ class HollowSaveLoRA(io.ComfyNode):
         """The path of the written file."""
         from .host.lora_files import save
 
-        path, told = save(hollow_lora, name, dialect, zero_pad, thumbnail, model)
+        path, told = save(hollow_lora, name, dialect, zero_pad, thumbnail, model, node_id=cls.hidden.unique_id)
         return io.NodeOutput(str(path), ui={"text": (told,)})
 
 
@@ -88,6 +89,7 @@ class HollowConvertLoRA(io.ComfyNode):
             description="Writes a LoRA or DoRA of SD1.5, SD2.1 or SDXL, from whatever trainer, as another tool wants "
             "it, and reads it back to be sure.",
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Combo.Input("lora", options=known_loras(), tooltip="A file in ComfyUI's loras folder."),
                 io.String.Input("name", default="hollow/converted", tooltip=NAME_TIP),
@@ -112,7 +114,7 @@ class HollowConvertLoRA(io.ComfyNode):
         """The path of the written file."""
         from .host.lora_files import convert
 
-        path, told = convert(lora, name, dialect, zero_pad, model)
+        path, told = convert(lora, name, dialect, zero_pad, model, node_id=cls.hidden.unique_id)
         return io.NodeOutput(str(path), ui={"text": (told,)})
 
 

@@ -227,6 +227,26 @@ def test_two_weights_are_on_the_device_at_once_and_each_comes_one_ahead(tiny_une
     assert len(copies) - before == len(asked) - asked_before - 1
 
 
+def test_on_two_paths_nothing_is_sent_for_in_vain(tiny_unet, tiny_conditioning, monkeypatch):
+    """Base path and personal path take turns, through views that pass other layers."""
+    unet = tiny_unet("sd21")
+    stream(unet, "cpu")
+    paths = [head(unet, 1), hollow(unet, 1, None)]
+    conditioning = tiny_conditioning(unet)
+    copies, asked = [], []
+    visit, make = residency.Streamer.visit, residency._Copy.__init__
+    monkeypatch.setattr(residency._Copy, "__init__", lambda *given: copies.append(given) or make(*given))
+    monkeypatch.setattr(residency.Streamer, "visit", lambda *given: asked.append(given) or visit(*given))
+    for _ in range(2):
+        copies.clear()
+        asked.clear()
+        with torch.no_grad():
+            sample = torch.zeros(1, 4, 16, 16)
+            exit_activation = paths[0](sample, 5, conditioning.encoder_hidden_states)
+            paths[1](sample, 5, conditioning.encoder_hidden_states, exit_activation=exit_activation)
+    assert len(copies) == len(asked) > len(away(unet))  # some layers are on both paths
+
+
 def test_what_is_streamed_stays_in_main_memory_and_the_rest_goes(tiny_unet):
     unet = tiny_unet("sd21")
     weights = linear_and_convolution(unet)

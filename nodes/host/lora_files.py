@@ -14,13 +14,22 @@ from ...hollow_core.models import layout_name
 from ..handles import HollowLora
 from .files import known_lora, lora_path
 from .pictures import to_picture
+from .progress import say
 from .unet import unet_config
 
 
 def save(
-    lora: HollowLora, name: str, dialect: str, zero_pad: bool, image: Tensor | None, model: ModelPatcher | None
+    lora: HollowLora,
+    name: str,
+    dialect: str,
+    zero_pad: bool,
+    image: Tensor | None,
+    model: ModelPatcher | None,
+    *,
+    node_id: str,
 ) -> tuple[Path, str]:
-    """Where the LoRA was written, and what reading it back found. Raises HollowError as `write_dialect` does."""
+    """Where the LoRA was written, and what reading it back found, which the node shows. Raises HollowError as
+    `write_dialect` does."""
     path = _target(name, dialect)
     metadata = lora.metadata | {"ss_output_name": path.stem, "modelspec.title": path.stem}
     if image is not None:
@@ -30,17 +39,23 @@ def save(
         if dialect != "kohya" or zero_pad:
             raise HollowError("This LoRA is for none of SD1.5, SD2.1 and SDXL. Connect its model to this node.")
         lora_file.write(path, lora.state, metadata)
-        return path, f"{path}, {path.stat().st_size / 2**20:.1f} MB. Connect its model to see what it changes."
-    parsed = dialects.parse(lora.state, config)
-    written = lora_file.write_dialect(path, parsed, config, metadata, dialect=dialect, zero_pad=zero_pad)
-    return path, written.sentence
+        told = f"{path}, {path.stat().st_size / 2**20:.1f} MB. Connect its model to see what it changes."
+    else:
+        parsed = dialects.parse(lora.state, config)
+        told = lora_file.write_dialect(path, parsed, config, metadata, dialect=dialect, zero_pad=zero_pad).sentence
+    say(told, node_id)
+    return path, told
 
 
-def convert(source: str, name: str, dialect: str, zero_pad: bool, model: ModelPatcher | None) -> tuple[Path, str]:
-    """Where the LoRA was written, and what reading it back found. Raises HollowError as `lora_file.convert` does."""
+def convert(
+    source: str, name: str, dialect: str, zero_pad: bool, model: ModelPatcher | None, *, node_id: str
+) -> tuple[Path, str]:
+    """Where the LoRA was written, and what reading it back found, which the node shows. Raises HollowError as
+    `lora_file.convert` does."""
     config = None if model is None else unet_config(model)
     path = _target(name, dialect)
     written = lora_file.convert(known_lora(source), path, dialect, config=config, zero_pad=zero_pad)
+    say(written.sentence, node_id)
     return path, written.sentence
 
 

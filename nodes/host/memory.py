@@ -44,6 +44,7 @@ def alone_on_device(network: nn.Module) -> Iterator[torch.device]:
     patcher = ModelPatcher(_Held(network), load_device=device, offload_device=torch.device("cpu"))
     try:
         comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+        nn.Module.to(network, device)  # under --novram ComfyUI has left it on the CPU
         yield device
     finally:
         del patcher
@@ -52,12 +53,13 @@ def alone_on_device(network: nn.Module) -> Iterator[torch.device]:
 
 def clear_device() -> None:
     """Take ComfyUI's models off the device, under --highvram and --gpu-only too, where it would keep them there."""
-    device = comfy.model_management.get_torch_device()
-    for loaded in comfy.model_management.current_loaded_models:
-        patcher = loaded.model
-        if patcher is not None and patcher.offload_device == device and device.type != "cpu":
-            patcher.detach()
-            patcher.model.to("cpu")
+    device, cpu = comfy.model_management.get_torch_device(), torch.device("cpu")
+    patchers = [loaded.model for loaded in comfy.model_management.current_loaded_models]
     comfy.model_management.unload_all_models()
+    for patcher in patchers:
+        if patcher is not None and patcher.offload_device == device != cpu:
+            patcher.model.to(cpu)
+            patcher.model.device = cpu
+    del patchers
     gc.collect()
     comfy.model_management.soft_empty_cache()

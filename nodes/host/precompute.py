@@ -48,6 +48,8 @@ def precompute(
     from ...hollow_core.remedy import check_fits, memory_told
     from ...hollow_core.residency import stream_middle
 
+    if low_class_latents and not class_latents:
+        raise HollowError("There are small class pictures without the large ones. Connect class latents, too.")
     folder = store_folder(name)
     of_class = _prompt_of_each(class_latents, class_prompts)
     examples = [

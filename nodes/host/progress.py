@@ -31,9 +31,7 @@ class NodeProgress:
             self.bar.update_absolute(done.step, done.steps, preview)
         except comfy.model_management.InterruptProcessingException:
             self.cancelled = True
-        server = getattr(PromptServer, "instance", None)  # there is none where a test runs nodes by itself
-        if server is not None:
-            server.send_progress_text(f"{self.stage}: {in_words(done)}", self.node_id)
+        say(f"{self.stage}: {in_words(done)}", self.node_id)
 
     def stop(self) -> bool:
         """Whether Cancel was pressed."""
@@ -44,6 +42,13 @@ class NodeProgress:
         if self.cancelled:
             raise comfy.model_management.InterruptProcessingException()
         comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def say(text: str, node_id: str) -> None:
+    """Show a text on a node."""
+    server = getattr(PromptServer, "instance", None)  # there is none where a test runs nodes by itself
+    if server is not None:
+        server.send_progress_text(text, node_id)
 
 
 def in_words(done: Progress) -> str:

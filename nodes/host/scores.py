@@ -35,5 +35,6 @@ def scorers(dino: str, clip: str) -> Iterator[Scorers]:
 
 def _place(name: str) -> str:
     folder = inside(Path(folder_paths.models_dir), name)
-    on_the_hub = not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    elsewhere = folder.is_dir() or Path(name).exists()  # relative to wherever ComfyUI was started
+    on_the_hub = not elsewhere and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
     return name if on_the_hub else str(folder)

@@ -5,6 +5,7 @@ import json
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import comfy.model_management
@@ -21,6 +22,7 @@ from .train_preview import LossCurve, Preview, beside
 from .unet import frozen_unet, layout, noise_schedule
 
 if TYPE_CHECKING:
+    from ...hollow_core.activations import Store
     from ...hollow_core.train import TrainSettings
 
 PICTURE_EVERY = 10  # steps from one picture of the loss to the next
@@ -46,6 +48,11 @@ def train(
     from ...hollow_core.remedy import check_fits, memory_told
     from ...hollow_core.train import DTYPES
 
+    if not activations.folder.exists():
+        raise HollowError(
+            f"The activations in {activations.folder} were deleted. Give Precompute Activations another name, or "
+            "restart ComfyUI: then they are made anew."
+        )
     store = Store.open(activations.folder)
     if store.cut != hollowed.cut:
         raise HollowError(
@@ -55,8 +62,7 @@ def train(
     schedule, family = noise_schedule(hollowed.model), layout(hollowed.model)
     if hollowed.gradient_checkpointing and not settings.gradient_checkpointing:
         settings = replace(settings, gradient_checkpointing=True, checkpoint_levels=hollowed.checkpoint_levels)
-    name = hashlib.sha256(json.dumps(settings.fixed).encode()).hexdigest()[:12]
-    folder = store.folder / f"training-{name}"
+    folder = _folder(store, settings)
     watch = NodeProgress(node_id, "Train")
     # nodes run in inference mode, where nothing can be trained
     with torch.inference_mode(False), torch.enable_grad():
@@ -104,3 +110,16 @@ def train(
     state = lora_file.to_kohya(result.state, unet.config, alpha=settings.lora_alpha, layout=family)
     metadata = lora_file.describe("hollow", family, settings.rank, settings.lora_alpha, recipe)
     return HollowLora(state, recipe, metadata), result.losses
+
+
+def _folder(store: "Store", settings: "TrainSettings") -> Path:
+    """Where these settings train: on top of what they have done, and apart from it where fewer steps are asked."""
+    from ...hollow_core.checkpoint import Checkpoint
+    from ...hollow_core.train import CHECKPOINT
+
+    name = hashlib.sha256(json.dumps(settings.fixed).encode()).hexdigest()[:12]
+    folder = store.folder / f"training-{name}"
+    done = folder / CHECKPOINT
+    if done.exists() and len(Checkpoint.load(done, {}).losses) > settings.steps:
+        folder = store.folder / f"training-{name}-{settings.steps}"
+    return folder

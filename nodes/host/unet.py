@@ -104,8 +104,8 @@ def diffusers_unet(model: ModelPatcher) -> Any:
     config, dtype = unet_config(model), base_dtype(model)
     weights: dict[str, Tensor] = {}
     for key, patches in model.get_key_patches(PREFIX).items():
-        if key.endswith((".scale_weight", ".scale_input", ".scaled_fp8")):
-            continue
+        if patches[0][0] is None or key.endswith((".scale_weight", ".scale_input", ".scaled_fp8")):
+            continue  # how a quantised weight is scaled, which `patched` has done to the weight
         weights[from_ldm(config, key.removeprefix(PREFIX))] = _ordinary(patched(key, patches).to(dtype))
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
@@ -155,9 +155,8 @@ def layout(model: ModelPatcher) -> str:
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
-    """The same memory as a tensor that autograd may save, which one made in inference mode may not be."""
-    if not tensor.is_inference():
-        return tensor
+    """The same memory as a tensor of its own: to move it leaves ComfyUI's where it is, and autograd may save it, as it
+    may not one that was made in inference mode, nor one that was moved outside of it since."""
     with torch.inference_mode(False):
         shared = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return shared.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())

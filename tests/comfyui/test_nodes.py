@@ -64,6 +64,8 @@ def _as_in_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setattr(hollow_unet.HollowUNet, "hidden", hidden)
     monkeypatch.setattr(precompute_activations.HollowPrecompute, "hidden", hidden)
     monkeypatch.setattr(train_lora.HollowTrainLoRA, "hidden", hidden)
+    monkeypatch.setattr(lora_files.HollowSaveLoRA, "hidden", hidden)
+    monkeypatch.setattr(lora_files.HollowConvertLoRA, "hidden", hidden)
     with torch.inference_mode():
         yield
 
@@ -334,6 +336,35 @@ def test_cancel_keeps_what_is_done_and_run_goes_on(demo: Any, monkeypatch: pytes
     ).args
     assert len(losses["loss"]) == 3
     assert cancelled.state.keys() == whole.state.keys()
+
+
+def test_training_leaves_the_models_own_weights_as_they_are(demo: Any) -> None:
+    """Even where ComfyUI has moved them outside of inference mode, as Unload Models does: they are ordinary then."""
+    with torch.inference_mode(False):
+        demo.model.model.to(torch.float16).to(torch.float32)
+    weights = dict(demo.model.model.named_parameters())
+    assert not any(weight.is_inference() for weight in weights.values())
+    hollowed, activations = precomputed(demo)
+    train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS | {"precision": "bf16"})
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_fewer_steps_begin_anew_beside_what_was_done(demo: Any) -> None:
+    hollowed, activations = precomputed(demo)
+    few = SETTINGS | {"steps": 2}
+    wanted, _, _ = train_lora.HollowTrainLoRA.execute(hollowed, activations, **few).args
+    shutil.rmtree(next(activations.folder.glob("training-*")))
+    train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS)
+    lora, _, losses = train_lora.HollowTrainLoRA.execute(hollowed, activations, **few).args
+    assert len(losses["loss"]) == 2
+    assert all(torch.equal(lora.state[key], wanted.state[key]) for key in wanted.state)
+
+
+def test_deleted_activations_are_told(demo: Any) -> None:
+    hollowed, activations = precomputed(demo)
+    shutil.rmtree(activations.folder)
+    with pytest.raises(HollowError, match=r"were deleted\. Give Precompute Activations another name, or restart"):
+        train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS)
 
 
 def test_the_same_again_costs_nothing(demo: Any) -> None:
