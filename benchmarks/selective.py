@@ -257,7 +257,7 @@ def sd15_rows() -> list[dict[str, Any]]:
                 flops = [planner.step_flops(each) for each in settings]
                 peak = planner.peak("train", settings[0]).total
                 if len(steps) == 2:
-                    peak = selective_peak(planner, settings[1], low_resolution=steps[0][1])
+                    peak = selective_peak(planner, replace(settings[1], low_resolution=steps[0][1]))
                 rows.append(
                     {
                         "way": name if cut is None else f"{name}, hollowed",

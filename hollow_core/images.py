@@ -31,7 +31,7 @@ def load_images(folder: Path, resolution: int) -> list[TrainingImage]:
     Raises HollowError for a folder that is missing or without pictures, for a file that is no picture, and
     for one so small that it would be enlarged more than eight times.
     """
-    _check_resolution(resolution)
+    check_resolution(resolution)
     paths = picture_paths(folder)
     if not paths:
         raise HollowError(f"{folder} holds no pictures. Put four or five of your subject there, .png or .jpg.")
@@ -61,7 +61,7 @@ def open_picture(path: Path) -> Image.Image:
 
 def at_resolution(image: TrainingImage, resolution: int) -> TrainingImage:
     """The same picture at `resolution` pixels square, for BP-low. Raises HollowError if that is no multiple of 8."""
-    _check_resolution(resolution)
+    check_resolution(resolution)
     return image._replace(picture=image.picture.resize((resolution, resolution), Image.Resampling.LANCZOS))
 
 
@@ -83,7 +83,8 @@ def centre_square(width: int, height: int) -> tuple[int, int, int, int]:
     return left, top, left + side, top + side
 
 
-def _check_resolution(resolution: int) -> None:
+def check_resolution(resolution: int) -> None:
+    """Raises HollowError unless it is a positive multiple of 8."""
     if resolution < 8 or resolution % 8:
         raise HollowError(f"The resolution {resolution} is no multiple of 8 pixels. Take 512, 768 or 1024.")
 

@@ -148,8 +148,9 @@ def write_dialect(
         if path.suffix == ".safetensors":
             raise HollowError(f"A peft LoRA is a folder, not {path.name}. Give a name without .safetensors.")
         file, described = path / _PEFT_FILE, described | {"format": "pt"}
-        write_json(path / _PEFT_CONFIG, _PEFT_HEAD | dialects.adapter_config(lora.layers))
     write(file, tensors, described)
+    if dialect == "peft":  # the small file last: where the disk is full, the old pair stays whole
+        write_json(path / _PEFT_CONFIG, _PEFT_HEAD | dialects.adapter_config(lora.layers))
     again, _ = read(path, config)
     if again.left_out or again.layers.keys() != lora.layers.keys() or again.text.keys() != lora.text.keys():
         raise HollowError(f"{path} does not read back as it was written. Check the disk and save again.")

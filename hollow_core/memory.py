@@ -73,6 +73,8 @@ class Setting:
     tiled_vae: bool = False
     """Pictures are encoded and decoded in tiles."""
     training: TrainSettings = field(default_factory=TrainSettings)
+    low_resolution: int | None = None
+    """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others'."""
 
     @property
     def step_records(self) -> int:
@@ -286,7 +288,9 @@ class Planner:
             if stage == "sample":
                 old = setting.training
                 training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets)
-        setting = replace(setting, resolution=setting.resolution or self.resolution, training=training)
+        setting = replace(
+            setting, resolution=setting.resolution or self.resolution, low_resolution=None, training=training
+        )
         if stage == "train":  # records of the class are like any others
             setting = replace(setting, training=replace(training, batch=setting.step_records))
         if stage == "encode":
@@ -412,7 +416,7 @@ def _train(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     unet = model.unet if setting.cut is None else hollow(model.unet, setting.cut, range(setting.samples))
     store = OneRecord(model, setting)
     del model
-    few = replace(training, batch=min(training.batch, 2 * training.together), save_every=0)
+    few = replace(training, batch=min(training.batch, 2 * training.together), save_every=0, zo_timesteps=None)
 
     def stop_there(done: Progress) -> None:
         if done.step == _passes(setting):

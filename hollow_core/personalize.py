@@ -10,9 +10,11 @@ import torch
 
 from . import lora_file
 from .activations import Kind, Store
+from .blocks import Config, check_cut, leaves_attention
 from .errors import HollowError
 from .hollow import Conditioning, head, hollow
-from .images import TrainingImage, at_resolution
+from .images import TrainingImage, at_resolution, check_resolution
+from .lora import ATTENTION
 from .lora_file import Written
 from .lora_metadata import recipe_for
 from .memory import Planner, Setting
@@ -71,12 +73,23 @@ class Request:
     """Encode pictures in tiles."""
     settings: TrainSettings = field(default_factory=TrainSettings)
     low_resolution: int | None = None
-    """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others'."""
+    """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others', or the next
+    multiple of 8 below."""
     thumbnail: bool = False
     """Whether the LoRA file shows the first picture, small, to tools that list files."""
 
 
-_PLANNED = ("cut", "samples", "class_images", "store_dtype", "base_bits", "streaming", "stream_middle", "tiled_vae")
+_PLANNED = (
+    "cut",
+    "samples",
+    "class_images",
+    "store_dtype",
+    "base_bits",
+    "streaming",
+    "stream_middle",
+    "tiled_vae",
+    "low_resolution",
+)
 """What of a `Request` its `Setting` has, too, by the same names."""
 
 
@@ -126,6 +139,7 @@ def personalize(
 
     with meter.stage("encode"):
         model = load()
+        _check_cut(request, model.unet.config)
         torch.nn.Module.to(model.unet, DTYPES[request.settings.precision])  # without diffusers' advice
         told = partial(
             memory_told,
@@ -247,9 +261,11 @@ def low_examples(
 
 
 def low_side(request: Request) -> int:
-    """The side in pixels of the pictures for BP-low. Raises HollowError where it is not below that of the others."""
+    """The side in pixels of the pictures for BP-low. Raises HollowError where it is not below that of the others, or no
+    multiple of 8."""
     full = request.images[0].picture.width
-    side = full // 2 if request.low_resolution is None else request.low_resolution
+    side = full // 16 * 8 if request.low_resolution is None else request.low_resolution
+    check_resolution(side)
     if side >= full:
         raise HollowError(f"The low resolution {side} is not below the pictures' {full}. Take half of it.")
     return side
@@ -269,10 +285,22 @@ def _check(request: Request) -> None:
     if not request.images:
         raise HollowError("There are no pictures to learn from. Give four or five of your subject.")
     optimizer_class(request.settings.optimizer)
+    if request.samples < (kinds := 2 if request.class_images else 1):
+        raise HollowError(f"{request.samples} records are too few. Ask for at least {kinds}; 200 are usual.")
     if request.settings.strategy == "selective":
         low_side(request)
     if request.class_images and request.settings.prior_weight > 0:
         check_unfused(request.settings)
+
+
+def _check_cut(request: Request, config: Config) -> None:
+    """Refuse what no LoRA could be trained on."""
+    if request.cut is None:
+        return
+    check_cut(config, request.cut)
+    if not leaves_attention(config, request.cut) and set(request.settings.targets) <= set(ATTENTION):
+        deepest = max(cut for cut in range(request.cut) if leaves_attention(config, cut))
+        raise HollowError(f"Cut {request.cut} leaves no attention to put a LoRA on. Choose a cut from 0 to {deepest}.")
 
 
 def _setting(request: Request) -> Setting:

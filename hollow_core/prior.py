@@ -1,6 +1,6 @@
 """Pictures of the subject's class for prior preservation, drawn by the base model itself and kept as latents."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from .errors import HollowError
 from .files import read_safetensors, write_safetensors
 from .models import BaseModel, visiting
+from .precompute import model_id
 from .progress import Clock, Stop, Watch
 from .sample import SampleSettings, draw, encode_guided
 
@@ -28,7 +29,7 @@ def class_latents(
 
     Each is a file in `folder`, so that an interrupted run goes on; fewer come back when `stop` says so. Text
     encoders and U-Net visit `device` in turn; None leaves them where they are. Raises HollowError where `folder`
-    holds latents of another prompt, seed or size.
+    holds latents of another model, prompt, seed or size.
     """
     settings = SampleSettings(steps=steps, size=(resolution, resolution))
     paths = {folder / f"class-{index:05}.safetensors": prompt for index, prompt in enumerate(prompts)}
@@ -37,21 +38,32 @@ def class_latents(
     if todo:
         with visiting(device, *model.text_encoders):
             texts = {prompt: encode_guided(model, prompt, settings) for prompt in dict.fromkeys(todo.values())}
-    clock, latents = Clock(len(paths) - len(todo), len(paths)), []
+    done = len(paths) - len(todo)
+    clock, latents = Clock(done, len(paths)), []
+    made_by = {"model": model_id(model.unet), "resolution": str(resolution), "steps": str(steps), "seed": str(seed)}
     with visiting(device if todo else None, model.unet):
         for index, (path, prompt) in enumerate(paths.items()):
-            made_for = {"prompt": prompt, "seed": str(seed), "resolution": str(resolution), "steps": str(steps)}
+            made_for = {**made_by, "prompt": prompt}
             if path in todo:
                 if stop is not None and stop():
                     break
                 drawn = draw(model, texts[prompt], [seed * 1_000_003 + index], settings)
                 write_safetensors(path, {"latents": drawn.cpu()}, made_for)
+                done += 1
                 if progress is not None:
-                    progress(clock(index + 1))
+                    progress(clock(done))
             tensors, metadata = read_safetensors(path)
             if metadata != made_for:
                 raise HollowError(
-                    f"{path} was drawn for something else ({metadata}). Delete {folder}, or choose another."
+                    f"{path} was drawn for something else ({_differences(metadata, made_for)}). Delete {folder}, or "
+                    "choose another."
                 )
             latents.append(tensors["latents"])
     return latents
+
+
+def _differences(found: Mapping[str, str], asked: Mapping[str, str]) -> str:
+    other = [name for name in asked if found.get(name) != asked[name]]
+    if "model" in other:
+        return "another model, or the same in another precision"
+    return ", ".join(f"{name} {found.get(name)!r}, not {asked[name]!r}" for name in other)

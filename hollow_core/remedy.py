@@ -10,14 +10,15 @@ from .errors import HollowError
 from .memory import GIB, Planner, Setting
 
 
-def check_fits(planner: Planner, setting: Setting, free: int, stages: Sequence[str]) -> None:
-    """Raises HollowError where one of `stages` needs more than `free` bytes, naming what to change."""
+def check_fits(planner: Planner, setting: Setting, free: int, stages: Sequence[str], *, going_on: bool = False) -> None:
+    """Raises HollowError where one of `stages` needs more than `free` bytes, naming what to change. If `going_on`, that
+    leaves records and checkpoints as they are."""
     needed = {stage: needs(planner, [stage], setting) for stage in stages}
     hungriest = max(stages, key=needed.__getitem__)
     if needed[hungriest] > free:
         raise HollowError(
             f"The stage {hungriest} needs {_gib(needed[hungriest])} with {setting}, but {_gib(free)} are free. "
-            + advice(planner, stages, setting, free)
+            + advice(planner, stages, setting, free, going_on=going_on)
         )
 
 
@@ -42,18 +43,19 @@ def memory_told(
 
 
 def needs(planner: Planner, stages: Sequence[str], setting: Setting) -> int:
-    """The highest peak of `stages` in bytes; of a selective training with small pictures half as large."""
+    """The highest peak of `stages` in bytes."""
     return max(
-        selective_peak(planner, setting, -(-(setting.resolution or planner.resolution) // 128) * 64)
+        selective_peak(planner, setting)
         if stage == "train" and setting.training.strategy == "selective"
         else planner.peak(stage, setting).total
         for stage in stages
     )
 
 
-def selective_peak(planner: Planner, setting: Setting, low_resolution: int) -> int:
+def selective_peak(planner: Planner, setting: Setting) -> int:
     """Bytes of training by both kinds of steps: while one goes on, the other's optimizer states are there, too."""
-    low = replace(setting, resolution=low_resolution, training=replace(setting.training, strategy="bp"))
+    side = setting.low_resolution or (setting.resolution or planner.resolution) // 2
+    low = replace(setting, resolution=-(-side // 64) * 64, training=replace(setting.training, strategy="bp"))
     high = replace(setting, training=replace(setting.training, strategy="zo"))
     peaks = [planner.peak("train", part) for part in (low, high)]
     return max(peak.total + other.bytes["optimizer"] for peak, other in zip(peaks, reversed(peaks), strict=True))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from .errors import HollowError
 from .hollow import Conditioning
+from .images import check_resolution
 from .lora import load_lora_state, remove_lora, set_strength
 from .lora_file import LoraFile, Recipe
 from .models import BaseModel, decode_images, encode_prompt, visiting
@@ -37,6 +38,15 @@ class SampleSettings:
     together: int = 1
     """Pictures that are drawn at once: faster where the GPU is not busy with one, for the memory of so many."""
 
+    def __post_init__(self) -> None:
+        """Raises HollowError for a value that cannot be."""
+        if not 1 <= self.steps <= 1000:
+            raise HollowError(f"{self.steps} denoising steps cannot be. Take from 1 to 1000; 30 are usual.")
+        if self.together < 1:
+            raise HollowError(f"{self.together} pictures cannot be drawn together. It must be at least 1.")
+        for side in self.size or ():
+            check_resolution(side)
+
 
 def sample(
     model: BaseModel,
@@ -58,8 +68,6 @@ def sample(
     """
     if len(seeds) != len(prompts):
         raise HollowError(f"There are {len(prompts)} prompts and {len(seeds)} seeds. Give one seed for each prompt.")
-    if settings.together < 1:
-        raise HollowError(f"{settings.together} pictures cannot be drawn together. It must be at least 1.")
     size = settings.size or (model.resolution, model.resolution)
     recipe = None if lora is None or single_path else lora.recipe
     with visiting(device, *model.text_encoders):

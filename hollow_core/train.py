@@ -188,7 +188,6 @@ def train(
     *,
     folder: Path | str,
     progress: Watch | None = None,
-    preview: Watch | None = None,
     stop: Stop | None = None,
 ) -> TrainResult:
     """Train a fresh LoRA in `unet`, or go on from the checkpoint in `folder`, and leave it in there.
@@ -197,14 +196,15 @@ def train(
     drop the base before, nothing here needs it. A step minimises the mean loss of `batch` image records
     (Eq. 1) plus `prior_weight` times that of `batch` prior records (Eq. 2), in the way that the strategy
     chooses; "selective" needs a store with low examples. `progress` is called after each
-    step, `preview` after each checkpoint on the way, `stop` is asked before each step. Interrupted anywhere
-    and called again, it ends with the same LoRA bit by bit; called with more `steps`, it goes on, but for
-    "selective", whose schedule ends with the last of them.
+    step, `stop` is asked before each step. Interrupted anywhere and called again, it ends with the same LoRA,
+    on a CPU bit by bit, on a GPU but for rounding, as its backward pass is not the same twice; called with more
+    `steps`, it goes on, but for "selective", whose schedule ends with the last of them.
 
     Raises HollowError for a store that is unfinished or does not fit `unet` and `schedule`; for a checkpoint
     that is damaged or of other settings, as going on would give a LoRA of neither and a fresh start would
-    overwrite what may have taken hours; and for a full disk. Where memory runs out, torch's OutOfMemoryError is
-    passed on, after a checkpoint: called again with less around, or with smaller settings, it goes on.
+    overwrite what may have taken hours; and for a full disk. Where memory runs out in a pass, torch's
+    OutOfMemoryError is passed on, after a checkpoint; in an update, without a new one. Called again with less around,
+    or with smaller settings, it goes on.
     """
     _check(unet, schedule, store, settings)
     path = Path(folder) / CHECKPOINT
@@ -296,8 +296,6 @@ def train(
         done = clock(len(losses), loss)
         if settings.save_every and done.step % settings.save_every == 0 and done.step < done.steps:
             save()
-            if preview is not None:
-                preview(done)
         if progress is not None:
             progress(done)
 

@@ -307,6 +307,9 @@ def refusals(folder: Path, photos: Path, model_folder: Path) -> dict[str, tuple[
             ["convert", foreign, folder / "a.safetensors", "--model", model_folder],
             "was made for another kind of model",
         ),
+        "no denoising steps": ([*sample(cut_off), "--steps", 0], "0 denoising steps cannot be. Take from 1 to 1000"),
+        "no such size": ([*sample(cut_off), "--width", 500], "500 is no multiple of 8 pixels"),
+        "no such device": ([*sample(cut_off), "--device", "gpu"], "There is no device 'gpu' for PyTorch"),
         "no such layout": (["cuts", "sd99"], "does not exist"),
     }
 

@@ -16,6 +16,7 @@ from hollow_core.errors import HollowError
 from hollow_core.images import load_images
 from hollow_core.models import BaseModel, load
 from hollow_core.personalize import Request, personalize
+from hollow_core.prior import class_latents
 from hollow_core.progress import Progress
 from hollow_core.train import TrainSettings
 
@@ -159,9 +160,43 @@ def test_what_the_request_tells_is_refused_before_the_model_loads(tmp_path: Path
         (ask(photos, images=[], class_images=2), "no pictures to learn from"),
         (ask(photos, class_images=2, settings=fused), "there are pictures of the class too"),
         (ask(photos, low_resolution=128, settings=TrainSettings(strategy="selective")), "not below the pictures' 128"),
+        (ask(photos, low_resolution=60, settings=TrainSettings(strategy="selective")), "60 is no multiple of 8"),
+        (ask(photos, samples=1, class_images=2), "1 records are too few. Ask for at least 2"),
     ]:
         with pytest.raises(HollowError, match=said):
             personalize(load_nothing, refused, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("cut", "said"), [(6, "Cut 6 leaves no attention to put a LoRA on. Choose a cut from 0 to 5"), (9, "no cut 9")]
+)
+def test_a_cut_that_cannot_be_trained_is_refused_before_anything_is_drawn(
+    photos: Path, tmp_path: Path, cut: int, said: str
+) -> None:
+    tiny_pipeline("sdxl").save_pretrained(tmp_path / "model")
+    with pytest.raises(HollowError, match=said):
+        personalize(lambda: load(tmp_path / "model"), ask(photos, cut=cut, class_images=2), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_class_pictures_of_another_model_are_not_taken(model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    """And one that is missing between others is drawn again."""
+    told: list[Progress] = []
+
+    def run(base: Path) -> None:
+        model = load(base)
+        told.clear()
+        class_latents(model, ["a dog"] * 4, tmp_path / "class", resolution=128, steps=1, progress=told.append)
+
+    run(model_folder)
+    (tmp_path / "class" / "class-00001.safetensors").unlink()
+    (tmp_path / "class" / "class-00002.safetensors").unlink()
+    run(model_folder)
+    assert [(done.step, done.steps) for done in told] == [(3, 4), (4, 4)]
+    assert all(done.seconds_left >= 0 for done in told)
+    tiny_pipeline("sd15").save_pretrained(tmp_path / "other")
+    with pytest.raises(HollowError, match=r"was drawn for something else \(another model, or .*precision\)\. Delete"):
+        run(tmp_path / "other")
 
 
 def test_class_pictures_differ_from_the_subjects_by_the_identifier_alone(

@@ -101,6 +101,27 @@ def test_selective_training_needs_what_the_larger_of_its_parts_does(planner: Pla
     assert needs(planner, ["train"], selective) == max(part.total for part in parts) + moments
 
 
+def test_small_pictures_count_with_their_own_size(planner: Planner) -> None:
+    selective = replace(SETTING, training=replace(SETTING.training, strategy="selective"))
+    half, larger = (replace(selective, low_resolution=side) for side in (128, 192))
+    assert needs(planner, ["train"], half) == needs(planner, ["train"], selective)
+    assert needs(planner, ["train"], larger) > needs(planner, ["train"], selective)
+
+
+def test_zeroth_order_steps_of_some_time_steps_need_what_others_do(planner: Planner) -> None:
+    forward = replace(SETTING, training=replace(SETTING.training, strategy="zo"))
+    some = replace(SETTING, training=replace(forward.training, zo_timesteps=(500, 900)))
+    assert needs(planner, ["train"], some) == needs(planner, ["train"], forward)
+
+
+def test_a_run_that_goes_on_keeps_its_records(planner: Planner) -> None:
+    """What is advised does not change base or cut, of which they are made."""
+    free = needs(planner, BOTH, with_checkpointing(replace(SETTING, base_bits=8)))
+    for going_on, advised in ((False, "an 8-bit base"), (True, "streaming")):
+        with pytest.raises(HollowError, match=f"Take gradient checkpointing and {advised}: then"):
+            check_fits(planner, SETTING, free, BOTH, going_on=going_on)
+
+
 def test_running_out_all_the_same_is_told_and_keeps_the_records(planner: Planner) -> None:
     """What is advised leaves cut and base as they are, whatever the memory."""
     for free in (GIB, 1000):
@@ -125,6 +146,7 @@ def test_train_on_a_gpu_refuses_before_anything_is_loaded(
     pipeline.register_modules(unet=UNet2DConditionModel.from_config(CONFIG))
     pipeline.save_pretrained(tmp_path / "model")
     monkeypatch.setattr(meter, "free_bytes", lambda _: 45 * 2**20)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     command = ["hollow", "train", str(tmp_path / "model"), "--images", str(tmp_path), "--subject", "dog", "--cut", "1"]
     monkeypatch.setattr(sys, "argv", [*command, "--device", "cuda", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as end:

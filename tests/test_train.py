@@ -436,21 +436,21 @@ def test_a_batch_is_the_mean_of_its_records_and_each_record_comes_once_an_epoch(
     assert len(set(one[:4])) == 4
 
 
-def test_it_tells_how_far_it_is_and_shows_previews_at_checkpoints(begin, tmp_path):
+def test_it_tells_how_far_it_is_and_saves_on_the_way(begin, tmp_path):
     unet, schedule, store = begin()
-    told, previews = [], []
+    told, saved = [], []
 
-    def preview(progress):
+    def progress(done):
+        told.append(done)
         with torch.no_grad(), lora_off(unet):  # looking does not change the outcome
-            previews.append(progress)
-        assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+            saved.append((tmp_path / "run" / "checkpoint.safetensors").exists())
 
     settings = replace(FEW, save_every=2)
-    result = train(unet, schedule, store, settings, folder=tmp_path / "run", progress=told.append, preview=preview)
+    result = train(unet, schedule, store, settings, folder=tmp_path / "run", progress=progress)
     assert [(progress.step, progress.steps) for progress in told] == [(step, 6) for step in range(1, 7)]
     assert [progress.loss for progress in told] == result.losses
     assert told[-1].seconds_left == 0 < told[0].seconds_left
-    assert [progress.step for progress in previews] == [2, 4]
+    assert saved == [False, True, True, True, True, True]
     assert same(result.state, train(*begin(), FEW, folder=tmp_path / "unseen").state)
 
 

@@ -104,11 +104,12 @@ def benchmark(
         torch.distributed.destroy_process_group()
     if not finished:
         console.print("Stopped. The same command goes on from here.")
-    rows, memory = bench.table(jobs), bench.training_bytes(str(model), methods, protocol)
-    if as_json:
-        print(json.dumps([{"method": row.method.name, "jobs_done": row.done, "jobs": row.jobs, "training_bytes": memory[row.method], **row.scores} for row in rows], indent=1))  # fmt: skip
-    else:
-        Console().print(_table(rows, memory))
+    if state.is_main_process:  # for all of them
+        rows, memory = bench.table(jobs), bench.training_bytes(str(model), methods, protocol)
+        if as_json:
+            print(json.dumps([{"method": row.method.name, "jobs_done": row.done, "jobs": row.jobs, "training_bytes": memory[row.method], **row.scores} for row in rows], indent=1))  # fmt: skip
+        else:
+            Console().print(_table(rows, memory))
     if not finished:
         raise typer.Exit(130)
 

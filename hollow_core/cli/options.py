@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import HollowError
+
 if TYPE_CHECKING:
     from ..residency import Bits
 
@@ -133,10 +135,16 @@ def bits_of(asked: BaseBits | None) -> "Bits | None":
 
 
 def device_of(asked: str | None) -> str:
-    """The one that was asked for, else the GPU if there is one."""
+    """The one that was asked for, else the GPU if there is one. Raises HollowError where this PyTorch has none of it."""
     import torch
 
     if asked is not None:
+        kind, _, number = asked.partition(":")
+        there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+        if kind not in there or (number and not number.isdigit()) or int(number or 0) >= there[kind]:
+            raise HollowError(
+                f"There is no device {asked!r} for PyTorch {torch.__version__} here. Choose cuda, mps or cpu."
+            )
         return asked
     if torch.cuda.is_available():
         return "cuda"

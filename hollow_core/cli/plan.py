@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -43,11 +42,10 @@ def cuts(
 ) -> None:
     """What each cut of a U-Net removes, and what it then costs to train."""
     quiet()
-    from ..blocks import LAYOUTS, layout_config
     from ..cost import cuts_table
-    from ..models import load
+    from ..models import outline
 
-    rows = cuts_table(layout_config(model) if model in LAYOUTS else load(Path(model)).unet.config)
+    rows = cuts_table(outline(model).unet.config)
     if as_json:
         print(json.dumps(rows, indent=1))
         return

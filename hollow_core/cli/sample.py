@@ -1,12 +1,15 @@
 """`hollow sample`."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
+from ..errors import HollowError
 from ..progress import Progress
 from .app import app, console
 from .options import (
@@ -22,6 +25,8 @@ from .options import (
     load_model,
 )
 from .watch import quiet, watching
+
+AT_A_TIME = 20  # pictures that are drawn before they are written
 
 
 @app.command()
@@ -59,33 +64,49 @@ def sample(
     from ..sample import SampleSettings
     from ..sample import sample as draw
 
-    base, to = load_model(model, precision, prediction_type), device_of(device)
-    file = lora_file.load(lora, base.unet)
-    keep_small(base, Setting(base_bits=bits_of(base_bits), streaming=stream, tiled_vae=tiled_vae), to)
+    to = device_of(device)
+    base = load_model(model, precision, prediction_type)
     size = (height or base.resolution, width or base.resolution)
     settings = SampleSettings(steps, guidance, negative, strength, refresh, size, together)
+    file = lora_file.load(lora, base.unet)
+    keep_small(base, Setting(base_bits=bits_of(base_bits), streaming=stream, tiled_vae=tiled_vae), to)
     prompts = [text for text in prompt for _ in range(images)]
     seeds = [seed + number for _ in prompt for number in range(images)]
-    with watching() as watch:
+    files = [out / f"{number:03}-seed{each}.png" for number, each in enumerate(seeds)]
+    with watching() as watch, _memory_told():
+        for first in range(0, len(files), AT_A_TIME):
+            few = slice(first, first + AT_A_TIME)
 
-        def progress(done: int, of: int) -> None:
-            watch("sample", Progress(done, of, 0.0))
+            def progress(done: int, _: int, first: int = first) -> None:
+                watch("sample", Progress(first + done, len(files), 0.0))
 
-        drawn = draw(
-            base,
-            prompts,
-            seeds,
-            settings,
-            lora=file,
-            single_path=single_path,
-            generics=None if generic is None else [generic] * len(prompts),
-            device=to,
-            progress=progress,
-        )
-    files = []
-    for number, picture in enumerate(drawn):
-        files.append(out / f"{number:03}-seed{seeds[number]}.png")
-        write_png(files[-1], picture)
+            drawn = draw(
+                base,
+                prompts[few],
+                seeds[few],
+                settings,
+                lora=file,
+                single_path=single_path,
+                generics=None if generic is None else [generic] * len(prompts[few]),
+                device=to,
+                progress=progress,
+            )
+            for path, picture in zip(files[few], drawn, strict=True):
+                write_png(path, picture)
     if as_json:
         print(json.dumps([{"file": str(file), "prompt": text, "seed": seed} for file, text, seed in zip(files, prompts, seeds, strict=True)]))  # fmt: skip
     console.print(Text(f"{len(files)} pictures are in {out}."), soft_wrap=True)
+
+
+@contextmanager
+def _memory_told() -> Iterator[None]:
+    """Where the GPU's memory runs out, raises HollowError with what to change."""
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise HollowError(
+            "Memory ran out. Take --together 1, --precision bf16, --base-bits 8, --tiled-vae or --stream, whichever are "
+            "not taken yet, or smaller pictures."
+        ) from None

@@ -71,7 +71,7 @@ def train(
     zo_queries: Annotated[int, typer.Option(help="Directions a zo step looks in, two forward passes each.")] = 2,
     zo_timesteps: Annotated[tuple[int, int] | None, typer.Option(help="zo steps draw from these time steps only, such as 500 900. (default: all)")] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints from which a killed run goes on; 0 for none.")] = 100,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same LoRA on the same machine.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same LoRA on the same CPU, and on a GPU the same but for rounding.")] = 0,
     thumbnail: Annotated[bool, typer.Option(help="Put the first picture, small, into the LoRA file, for tools that list files; whoever gets the file sees it.")] = False,
     prediction_type: PredictionType = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the GPU if there is one)")] = None,
@@ -126,11 +126,13 @@ def train(
         stream_middle=stream_middle,
         tiled_vae=tiled_vae,
         training=settings,
+        low_resolution=low_resolution,
     )
     chosen = device_of(device)
     if chosen.startswith("cuda"):  # main memory can be swapped; a GPU's is there or it is not
         planner = Planner(str(model))
-        check_fits(planner, setting, free_bytes(torch.device(chosen)), planner.road)
+        going_on = (out / "store").exists()
+        check_fits(planner, setting, free_bytes(torch.device(chosen)), planner.road, going_on=going_on)
     loaded = [load_model(model, precision, prediction_type)]  # its pop hands over the only reference
     side = loaded[0].resolution if resolution is None else resolution
     request = request_for(
@@ -138,7 +140,6 @@ def train(
         load_images(images, side),
         subject,
         identifier=identifier,
-        low_resolution=low_resolution,
         thumbnail=thumbnail,
     )
     with watching() as watch, stopping() as stop:

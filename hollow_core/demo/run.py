@@ -13,7 +13,7 @@ from .. import __version__, lora_file
 from ..activations import Store
 from ..blocks import removed_fraction
 from ..errors import HollowError
-from ..files import write_bytes, write_json
+from ..files import write_bytes, write_json, write_png
 from ..images import load_images
 from ..lora import ALL_LAYERS
 from ..lora_file import LoraFile
@@ -165,10 +165,9 @@ def captioned_references(subject: world.Subject) -> Iterator[tuple[str, Image.Im
 
 def write_references(folder: Path, subject: world.Subject) -> None:
     """Write `captioned_references`, each caption beside its picture."""
-    folder.mkdir(parents=True, exist_ok=True)
     for scene, picture, caption in captioned_references(subject):
-        picture.save(folder / f"{scene}.png")
-        (folder / f"{scene}.txt").write_text(caption)
+        write_png(folder / f"{scene}.png", picture)
+        write_bytes(folder / f"{scene}.txt", caption.encode())
 
 
 def draw_rows(

@@ -105,15 +105,19 @@ def setting_of(
     from ...hollow_core.memory import Setting
     from ...hollow_core.train import TrainSettings
 
-    area = max(each.shape[-2] * each.shape[-1] for each in latents)
     return Setting(
         cut=hollowed.cut,
-        resolution=PIXELS * round(area**0.5),
+        resolution=side_of(latents),
         samples=samples,
         base_bits=hollowed.base_bits,
         streaming=hollowed.streaming,
         training=training or TrainSettings(precision=_precision(hollowed.model)),
     )
+
+
+def side_of(latents: Sequence[Tensor]) -> int:
+    """In pixels, of a square as large as the largest of these latents."""
+    return PIXELS * round(max(each.shape[-2] * each.shape[-1] for each in latents) ** 0.5)
 
 
 @lru_cache(maxsize=4)

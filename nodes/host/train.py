@@ -16,7 +16,7 @@ from ...hollow_core.errors import HollowError
 from ...hollow_core.progress import Progress
 from ..handles import HollowActivations, HollowedModel, HollowLora
 from .memory import alone_on_device, clear_device, free_bytes
-from .plan import planner_of, setting_of
+from .plan import planner_of, setting_of, side_of
 from .progress import NodeProgress
 from .train_preview import LossCurve, Preview, beside
 from .unet import frozen_unet, layout, noise_schedule
@@ -69,8 +69,11 @@ def train(
         clear_device()
         planner, free = planner_of(hollowed.model), partial(free_bytes, hollowed.model)
         latents = [store.inputs(image)[0] for image in range(len(store.fingerprint.kinds))]
+        low = [each for each, kind in zip(latents, store.fingerprint.kinds, strict=True) if kind.startswith("low ")]
         setting = replace(
-            setting_of(hollowed, latents, settings, len(store.records)), class_images=len(store.indices("prior"))
+            setting_of(hollowed, latents, settings, len(store.records)),
+            class_images=len(store.indices("prior")),
+            low_resolution=side_of(low) if low else None,
         )
         check_fits(planner, setting, free(), ["train"])
         base = frozen_unet(hollowed, comfy.model_management.get_torch_device())
