@@ -15,10 +15,11 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median, pstdev
+from statistics import mean, median
 from typing import Any
 
 from benchmarks import held_out
+from benchmarks.paper.figures import Figure, signed
 from hollow_core import lora_file
 from hollow_core.demo import run, world
 from hollow_core.files import write_json
@@ -59,13 +60,13 @@ def main() -> None:
 def summary(rows: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns of a lever, given each subject's row, and the first lever's."""
     pairs = list(zip(rows, first, strict=True))
-    more = [row["subject"] - plain["subject"] for row, plain in pairs]
+    more = Figure.of({(number, 0): row["subject"] - plain["subject"] for number, (row, plain) in enumerate(pairs)})
     apart = max(abs(a - b) for row, plain in pairs for a, b in zip(row["losses"], plain["losses"], strict=True))
     return [
         f"{mean(mean(row['losses'][-100:]) for row in rows):.4f}",
         f"{apart:.4f}",
         f"{mean(row['subject'] for row in rows):.3f}",
-        f"{mean(more):+.3f} ± {pstdev(more):.3f}",
+        signed(more),
         f"{mean(row['scene'] for row in rows):.3f}",
         f"{median(row['seconds_a_step'] / plain['seconds_a_step'] for row, plain in pairs):.2f}",
     ]

@@ -15,12 +15,13 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import mean, median, pstdev
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import held_out
+from benchmarks.paper.figures import Figure, signed
 from hollow_core import lora_file
 from hollow_core.activations import Kind, Store
 from hollow_core.demo import run, world
@@ -119,11 +120,12 @@ def main() -> None:
 
 def summary(subjects: list[dict[str, dict[str, Any]]], name: str) -> list[str]:
     """The columns of a way, given each subject's rows."""
-    more = [rows[name]["subject"] - rows["BP at full size"]["subject"] for rows in subjects]
+    plain = "BP at full size"
+    more = {(number, 0): rows[name]["subject"] - rows[plain]["subject"] for number, rows in enumerate(subjects)}
     figures = {what: mean(rows[name][what] for rows in subjects) for what in subjects[0][name] if what != "by_time"}
     return [
         f"{figures['subject']:.3f}",
-        f"{mean(more):+.3f} ± {pstdev(more):.3f}",
+        signed(Figure.of(more)),
         f"{figures['scene']:.3f}",
         f"{figures['structure']:.3f}",
         f"{figures['loss']:.3f}",
