@@ -44,7 +44,7 @@ def keep_alike(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _environment() -> str:
-    """What figures were made with; in another they are others, as rounding is."""
+    """What figures were begun with; in another they are others, as rounding is."""
     versions = [f"{name} {version(name)}" for name in ("torch", "diffusers", "peft", "transformers")]
     python, machine = f"Python {platform.python_version()}", f"{platform.machine()}, {get_num_threads()} thread(s)"
     return ", ".join([*versions, python, machine])

@@ -30,7 +30,7 @@ from .models import (
     visiting,
 )
 from .optimizer import optimizer_class
-from .precompute import Example, precompute
+from .precompute import Example, model_id, precompute
 from .prior import class_latents
 from .progress import Progress, Stop, Watch
 from .prompts import generic_prompt, personal_prompt
@@ -147,6 +147,7 @@ def personalize(
             setting=_setting(request),
             free=partial(free_bytes, torch.device(device)),
         )
+        made_by = model_id(model.unet) if request.class_images else ""
         keep_small(model, request, device)
         with told("encode", going_on=(folder / "store").exists()):
             drawn: list[torch.Tensor] = []
@@ -155,6 +156,7 @@ def personalize(
                     model,
                     class_prompts(request),
                     request.class_folder or folder / "class",
+                    made_by=made_by,
                     resolution=request.images[0].picture.width,
                     seed=request.settings.seed if request.class_folder is None else 0,
                     device=device,

@@ -8,7 +8,6 @@ import torch
 from .errors import HollowError
 from .files import read_safetensors, write_safetensors
 from .models import BaseModel, visiting
-from .precompute import model_id
 from .progress import Clock, Stop, Watch
 from .sample import SampleSettings, draw, encode_guided
 
@@ -18,6 +17,7 @@ def class_latents(
     prompts: Sequence[str],
     folder: Path,
     *,
+    made_by: str,
     resolution: int,
     seed: int = 0,
     steps: int = 30,
@@ -27,9 +27,9 @@ def class_latents(
 ) -> list[torch.Tensor]:
     """Scaled latents (1, channels, height/8, width/8), one sampled for each of the generic `prompts`.
 
-    Each is a file in `folder`, so that an interrupted run goes on; fewer come back when `stop` says so. Text
-    encoders and U-Net visit `device` in turn; None leaves them where they are. Raises HollowError where `folder`
-    holds latents of another model, prompt, seed or size.
+    Each is a file in `folder`, so that an interrupted run goes on; fewer come back when `stop` says so. `made_by` names
+    the model, as `model_id` does before it is quantised. Text encoders and U-Net visit `device` in turn; None leaves
+    them where they are. Raises HollowError where `folder` holds latents of another model, prompt, seed or size.
     """
     settings = SampleSettings(steps=steps, size=(resolution, resolution))
     paths = {folder / f"class-{index:05}.safetensors": prompt for index, prompt in enumerate(prompts)}
@@ -40,10 +40,10 @@ def class_latents(
             texts = {prompt: encode_guided(model, prompt, settings) for prompt in dict.fromkeys(todo.values())}
     done = len(paths) - len(todo)
     clock, latents = Clock(done, len(paths)), []
-    made_by = {"model": model_id(model.unet), "resolution": str(resolution), "steps": str(steps), "seed": str(seed)}
+    common = {"model": made_by, "resolution": str(resolution), "steps": str(steps), "seed": str(seed)}
     with visiting(device if todo else None, model.unet):
         for index, (path, prompt) in enumerate(paths.items()):
-            made_for = {**made_by, "prompt": prompt}
+            made_for = {**common, "prompt": prompt}
             if path in todo:
                 if stop is not None and stop():
                     break
@@ -53,17 +53,14 @@ def class_latents(
                 if progress is not None:
                     progress(clock(done))
             tensors, metadata = read_safetensors(path)
-            if metadata != made_for:
-                raise HollowError(
-                    f"{path} was drawn for something else ({_differences(metadata, made_for)}). Delete {folder}, or "
-                    "choose another."
-                )
+            if other := _differences(metadata, made_for):
+                raise HollowError(f"{path} was drawn for something else ({other}). Delete {folder}, or choose another.")
             latents.append(tensors["latents"])
     return latents
 
 
 def _differences(found: Mapping[str, str], asked: Mapping[str, str]) -> str:
-    other = [name for name in asked if found.get(name) != asked[name]]
+    other = [name for name in asked if found.get(name, asked[name]) != asked[name]]
     if "model" in other:
         return "another model, or the same in another precision"
     return ", ".join(f"{name} {found.get(name)!r}, not {asked[name]!r}" for name in other)

@@ -68,6 +68,10 @@ def sample(
     """
     if len(seeds) != len(prompts):
         raise HollowError(f"There are {len(prompts)} prompts and {len(seeds)} seeds. Give one seed for each prompt.")
+    if generics is not None and len(generics) != len(prompts):
+        raise HollowError(
+            f"There are {len(prompts)} prompts and {len(generics)} generic ones. Give one for each prompt."
+        )
     size = settings.size or (model.resolution, model.resolution)
     recipe = None if lora is None or single_path else lora.recipe
     with visiting(device, *model.text_encoders):

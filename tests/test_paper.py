@@ -88,7 +88,7 @@ def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> No
     write_json(Trial(tmp_path, LORA, 2, 0).result, {"one path": row(0.1)})  # without a twin: in no difference
     keep_alike(tmp_path, {})
     measured = Measured.read(tmp_path, WAYS, range(3), range(1))
-    text = results.write(tmp_path, measured, Extent(), PREDICTED, [0, 1]).read_text()
+    text = results.write(tmp_path, measured, Extent(), PREDICTED).read_text()
     assert (
         "| the same at rank 16 | +.008 | -.110 ± .010 | +.000 ± .000 | 2 | cannot be told |" in text
     )  # t of two subjects is 12.7

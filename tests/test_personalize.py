@@ -16,6 +16,7 @@ from hollow_core.errors import HollowError
 from hollow_core.images import load_images
 from hollow_core.models import BaseModel, load
 from hollow_core.personalize import Request, personalize
+from hollow_core.precompute import model_id
 from hollow_core.prior import class_latents
 from hollow_core.progress import Progress
 from hollow_core.train import TrainSettings
@@ -186,7 +187,8 @@ def test_class_pictures_of_another_model_are_not_taken(model_folder: Path, photo
     def run(base: Path) -> None:
         model = load(base)
         told.clear()
-        class_latents(model, ["a dog"] * 4, tmp_path / "class", resolution=128, steps=1, progress=told.append)
+        folder, made_by = tmp_path / "class", model_id(model.unet)
+        class_latents(model, ["a dog"] * 4, folder, made_by=made_by, resolution=128, steps=1, progress=told.append)
 
     run(model_folder)
     (tmp_path / "class" / "class-00001.safetensors").unlink()

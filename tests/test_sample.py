@@ -70,5 +70,7 @@ def test_refusals_are_sentences(tmp_path: Path) -> None:
     model = load(tmp_path)
     with pytest.raises(HollowError, match=r"There are 3 prompts and 2 seeds\. Give one seed for each prompt\."):
         sample(model, ["a dog"] * 3, [3, 4])
+    with pytest.raises(HollowError, match=r"There are 2 prompts and 1 generic ones\. Give one for each prompt\."):
+        sample(model, ["a dog"] * 2, [3, 4], generics=["a cat"])
     with pytest.raises(HollowError, match=r"0 pictures cannot be drawn together\. It must be at least 1\."):
         sample(model, ["a dog"], [3], SampleSettings(together=0))

@@ -15,6 +15,7 @@ from benchmarks import held_out
 from hollow_core.demo import world
 
 from . import results
+from .baselines import Diverged
 from .figures import Measured
 from .predictions import predictions
 from .trial import Extent, Trial, run_trial
@@ -38,10 +39,12 @@ def main() -> None:
     if not options.report:
         trials = [Trial(options.out, way, subject, seed) for seed, way, subject in product(seeds, ways, subjects)]
         for trial in tqdm(trials):
-            run_trial(trial, extent)
+            try:
+                run_trial(trial, extent)
+            except Diverged as error:
+                tqdm.write(f"Without a row: {error}")
     everything = Measured.read(options.out, WAYS, everyone, range(options.seeds))
-    known = [subject for subject in everyone if options.report or subject in subjects]
-    print(results.write(options.out, everything, extent, predictions(options.out), known))
+    print(results.write(options.out, everything, extent, predictions(options.out)))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,13 @@ FULL_LEARNING_RATE = 0.1
 """Of full fine-tuning over the LoRA's: the paper has 1e-5 and 1e-4."""
 
 
+class Diverged(HollowError):
+    """A training ended with numbers that are none."""
+
+
 def finetune(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, settings: TrainSettings) -> list[float]:
     """Full fine-tuning on the records on which a LoRA would train, with its settings but for the learning rate; the
-    loss of each step. Raises HollowError where one is not finite."""
+    loss of each step. Raises Diverged where one is not finite."""
     unet.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=FULL_LEARNING_RATE * settings.learning_rate, weight_decay=settings.weight_decay
@@ -34,7 +38,7 @@ def finetune(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, 
     for choice in islice(steps_ahead(store, schedule, settings), settings.steps):
         losses.append(backpropagate(partial(part_loss, unet, schedule, store), [choice.weighted]))
         if not math.isfinite(losses[-1]):
-            raise HollowError(f"Full fine-tuning ended with a non-finite loss at step {len(losses)}.")
+            raise Diverged(f"Full fine-tuning ended with a non-finite loss at step {len(losses)}.")
         nn.utils.clip_grad_norm_(unet.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

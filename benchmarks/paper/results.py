@@ -44,12 +44,12 @@ DINO = {
 """The paper's, of SD2.1 on DreamBooth."""
 
 
-def write(out: Path, measured: Measured, extent: Extent, predicted: Predicted, subjects: Sequence[int]) -> Path:
+def write(out: Path, measured: Measured, extent: Extent, predicted: Predicted) -> Path:
     """RESULTS.md and its plots in `out`, of whatever is measured."""
     parts = [
         _head(out, extent),
         _claims(measured),
-        _table_1(out, measured, predicted, subjects),
+        _table_1(out, measured, predicted),
         _table_4(out, measured, predicted, extent),
         _table_5(measured, predicted),
         _cuts(out, measured, predicted),
@@ -85,7 +85,8 @@ pictures in four new scenes by the embedded scorers, which give real pictures of
 its class .04.
 
 ± behind a score is the standard deviation over subjects and seeds; behind a difference, always between trainings of the
-same subject and seed, its standard error over subjects. The rows of a table have the same subjects and seeds. Whether
+same subject and seed, its standard error over subjects. The rows of a table have the same subjects and seeds, unless
+each tells its n, the number of trainings. Whether
 something is so is told by where a difference is to 95 % (Student's t); the same are scores within .02. Memory,
 operations and storage are of SD2.1 at 512 pixels in fp32 at batch 1, LoRA on the attention, by dry runs.
 
@@ -98,7 +99,7 @@ What these figures cannot say:
   on them. Seeds 1 and 2 took no part in that.
 - The scene score is 1.000 wherever the scene is heard at all: finer differences of fidelity to the prompt are not seen.
 
-Made with {begun["made with"]}."""
+Begun with {begun["made with"]}."""
 
 
 def _claims(measured: Measured) -> str:
@@ -154,12 +155,7 @@ def _trainings(measured: Measured) -> str:
     return f"{n} training{'s' * (n != 1)} in each row, of {subjects} subject{'s' * (subjects != 1)}."
 
 
-def _table_1(out: Path, measured: Measured, predicted: Predicted, subjects: Sequence[int]) -> str:
-    of_base = [base_row(out, subject) for subject in subjects]
-    base = [
-        plain(Figure.of({(number, 0): row[kind] for number, row in enumerate(of_base)}))
-        for kind in ("subject", "scene", "structure")
-    ]
+def _table_1(out: Path, measured: Measured, predicted: Predicted) -> str:
     named = {
         "full fine-tuning": FULL,
         "LoRA, rank 128": LORA_RANKS[128],
@@ -168,6 +164,10 @@ def _table_1(out: Path, measured: Measured, predicted: Predicted, subjects: Sequ
     }
     published = ("16.62", "5.23", "4.84", "3.88")
     measured = measured.shared(CALMER.get(way, way) for way in named.values())
+    of_base = {(subject, 0): base_row(out, subject) for subject, _ in measured.keys}
+    base = [
+        plain(Figure.of({key: row[kind] for key, row in of_base.items()})) for kind in ("subject", "scene", "structure")
+    ]
     rows = [["base model", *base, f"{predicted['inference']:.2f}", f"{INFERENCE}", ""]]
     rows += [
         [name, *_scores(measured, CALMER.get(way, way)), _gib(predicted, way), gib, DINO[way]]

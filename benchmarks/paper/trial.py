@@ -12,20 +12,19 @@ from benchmarks import held_out
 from hollow_core import lora_file
 from hollow_core.activations import Store
 from hollow_core.demo import run, world
-from hollow_core.errors import HollowError
 from hollow_core.files import read_json, read_safetensors, write_json, write_safetensors
 from hollow_core.hollow import hollow
 from hollow_core.lora_file import LoraFile
 from hollow_core.lora_metadata import recipe_for
 from hollow_core.models import BaseModel, encode_prompt
 from hollow_core.personalize import LORA_FILE, Request, class_prompts, make_examples
-from hollow_core.precompute import Example, precompute
+from hollow_core.precompute import Example, model_id, precompute
 from hollow_core.prior import class_latents
 from hollow_core.prompts import generic_prompt
 from hollow_core.sample import SampleSettings
 from hollow_core.train import TrainResult, TrainSettings, train
 
-from .baselines import distill, finetune, pruned, strays
+from .baselines import Diverged, distill, finetune, pruned, strays
 from .ways import COARSER, HOLLOWED, LORA, WITHOUT_PRIOR, Way, Wording
 
 REFRESH = (1, 2, 3, 5)
@@ -136,10 +135,10 @@ def run_trial(trial: Trial, extent: Extent) -> None:
 
 
 def _trained(trial: Trial, unet: Any, base: BaseModel, store: Store, settings: TrainSettings) -> TrainResult:
-    """Raises HollowError for a training that diverged: what it leaves is of an earlier step."""
+    """Raises Diverged where it did: what is left is of an earlier step."""
     result = train(unet, base.schedule, store, settings, folder=trial.folder)
     if result.stopped != "finished":
-        raise HollowError(f"{trial.folder} ended with a {result.stopped} after {result.steps} steps.")
+        raise Diverged(f"{trial.folder} ended with a {result.stopped} after {result.steps} steps.")
     return result
 
 
@@ -154,7 +153,9 @@ def _examples(trial: Trial, base: BaseModel) -> list[Example]:
     if way.class_images:
         name = f"subject-{trial.subject}-seed-{trial.seed}" + (f"-{way.called}" if way.called else "")
         of_class = trial.out / "class" / name
-        drawn = class_latents(base, class_prompts(request), of_class, resolution=world.SIZE, seed=trial.seed)
+        made_by = model_id(base.unet)
+        prompts = class_prompts(request)
+        drawn = class_latents(base, prompts, of_class, made_by=made_by, resolution=world.SIZE, seed=trial.seed)
     examples = make_examples(base, request, drawn)
     of_subject, of_class_word = ([one for one in examples if one.kind == which] for which in ("image", "prior"))
     worded = [base_prompts(way.generic, example.personal_prompt, kind) for example in of_subject]

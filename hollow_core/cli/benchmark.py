@@ -104,7 +104,7 @@ def benchmark(
         torch.distributed.destroy_process_group()
     if not finished:
         console.print("Stopped. The same command goes on from here.")
-    if state.is_main_process:  # for all of them
+    if state.is_main_process or all(job.result.exists() for job in jobs):  # the last has the whole of it
         rows, memory = bench.table(jobs), bench.training_bytes(str(model), methods, protocol)
         if as_json:
             print(json.dumps([{"method": row.method.name, "jobs_done": row.done, "jobs": row.jobs, "training_bytes": memory[row.method], **row.scores} for row in rows], indent=1))  # fmt: skip

@@ -1,5 +1,6 @@
 """Options that several commands take, and what their values mean."""
 
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -139,13 +140,14 @@ def device_of(asked: str | None) -> str:
     import torch
 
     if asked is not None:
-        kind, _, number = asked.partition(":")
-        there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-        if kind not in there or (number and not number.isdigit()) or int(number or 0) >= there[kind]:
-            raise HollowError(
-                f"There is no device {asked!r} for PyTorch {torch.__version__} here. Choose cuda, mps or cpu."
-            )
-        return asked
+        with suppress(RuntimeError):  # of a name that is none
+            device = torch.device(asked)
+            count = getattr(getattr(torch, device.type, None), "device_count", lambda: 0)
+            if (device.index or 0) < count():
+                return asked
+        raise HollowError(
+            f"There is no device {asked!r} for PyTorch {torch.__version__} here. Choose cuda, mps or cpu."
+        )
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -74,8 +74,9 @@ def sample(
     seeds = [seed + number for _ in prompt for number in range(images)]
     files = [out / f"{number:03}-seed{each}.png" for number, each in enumerate(seeds)]
     with watching() as watch, _memory_told():
-        for first in range(0, len(files), AT_A_TIME):
-            few = slice(first, first + AT_A_TIME)
+        at_a_time = together * max(AT_A_TIME // together, 1)
+        for first in range(0, len(files), at_a_time):
+            few = slice(first, first + at_a_time)
 
             def progress(done: int, _: int, first: int = first) -> None:
                 watch("sample", Progress(first + done, len(files), 0.0))

@@ -51,12 +51,13 @@ def alone_on_device(network: nn.Module) -> Iterator[torch.device]:
         clear_device()
 
 
-def clear_device() -> None:
-    """Take ComfyUI's models off the device, under --highvram and --gpu-only too, where it would keep them there."""
+def clear_device(*models: ModelPatcher) -> None:
+    """Take ComfyUI's models off the device; under --highvram and --gpu-only, where it would keep them there, and need
+    not know of them all, `models` too."""
     device, cpu = comfy.model_management.get_torch_device(), torch.device("cpu")
     patchers = [loaded.model for loaded in comfy.model_management.current_loaded_models]
     comfy.model_management.unload_all_models()
-    for patcher in patchers:
+    for patcher in [*patchers, *models]:
         if patcher is not None and patcher.offload_device == device != cpu:
             patcher.model.to(cpu)
             patcher.model.device = cpu

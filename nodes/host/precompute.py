@@ -61,7 +61,7 @@ def precompute(
     examples += _low(_class_examples(hollowed, low_class_latents, of_class))
     schedule = noise_schedule(hollowed.model)
     watch = NodeProgress(node_id, "Precompute")
-    clear_device()
+    clear_device(hollowed.model)
     planner, free = planner_of(hollowed.model), partial(free_bytes, hollowed.model)
     setting = planner.eased(setting_of(hollowed, [example.latents for example in examples]), free())
     check_fits(planner, setting, free(), ["precompute"])

@@ -66,7 +66,7 @@ def train(
     watch = NodeProgress(node_id, "Train")
     # nodes run in inference mode, where nothing can be trained
     with torch.inference_mode(False), torch.enable_grad():
-        clear_device()
+        clear_device(hollowed.model)
         planner, free = planner_of(hollowed.model), partial(free_bytes, hollowed.model)
         latents = [store.inputs(image)[0] for image in range(len(store.fingerprint.kinds))]
         low = [each for each, kind in zip(latents, store.fingerprint.kinds, strict=True) if kind.startswith("low ")]
