@@ -242,7 +242,7 @@ def test_on_two_paths_nothing_is_sent_for_in_vain(tiny_unet, tiny_conditioning, 
         asked.clear()
         with torch.no_grad():
             sample = torch.zeros(1, 4, 16, 16)
-            exit_activation = paths[0](sample, 5, conditioning.encoder_hidden_states)
+            exit_activation = paths[0](sample, 5, conditioning.encoder_hidden_states).sample
             paths[1](sample, 5, conditioning.encoder_hidden_states, exit_activation=exit_activation)
     assert len(copies) == len(asked) > len(away(unet))  # some layers are on both paths
 
