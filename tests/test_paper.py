@@ -98,6 +98,7 @@ def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> No
     assert "| Full fine-tuning is hardly better than LoRA (rank 128) | +.005 | – | – | – | not measured |" in text
     assert "| the same, re-trained | .290 ± .110 | 1.000 ± .000 | .500 ± .000 | .006 |" in text
     assert "| Hollowed is as good as LoRA (rank 128) | +.002 | -.100 |" in text  # at the lower learning rate
+    assert "| the same file on a single path | .605 ± .105 | 1.000 ± .000 |  | 3.25 |" in text
     assert text.count("| LoRA, rank 128 | .750 ± .000 |") == 2  # in Tables 1 and 5
     assert "| LoRA, rank 16 | .800 ± .000 |" in text  # of the one subject that all ranks have
     assert "1 training in each row, of 1 subject." in text

@@ -48,6 +48,7 @@ def write(out: Path, measured: Measured, extent: Extent, predicted: Predicted) -
     """RESULTS.md and its plots in `out`, of whatever is measured."""
     parts = [
         _head(out, extent),
+        _short(out, measured, predicted),
         _claims(measured),
         _table_1(out, measured, predicted),
         _table_4(out, measured, predicted, extent),
@@ -86,9 +87,9 @@ its class .04.
 
 ± behind a score is the standard deviation over subjects and seeds; behind a difference, always between trainings of the
 same subject and seed, its standard error over subjects. The rows of a table have the same subjects and seeds, unless
-each tells its n, the number of trainings. Whether
-something is so is told by where a difference is to 95 % (Student's t); the same are scores within .02. Memory,
-operations and storage are of SD2.1 at 512 pixels in fp32 at batch 1, LoRA on the attention, by dry runs.
+each tells its n, the number of trainings. Whether something is so is told by where a difference is to 95 % (Student's
+t); the same are scores within .02. Memory, operations and storage are of SD2.1 at 512 pixels in fp32 at batch 1, LoRA
+on the attention, by dry runs.
 
 What these figures cannot say:
 
@@ -100,6 +101,42 @@ What these figures cannot say:
 - The scene score is 1.000 wherever the scene is heard at all: finer differences of fidelity to the prompt are not seen.
 
 Begun with {begun["made with"]}."""
+
+
+def _short(out: Path, measured: Measured, predicted: Predicted) -> str:
+    without_prior = WITHOUT_PRIOR[HOLLOWED]
+    measured = measured.shared([FULL, LORA, HOLLOWED, without_prior, *PRUNED])
+    rows = [["base model", *_of_base(out, measured)[:2], "", f"{predicted['inference']:.2f}"]]
+    rows += [
+        [
+            name,
+            *_scores(measured, way, use)[:2],
+            plain(measured.figure(way, "no identifier"))
+            if way in (LORA, HOLLOWED, without_prior) and use != ONE
+            else "",
+            _gib(predicted, way),
+        ]
+        for name, way, use in (
+            ("full fine-tuning", FULL, None),
+            ("plain LoRA", LORA, None),
+            (f"hollowed LoRA (k={run.CUT}), two paths", HOLLOWED, None),
+            ("the same file on a single path", HOLLOWED, ONE),
+            ("hollowed, trained without class pictures", without_prior, None),
+            ("the middle pruned for good", PRUNED[0], None),
+            ("the middle pruned, and the rest re-trained before", PRUNED[1], None),
+        )
+    ]
+    return f"## In short\n\n{_trainings(measured)} Rank {run.SETTINGS.rank}.\n\n" + _table(
+        ["", "subject score", "scene score", "subject score without the identifier", "SD2.1, GiB"], rows
+    )
+
+
+def _of_base(out: Path, measured: Measured) -> list[str]:
+    """The base model's scores."""
+    rows = {(subject, 0): base_row(out, subject) for subject, _ in measured.keys}
+    return [
+        plain(Figure.of({key: row[kind] for key, row in rows.items()})) for kind in ("subject", "scene", "structure")
+    ]
 
 
 def _claims(measured: Measured) -> str:
@@ -164,11 +201,7 @@ def _table_1(out: Path, measured: Measured, predicted: Predicted) -> str:
     }
     published = ("16.62", "5.23", "4.84", "3.88")
     measured = measured.shared(CALMER.get(way, way) for way in named.values())
-    of_base = {(subject, 0): base_row(out, subject) for subject, _ in measured.keys}
-    base = [
-        plain(Figure.of({key: row[kind] for key, row in of_base.items()})) for kind in ("subject", "scene", "structure")
-    ]
-    rows = [["base model", *base, f"{predicted['inference']:.2f}", f"{INFERENCE}", ""]]
+    rows = [["base model", *_of_base(out, measured), f"{predicted['inference']:.2f}", f"{INFERENCE}", ""]]
     rows += [
         [name, *_scores(measured, CALMER.get(way, way)), _gib(predicted, way), gib, DINO[way]]
         for (name, way), gib in zip(named.items(), published, strict=True)
