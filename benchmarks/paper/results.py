@@ -111,9 +111,7 @@ def _short(out: Path, measured: Measured, predicted: Predicted) -> str:
         [
             name,
             *_scores(measured, way, use)[:2],
-            plain(measured.figure(way, "no identifier"))
-            if way in (LORA, HOLLOWED, without_prior) and use != ONE
-            else "",
+            plain(called) if use is None and (called := measured.figure(way, "no identifier")) else "",
             _gib(predicted, way),
         ]
         for name, way, use in (
