@@ -1,6 +1,5 @@
 """The six held-out subjects of the embedded model, drawn in new scenes and scored: what all benchmarks share."""
 
-import hashlib
 import json
 import platform
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from hollow_core.files import read_json, write_json
 from hollow_core.images import TrainingImage, load_images
 from hollow_core.lora_file import LoraFile
 from hollow_core.models import BaseModel
+from hollow_core.precompute import model_id
 from hollow_core.sample import SampleSettings
 
 SEEDS_A_SCENE = 3
@@ -34,9 +34,8 @@ def references(folder: Path, subject: world.Subject) -> list[TrainingImage]:
 def keep_alike(out: Path, settings: dict[str, Any]) -> None:
     """All rows of a folder are made with the same settings, the demo's and these, by the same embedded model. Raises
     HollowError where those there have others."""
-    model = hashlib.sha256((run.MODEL / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:16]
     demo = {"training": asdict(run.SETTINGS), "sampling": asdict(SAMPLING), "class pictures": run.CLASS_IMAGES}
-    settings = json.loads(json.dumps({**settings, **demo, "model": model}))
+    settings = json.loads(json.dumps({**settings, **demo, "model": model_id(run.model().unet)}))
     begun: dict[str, Any] = kept(out / "settings.json", lambda: settings | {"made with": _environment()})
     other = [name for name in settings if begun.get(name) != settings[name]]
     if other:

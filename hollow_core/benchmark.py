@@ -26,11 +26,9 @@ from .memory import Planner, Setting
 from .models import BaseModel, visiting
 from .personalize import Request, personalize
 from .progress import Progress, Stop
-from .sample import SampleSettings, sample
+from .sample import SampleSettings, portions, sample
 from .scores import Score, Scorers, mean, score
 from .train import TrainSettings
-
-AT_A_TIME = 20  # pictures that are drawn before they are written
 
 
 class Method(NamedTuple):
@@ -212,15 +210,15 @@ def _draw(
     pictures = _pictures(job, protocol)
     todo = [picture for picture in pictures if not picture[0].exists()]
     file = lora_file.load(job.folder / "lora.safetensors", model.unet)
-    for first in range(0, len(todo), AT_A_TIME):
+    for few in portions(len(todo), protocol.sampling.together):
         if stop is not None and stop():
             return False
-        paths, prompts, seeds = zip(*todo[first : first + AT_A_TIME], strict=True)
+        paths, prompts, seeds = zip(*todo[few], strict=True)
         drawn = sample(model, prompts, seeds, protocol.sampling, lora=file, device=device)
         for path, picture in zip(paths, drawn, strict=True):
             write_png(path, picture)
         if progress is not None:
-            progress("sample", Progress(len(pictures) - len(todo) + first + len(paths), len(pictures), 0.0))
+            progress("sample", Progress(len(pictures) - len(todo) + few.start + len(paths), len(pictures), 0.0))
     return True
 
 

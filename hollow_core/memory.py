@@ -38,7 +38,7 @@ from .models import (
     outline,
     without_data,
 )
-from .precompute import Example, run_to_exit
+from .precompute import Example, check_samples, run_to_exit
 from .progress import Progress
 from .prompts import personal_prompt
 from .residency import Bits, away, stream_middle
@@ -270,8 +270,7 @@ class Planner:
             raise HollowError(f"The resolution {side} is no multiple of {self._pixels} pixels. Take 512, 768 or 1024.")
         if setting.step_records > setting.training.batch:
             check_unfused(setting.training)
-        if setting.samples < 1:
-            raise HollowError(f"{setting.samples} records are too few. Ask for at least 1; 200 are usual.")
+        check_samples(setting.samples)
         return side
 
     def _fits(self, setting: Setting, budget: int) -> bool:

@@ -30,7 +30,7 @@ from .models import (
     visiting,
 )
 from .optimizer import optimizer_class
-from .precompute import Example, model_id, precompute
+from .precompute import Example, check_samples, model_id, precompute
 from .prior import class_latents
 from .progress import Progress, Stop, Watch
 from .prompts import generic_prompt, personal_prompt
@@ -287,8 +287,7 @@ def _check(request: Request) -> None:
     if not request.images:
         raise HollowError("There are no pictures to learn from. Give four or five of your subject.")
     optimizer_class(request.settings.optimizer)
-    if request.samples < (kinds := 2 if request.class_images else 1):
-        raise HollowError(f"{request.samples} records are too few. Ask for at least {kinds}; 200 are usual.")
+    check_samples(request.samples, 2 if request.class_images else 1)
     if request.settings.strategy == "selective":
         low_side(request)
     if request.class_images and request.settings.prior_weight > 0:

@@ -141,6 +141,12 @@ def _stratified(
     return [Record(i, kind, t, s) for i, t, s in zip(dealt[:samples], drawn, seeds, strict=True)]
 
 
+def check_samples(samples: int, kinds: int = 1) -> None:
+    """Raises HollowError for fewer records than one of each kind: of the subject and, where it has any, its class."""
+    if samples < kinds:
+        raise HollowError(f"{samples} records are too few. Ask for at least {kinds}; 200 are usual.")
+
+
 def model_id(unet: UNet2DConditionModel) -> str:
     """A name for a U-Net's config and weights, as they are loaded."""
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
@@ -218,8 +224,7 @@ def _check(
             f"{counts['prior']} at full. Give each of them a twin, in the same order, or none."
         )
     _check_twins(examples)
-    if samples < len(kinds):
-        raise HollowError(f"{samples} records are too few. Ask for at least {len(kinds)}; 200 are usual.")
+    check_samples(samples, len(kinds))
     prediction = schedule.config.prediction_type
     if prediction not in ("epsilon", "v_prediction", "sample"):
         raise HollowError(f"The prediction type {prediction!r} is unknown. Use epsilon, v_prediction or sample.")

@@ -17,6 +17,8 @@ from .models import BaseModel, decode_images, encode_prompt, visiting
 from .prompts import generic_prompt
 from .two_path import two_path
 
+AT_A_TIME = 20  # pictures that are drawn before they are written
+
 
 @dataclass(frozen=True)
 class SampleSettings:
@@ -90,6 +92,12 @@ def sample(
                 progress(len(latents), len(prompts))
     with visiting(device, model.vae):
         return decode_images(model, latents)
+
+
+def portions(number: int, together: int) -> Iterator[slice]:
+    """So many pictures in slices of what to draw before it is written, each of full batches of `together`."""
+    size = together * max(AT_A_TIME // together, 1)
+    return (slice(first, first + size) for first in range(0, number, size))
 
 
 @torch.no_grad()

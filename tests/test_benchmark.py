@@ -49,7 +49,7 @@ def stopping_after(asked: int) -> Iterator[bool]:
 def test_a_stopped_job_goes_on_to_the_same_end(
     scorers: tuple[Path, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hollow_core.benchmark.AT_A_TIME", 3)
+    monkeypatch.setattr("hollow_core.sample.AT_A_TIME", 3)
     judge = load(*map(str, scorers))
     (subject,) = load_subjects("dreambooth", data, ["my_cup"])
 

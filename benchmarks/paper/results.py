@@ -55,6 +55,7 @@ def write(out: Path, measured: Measured, extent: Extent, predicted: Predicted) -
         _table_5(measured, predicted),
         _cuts(out, measured, predicted),
         _records(out, measured),
+        _fresh(measured),
         _operations(predicted),
         _storage(predicted),
         _paths(measured),
@@ -300,7 +301,7 @@ def _cuts(out: Path, measured: Measured, predicted: Predicted) -> str:
 
 def _records(out: Path, measured: Measured) -> str:
     ways = dict(sorted({**SAMPLES, run.SAMPLES: HOLLOWED}.items()))
-    most, lora = SAMPLES[1000], measured
+    most = SAMPLES[1000]
     measured = measured.shared(ways.values())
     rows, points = [], []
     for samples, way in ways.items():
@@ -312,17 +313,20 @@ def _records(out: Path, measured: Measured) -> str:
     if len(points) >= FEWEST:
         plot(out / "records.png", "records", points, "1000 records", points[-1].two)
         text += f"![Subject score over records](records.png)\n\n{_BARS.format('1000 records')}\n\n"
-    text += _table(["records", *SCORES[1:], "over 1000"], rows)
-    if lora.figure(FRESH, ONE):
-        both = lora.shared([LORA, FRESH])
-        rows = [
-            [f"{way.samples}", *_scores(both, way), signed(both.difference(way, ONE, LORA))] for way in (LORA, FRESH)
-        ]
-        text += (
-            "\n\nPlain LoRA needs no records: a trainer without a store takes fresh noise at each step, as with a "
-            f"record of its own for each picture of each step. {_trainings(both)}\n\n"
-        ) + _table(["records", *SCORES[1:], f"over {LORA.samples}"], rows)
-    return text
+    return text + _table(["records", *SCORES[1:], "over 1000"], rows)
+
+
+def _fresh(measured: Measured) -> str:
+    """Plain LoRA as trainers without a store have it."""
+    measured = measured.shared([LORA, FRESH])
+    rows = [
+        [str(way.samples), *_scores(measured, way), signed(measured.difference(way, ONE, LORA))]
+        for way in (LORA, FRESH)
+    ]
+    return (
+        "Plain LoRA needs no records: a trainer without a store takes fresh noise at each step, as with a "
+        f"record of its own for each picture of each step. {_trainings(measured)}\n\n"
+    ) + _table(["records", *SCORES[1:], f"over {LORA.samples}"], rows)
 
 
 def _operations(predicted: Predicted) -> str:

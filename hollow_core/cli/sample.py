@@ -26,8 +26,6 @@ from .options import (
 )
 from .watch import quiet, watching
 
-AT_A_TIME = 20  # pictures that are drawn before they are written
-
 
 @app.command()
 def sample(
@@ -61,7 +59,7 @@ def sample(
     from ..files import write_png
     from ..memory import Setting
     from ..models import keep_small
-    from ..sample import SampleSettings
+    from ..sample import SampleSettings, portions
     from ..sample import sample as draw
 
     to = device_of(device)
@@ -74,11 +72,9 @@ def sample(
     seeds = [seed + number for _ in prompt for number in range(images)]
     files = [out / f"{number:03}-seed{each}.png" for number, each in enumerate(seeds)]
     with watching() as watch, _memory_told():
-        at_a_time = together * max(AT_A_TIME // together, 1)
-        for first in range(0, len(files), at_a_time):
-            few = slice(first, first + at_a_time)
+        for few in portions(len(files), together):
 
-            def progress(done: int, _: int, first: int = first) -> None:
+            def progress(done: int, _: int, first: int = few.start) -> None:
                 watch("sample", Progress(first + done, len(files), 0.0))
 
             drawn = draw(

@@ -55,12 +55,11 @@ def clear_device(*models: ModelPatcher) -> None:
     """Take ComfyUI's models off the device; under --highvram and --gpu-only, where it would keep them there, and need
     not know of them all, `models` too."""
     device, cpu = comfy.model_management.get_torch_device(), torch.device("cpu")
-    patchers = [loaded.model for loaded in comfy.model_management.current_loaded_models]
+    known = (loaded.model for loaded in comfy.model_management.current_loaded_models)
+    staying = [each for each in (*known, *models) if each is not None and each.offload_device == device != cpu]
     comfy.model_management.unload_all_models()
-    for patcher in [*patchers, *models]:
-        if patcher is not None and patcher.offload_device == device != cpu:
-            patcher.model.to(cpu)
-            patcher.model.device = cpu
-    del patchers
+    for patcher in staying:
+        patcher.model.to(cpu)
+        patcher.model.device = cpu
     gc.collect()
     comfy.model_management.soft_empty_cache()
