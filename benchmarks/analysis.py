@@ -11,14 +11,14 @@ from statistics import mean
 
 from benchmarks.paper.trial import Trial
 from benchmarks.paper.ways import LORA
-from hollow_core import lora_file
 from hollow_core.analysis.ablation import ablate
 from hollow_core.analysis.change import together
 from hollow_core.analysis.picture import picture
 from hollow_core.analysis.report import analyze_files
-from hollow_core.blocks import Config, Layer, hollowed_layers, layers, max_cut
 from hollow_core.demo import run, world
 from hollow_core.files import write_json, write_png
+from hollow_core.lora import file as lora_file
+from hollow_core.nets.unet_layers import Config, Layer, hollowed_layers, layers, max_cut
 
 RINGS = ((0, 0), (1, 3), (4, 6), (7, 9), (10, 12))
 """By the cuts that take a block: the first and the last of each row."""

@@ -11,14 +11,14 @@ from typing import Any
 from PIL import Image
 from torch import get_num_threads
 
+from hollow_core.data.images import TrainingImage, load_images
 from hollow_core.demo import run, scorers, world
 from hollow_core.errors import HollowError
 from hollow_core.files import read_json, write_json
-from hollow_core.images import TrainingImage, load_images
-from hollow_core.lora_file import LoraFile
-from hollow_core.models import BaseModel
-from hollow_core.precompute import model_id
-from hollow_core.sample import SampleSettings
+from hollow_core.lora.file import LoraFile
+from hollow_core.models.base_model import BaseModel
+from hollow_core.sampling.sample import SampleSettings
+from hollow_core.training.precompute import model_id
 
 SEEDS_A_SCENE = 3
 SCENES = [scene for scene in world.NEW_SCENES for _ in range(SEEDS_A_SCENE)]

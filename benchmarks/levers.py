@@ -20,9 +20,9 @@ from typing import Any
 
 from benchmarks import held_out
 from benchmarks.paper.figures import Figure, signed
-from hollow_core import lora_file
 from hollow_core.demo import run, world
 from hollow_core.files import write_json
+from hollow_core.lora import file as lora_file
 from hollow_core.personalize import Request, personalize
 from hollow_core.progress import Progress
 

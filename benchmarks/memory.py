@@ -20,13 +20,16 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from hollow_core.cost import inputs
-from hollow_core.dry_run import DryRun
-from hollow_core.hollow import hollow
-from hollow_core.memory import GIB, STAGES, OneRecord, Planner, Setting
-from hollow_core.meter import used_bytes
-from hollow_core.models import BaseModel, outline
-from hollow_core.train import TrainSettings, train
+from hollow_core.memory.cost import inputs
+from hollow_core.memory.dry_run import DryRun
+from hollow_core.memory.meter import used_bytes
+from hollow_core.memory.planner import GIB, STAGES, Planner
+from hollow_core.memory.setting import Setting
+from hollow_core.memory.stages import OneRecord
+from hollow_core.models.base_model import BaseModel, outline
+from hollow_core.nets.unet import hollow
+from hollow_core.training.settings import TrainSettings
+from hollow_core.training.train import train
 
 PUBLISHED = {
     "plain LoRA, rank 128": (None, 128, 5.23),
@@ -61,7 +64,7 @@ REACH: dict[str, tuple[str, Setting, tuple[str, ...], float]] = {
     "the same, whole road": (
         "sd21",
         replace(SD21, streaming=True, class_images=1, training=SMALL),
-        STAGES,
+        tuple(STAGES),
         0.90,
     ),
     "SDXL k=1, rank 16, bf16, checkpointing": ("sdxl", replace(SDXL, training=SMALL), ("train",), 3.2),
@@ -69,7 +72,7 @@ REACH: dict[str, tuple[str, Setting, tuple[str, ...], float]] = {
     "SDXL, streamed, tiled VAE, whole road": (
         "sdxl",
         replace(SDXL, streaming=True, tiled_vae=True, class_images=1, training=SMALL),
-        STAGES,
+        tuple(STAGES),
         1.5,
     ),
 }

@@ -21,15 +21,16 @@ import torch
 from PIL import Image
 
 from benchmarks.memory import randomize
-from hollow_core import lora_file
-from hollow_core.blocks import LAYOUTS
-from hollow_core.images import TrainingImage
-from hollow_core.memory import GIB, STAGES, Planner, Setting
-from hollow_core.models import BaseModel, keep_small, outline
+from hollow_core.data.images import TrainingImage
+from hollow_core.lora import file as lora_file
+from hollow_core.memory.planner import GIB, STAGES, Planner
+from hollow_core.memory.setting import Setting
+from hollow_core.models.base_model import BaseModel, keep_small, outline
+from hollow_core.models.layouts import LAYOUTS
 from hollow_core.personalize import personalize, request_for
 from hollow_core.progress import Progress
-from hollow_core.sample import SampleSettings, sample
-from hollow_core.train import DTYPES, TrainSettings
+from hollow_core.sampling.sample import SampleSettings, sample
+from hollow_core.training.settings import DTYPES, TrainSettings
 
 HALF = TrainSettings(precision="bf16")
 SETTINGS = {

@@ -22,20 +22,21 @@ import torch
 
 from benchmarks import held_out
 from benchmarks.paper.figures import Figure, signed
-from hollow_core import lora_file
-from hollow_core.activations import Kind, Store
 from hollow_core.demo import run, world
 from hollow_core.files import read_json, write_json
-from hollow_core.hollow import hollow
-from hollow_core.lora import load_lora_state
-from hollow_core.lora_file import LoraFile
-from hollow_core.memory import GIB, Planner, Setting
-from hollow_core.models import BaseModel
+from hollow_core.lora import file as lora_file
+from hollow_core.lora.file import LoraFile
+from hollow_core.lora.layers import load_lora_state
+from hollow_core.memory.planner import GIB, Planner
+from hollow_core.memory.remedy import selective_peak
+from hollow_core.memory.setting import Setting
+from hollow_core.models.base_model import BaseModel
+from hollow_core.nets.unet import hollow
 from hollow_core.personalize import Request, personalize
-from hollow_core.remedy import selective_peak
-from hollow_core.selective import Probability, Strategy, count_by_time, falling, heat_map
-from hollow_core.steps import part_loss
-from hollow_core.train import TrainSettings
+from hollow_core.training.selective import Probability, Strategy, count_by_time, falling, heat_map
+from hollow_core.training.settings import TrainSettings
+from hollow_core.training.steps import part_loss
+from hollow_core.training.store import Kind, Store
 
 STEPS = 200
 ZO_LEARNING_RATE = 1e-4

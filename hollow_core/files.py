@@ -1,5 +1,6 @@
 """Reading and writing the two formats that Hollow knows, safetensors and JSON, without half-written files."""
 
+import hashlib
 import io
 import json
 import os
@@ -76,6 +77,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise damaged(path, error) from error
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """A name for the content of a tensor: the same for the same dtype, shape and bytes, on any device."""
+    data = tensor.detach().cpu().contiguous()
+    sha = hashlib.sha256(f"{data.dtype} {tuple(data.shape)}".encode())
+    sha.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()[:32]
 
 
 def damaged(path: Path, error: Exception) -> HollowError:

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from . import lora_file
-from .activations import Kind, Store
-from .blocks import Config, check_cut, leaves_attention
+from .data.images import TrainingImage, at_resolution, check_resolution
+from .data.prompts import generic_prompt, personal_prompt
 from .errors import HollowError
-from .hollow import Conditioning, head, hollow
-from .images import TrainingImage, at_resolution, check_resolution
-from .lora import ATTENTION
-from .lora_file import Written
-from .lora_metadata import recipe_for
-from .memory import Planner, Setting
-from .meter import Meter, free_bytes
-from .models import (
+from .lora import file as lora_file
+from .lora.file import Written
+from .lora.layers import ATTENTION
+from .lora.metadata import recipe_for
+from .memory.meter import Meter, free_bytes
+from .memory.planner import Planner
+from .memory.remedy import memory_told
+from .memory.setting import Setting
+from .models.base_model import (
     BaseModel,
     decode_images,
     encode_images,
@@ -29,15 +29,18 @@ from .models import (
     outlines,
     visiting,
 )
-from .optimizer import optimizer_class
-from .precompute import Example, check_samples, model_id, precompute
-from .prior import class_latents
+from .nets.conditioning import Conditioning
+from .nets.residency import Bits, stream_middle
+from .nets.unet import head, hollow
+from .nets.unet_layers import Config, check_cut, leaves_attention
 from .progress import Progress, Stop, Watch
-from .prompts import generic_prompt, personal_prompt
-from .remedy import memory_told
-from .residency import Bits, stream_middle
-from .selective import save_schedule
-from .train import DTYPES, TrainResult, TrainSettings, check_unfused, train
+from .sampling.prior import class_latents
+from .training.optimizer import optimizer_class
+from .training.precompute import Example, check_samples, model_id, precompute
+from .training.selective import save_schedule
+from .training.settings import DTYPES, TrainSettings
+from .training.store import Kind, Store
+from .training.train import TrainResult, check_unfused, train
 
 LORA_FILE = "lora.safetensors"
 SCHEDULE_FILE = "schedule.png"

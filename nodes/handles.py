@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..hollow_core.lora_file import Recipe
-    from ..hollow_core.residency import Bits
+    from ..hollow_core.lora.file import Recipe
+    from ..hollow_core.nets.residency import Bits
 
 
 class HollowedModel(NamedTuple):

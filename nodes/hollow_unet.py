@@ -94,7 +94,7 @@ class HollowUNet(io.ComfyNode):
         """Refuse here what could not be trained, long before training; the plan as a picture."""
         from comfy_api.v0_0_2 import ui
 
-        from ..hollow_core.blocks import check_cut
+        from ..hollow_core.nets.unet_layers import check_cut
         from .handles import HollowedModel
         from .host.pictures import to_image
         from .host.plan import AUTO, plan

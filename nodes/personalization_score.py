@@ -69,9 +69,9 @@ class HollowPersonalizationScore(io.ComfyNode):
         import json
         import math
 
-        from ..hollow_core import scores
-        from ..hollow_core.prompts import generic_prompt
-        from ..hollow_core.score_grid import score_grid
+        from ..hollow_core.data.prompts import generic_prompt
+        from ..hollow_core.evaluation import scores
+        from ..hollow_core.evaluation.score_grid import score_grid
         from .host.pictures import to_image
         from .host.scores import scorers, to_pictures
 

@@ -45,7 +45,7 @@ class HollowSplitPrompt(io.ComfyNode):
     @classmethod
     def execute(cls, clip: Any, text: str, identifier: str) -> io.NodeOutput:
         """Both prompts, encoded and as text."""
-        from ..hollow_core.prompts import generic_prompt
+        from ..hollow_core.data.prompts import generic_prompt
         from .host.conditioning import encode
 
         generic = generic_prompt(text, identifier)

@@ -189,8 +189,8 @@ class HollowTrainLoRA(io.ComfyNode):
         """The LoRA in both spellings of the graph, and its losses."""
         import math
 
-        from ..hollow_core.lora import ALL_LAYERS, ATTENTION
-        from ..hollow_core.train import TrainSettings
+        from ..hollow_core.lora.layers import ALL_LAYERS, ATTENTION
+        from ..hollow_core.training.settings import TrainSettings
         from .host.train import train
 
         targets = ATTENTION if layers == LAYERS[0] else ALL_LAYERS

@@ -7,8 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from tiny_unets import make_tiny_conditioning, make_tiny_unet
 
-from hollow_core.blocks import LAYOUTS
-from hollow_core.hollow import Conditioning
+from hollow_core.models.layouts import LAYOUTS
+from hollow_core.nets.conditioning import Conditioning
 
 torch.set_num_threads(1)  # on tensors this small threads only wait for one another
 

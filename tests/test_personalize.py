@@ -12,14 +12,14 @@ from safetensors import safe_open
 from tiny_pipelines import tiny_pipeline
 from tiny_training import OutOfMemoryAt
 
+from hollow_core.data.images import load_images
 from hollow_core.errors import HollowError
-from hollow_core.images import load_images
-from hollow_core.models import BaseModel, load
+from hollow_core.models.base_model import BaseModel, load
 from hollow_core.personalize import Request, personalize
-from hollow_core.precompute import model_id
-from hollow_core.prior import class_latents
 from hollow_core.progress import Progress
-from hollow_core.train import TrainSettings
+from hollow_core.sampling.prior import class_latents
+from hollow_core.training.precompute import model_id
+from hollow_core.training.settings import TrainSettings
 
 
 @pytest.fixture(scope="module")

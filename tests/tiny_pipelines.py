@@ -8,21 +8,21 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, Sta
 from tiny_unets import make_tiny_unet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from hollow_core.blocks import to_ldm
-from hollow_core.single_file import LAYOUTS
+from hollow_core.models.layouts import FOLDER
+from hollow_core.nets.unet_layers import to_ldm
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 
 def tiny_pipeline(layout: str, **scheduler: object) -> Pipeline:
     """A diffusers pipeline of "sd15", "sd21" or "sdxl" for 128 pixels, random but always the same."""
-    tokenizer = CLIPTokenizer.from_pretrained(LAYOUTS / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         parts = {
             "unet": make_tiny_unet(layout),
             "vae": tiny_vae(),
-            "scheduler": DDIMScheduler.from_pretrained(LAYOUTS / layout, subfolder="scheduler", **scheduler),
+            "scheduler": DDIMScheduler.from_pretrained(FOLDER / layout, subfolder="scheduler", **scheduler),
             "tokenizer": tokenizer,
         }
         if layout == "sdxl":

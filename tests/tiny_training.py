@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from tiny_unets import make_tiny_conditioning
 
-from hollow_core.precompute import Example
+from hollow_core.training.precompute import Example
 
 
 def tiny_schedule(prediction_type: str = "epsilon", **changes: object) -> DDPMScheduler:

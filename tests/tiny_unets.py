@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from hollow_core.blocks import layout_config
-from hollow_core.hollow import Conditioning
+from hollow_core.models.layouts import layout_config
+from hollow_core.nets.conditioning import Conditioning
 
 SMALL: dict[str, dict[str, Any]] = {
     "sd15": {"block_out_channels": [8, 16, 24, 24], "cross_attention_dim": 12, "attention_head_dim": 2},

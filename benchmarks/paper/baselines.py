@@ -10,14 +10,16 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from hollow_core.activations import Store
-from hollow_core.blocks import exit_shape
 from hollow_core.demo import language, pretrain
 from hollow_core.errors import HollowError
-from hollow_core.hollow import Conditioning, hollow
-from hollow_core.models import BaseModel, encode_prompt
-from hollow_core.steps import backpropagate, part_loss
-from hollow_core.train import TrainSettings, steps_ahead
+from hollow_core.models.base_model import BaseModel, encode_prompt
+from hollow_core.nets.conditioning import Conditioning
+from hollow_core.nets.unet import hollow
+from hollow_core.nets.unet_layers import exit_shape
+from hollow_core.training.settings import TrainSettings
+from hollow_core.training.steps import backpropagate, part_loss
+from hollow_core.training.store import Store
+from hollow_core.training.train import steps_ahead
 
 FULL_LEARNING_RATE = 0.1
 """Of full fine-tuning over the LoRA's: the paper has 1e-5 and 1e-4."""

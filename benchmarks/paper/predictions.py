@@ -8,13 +8,14 @@ from diffusers import UNet2DConditionModel
 
 from benchmarks import held_out
 from benchmarks.memory import inference
-from hollow_core.blocks import layout_config
-from hollow_core.cost import cuts_table, inputs
 from hollow_core.demo import pretrain, run
-from hollow_core.dry_run import DryRun
-from hollow_core.lora import add_lora, lora_parameters
-from hollow_core.memory import GIB, Planner, Setting
-from hollow_core.train import TrainSettings
+from hollow_core.lora.layers import add_lora, lora_parameters
+from hollow_core.memory.cost import cuts_table, inputs
+from hollow_core.memory.dry_run import DryRun
+from hollow_core.memory.planner import GIB, Planner
+from hollow_core.memory.setting import Setting
+from hollow_core.models.layouts import layout_config
+from hollow_core.training.settings import TrainSettings
 
 from .baselines import pruned
 from .ways import WAYS, Way

@@ -9,20 +9,21 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import held_out
-from hollow_core import lora_file
-from hollow_core.activations import Store
+from hollow_core.data.prompts import generic_prompt
 from hollow_core.demo import run, world
 from hollow_core.files import read_json, read_safetensors, write_json, write_safetensors
-from hollow_core.hollow import hollow
-from hollow_core.lora_file import LoraFile
-from hollow_core.lora_metadata import recipe_for
-from hollow_core.models import BaseModel, encode_prompt
+from hollow_core.lora import file as lora_file
+from hollow_core.lora.file import LoraFile
+from hollow_core.lora.metadata import recipe_for
+from hollow_core.models.base_model import BaseModel, encode_prompt
+from hollow_core.nets.unet import hollow
 from hollow_core.personalize import LORA_FILE, Request, class_prompts, make_examples
-from hollow_core.precompute import Example, model_id, precompute
-from hollow_core.prior import class_latents
-from hollow_core.prompts import generic_prompt
-from hollow_core.sample import SampleSettings
-from hollow_core.train import TrainResult, TrainSettings, train
+from hollow_core.sampling.prior import class_latents
+from hollow_core.sampling.sample import SampleSettings
+from hollow_core.training.precompute import Example, model_id, precompute
+from hollow_core.training.settings import TrainSettings
+from hollow_core.training.store import Store
+from hollow_core.training.train import TrainResult, train
 
 from .baselines import Diverged, distill, finetune, pruned, strays
 from .ways import COARSER, HOLLOWED, LORA, WITHOUT_PRIOR, Way, Wording

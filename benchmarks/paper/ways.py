@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from hollow_core.blocks import leaves_attention, max_cut
 from hollow_core.demo import pretrain, run
 from hollow_core.demo.world import Subject
+from hollow_core.nets.unet_layers import leaves_attention, max_cut
 
 Method = Literal["lora", "hollowed", "full", "pruned", "pruned, distilled"]
 Wording = Literal["class word", "coarser word", "empty", "personal", "coarser word or personal"]

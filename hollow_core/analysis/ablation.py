@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
 
-from ..blocks import Layer, layers
-from ..lora_file import LoraFile
-from ..models import BaseModel
-from ..sample import SampleSettings, sample
+from ..lora.file import LoraFile
+from ..models.base_model import BaseModel
+from ..nets.unet_layers import Layer, layers
+from ..sampling.sample import SampleSettings, sample
 from .block_weights import factor_of, slot
 from .report import inside
 

@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..blocks import Config, to_ldm
 from ..errors import HollowError
 from ..files import damaged, read_json
+from ..nets.unet_layers import Config, to_ldm
 
 BaseWeights: TypeAlias = Callable[[str], Tensor]
 """From a diffusers module's name ("mid_block.attentions.0.proj_in") to its weight."""

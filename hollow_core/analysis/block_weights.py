@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from ..blocks import Config, Layer, layers
 from ..errors import HollowError
-from ..lora_file import Written, config_of, read, write_dialect
-from ..lora_layer import LoraLayer
-from ..lora_metadata import describe_converted
-from ..models import layout_name
+from ..lora.delta import LoraLayer
+from ..lora.file import Written, config_of, read, write_dialect
+from ..lora.metadata import describe_converted
+from ..models.layouts import layout_name
+from ..nets.unet_layers import Config, Layer, layers
 
 # What has a slot without being one of the U's layers.
 _OUTSIDE = {"text_encoder": "BASE", "text_encoder_2": "BASE", "conv_in": "IN00"}

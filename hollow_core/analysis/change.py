@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HollowError
-from ..lora_layer import LoraLayer
+from ..lora.delta import LoraLayer
 
 CHUNK = 2**18  # elements of ΔW that exist at once: they stay in the processor's cache
 KEPT = 0.95  # of the squared norm: what an effective rank keeps

@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..blocks import LAYOUTS, layers
-from ..memory import Planner, Setting
-from ..models import layout_name
-from ..train import TrainSettings
+from ..memory.planner import Planner
+from ..memory.setting import Setting
+from ..models.layouts import LAYOUTS, layout_name
+from ..nets.unet_layers import layers
+from ..training.settings import TrainSettings
 from .report import SMALL_SHARE, Analysis, sides, spread, suggest
 
 

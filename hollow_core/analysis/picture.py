@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ..blocks import Layer, hollowed_layers, layers
+from ..nets.unet_layers import Layer, hollowed_layers, layers
 from .block_weights import slot
 from .change import Change
 from .report import PROJECTIONS, SMALL_SHARE, Analysis, Suggestion, sides, spread, spread_relative, suggest

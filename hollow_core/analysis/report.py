@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import mean, median, pstdev
 from typing import Any, NamedTuple
 
-from ..blocks import Config, Layer, hollowed_layers, layers, max_cut
 from ..errors import HollowError
-from ..lora_file import config_of, read, recipe_of
-from ..lora_layer import LoraLayer
-from ..models import outline
+from ..lora.delta import LoraLayer
+from ..lora.file import config_of, read, recipe_of
+from ..models.base_model import outline
+from ..nets.unet_layers import Config, Layer, hollowed_layers, layers, max_cut
 from .base_weights import BaseWeights, base_weights
 from .block_weights import block_weights, slot
 from .change import Change, measure, together
@@ -141,7 +141,7 @@ def analyze_files(
     """Analyze LoRA files of any dialect, all for one kind of U-Net; with the base `model` (a .safetensors checkpoint
     or a diffusers folder) in relation to its weights, too.
 
-    Raises HollowError as `lora_file.read` and `analyze` do, and for files of different kinds of U-Nets.
+    Raises HollowError as `lora.file.read` and `analyze` do, and for files of different kinds of U-Nets.
     """
     config = None if model is None else outline(str(model)).unet.config
     analyses: list[Analysis] = []

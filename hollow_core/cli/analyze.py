@@ -84,10 +84,10 @@ def _ablate(
     out: Path,
 ) -> dict[str, float]:
     """Draws, and gives the difference that each block makes."""
-    from .. import lora_file
     from ..analysis.ablation import ablate, grid
     from ..files import write_png
-    from ..sample import SampleSettings
+    from ..lora import file as lora_file
+    from ..sampling.sample import SampleSettings
 
     base = load_model(model, precision, None)
     lora = lora_file.load(file, base.unet)

@@ -16,7 +16,7 @@ from .options import ClipModel, Device, DinoModel, Json, Precision, PredictionTy
 from .watch import quiet, stopping, watching
 
 if TYPE_CHECKING:
-    from ..benchmark import Method, Row
+    from ..evaluation.benchmark import Method, Row
 
 
 class DatasetName(str, Enum):
@@ -58,11 +58,11 @@ def benchmark(
     import torch
     from accelerate import PartialState
 
-    from .. import benchmark as bench
-    from .. import scores
-    from ..datasets import load_subjects
-    from ..sample import SampleSettings
-    from ..train import TrainSettings
+    from ..evaluation import benchmark as bench
+    from ..evaluation import scores
+    from ..evaluation.datasets import load_subjects
+    from ..sampling.sample import SampleSettings
+    from ..training.settings import TrainSettings
 
     state = PartialState(cpu=device_of(device) == "cpu")
     to = device_of(device) if state.num_processes == 1 else str(state.device)

@@ -14,7 +14,7 @@ from .options import Json
 from .watch import quiet
 
 if TYPE_CHECKING:
-    from ..ab_page import Share
+    from ..evaluation.ab_page import Share
 
 compare = typer.Typer(no_args_is_help=True, help="Let people compare two ways blindly, as in the paper's user study.")
 app.add_typer(compare, name="compare")
@@ -35,7 +35,7 @@ def page(
     quiet()
     import torch
 
-    from ..ab_page import find_pairs, write_page
+    from ..evaluation.ab_page import find_pairs, write_page
 
     pairs = find_pairs(a, b, references, prompts, identifier)
     names = (a.name, b.name) if a.name != b.name else (str(a), str(b))
@@ -51,7 +51,7 @@ def summary(
 ) -> None:  # fmt: skip
     """Count the answers, with 95 % confidence intervals."""
     quiet()
-    from ..ab_page import QUESTIONS, summarise
+    from ..evaluation.ab_page import QUESTIONS, summarise
 
     result = summarise(key, answers)
     if as_json:

@@ -38,9 +38,9 @@ def convert(
     for peft, whose files are for one model.
     """
     quiet()
-    from .. import lora_file
-    from ..models import outline
-    from ..train import DTYPES
+    from ..lora import file as lora_file
+    from ..models.base_model import outline
+    from ..training.settings import DTYPES
 
     config = None if model is None else outline(model).unet.config
     written = lora_file.convert(source, target, to.value, config=config, zero_pad=zero_pad, dtype=DTYPES[dtype.value])

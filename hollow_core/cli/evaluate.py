@@ -30,11 +30,11 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Score pictures as the paper does: DINO and CLIP-I for the subject, CLIP-T for the prompt."""
     quiet()
-    from .. import scores
+    from ..data.images import open_picture, picture_paths
+    from ..data.prompts import generic_prompt
+    from ..evaluation import scores
+    from ..evaluation.score_grid import score_grid
     from ..files import write_png
-    from ..images import open_picture, picture_paths
-    from ..prompts import generic_prompt
-    from ..score_grid import score_grid
 
     real, drawn = picture_paths(references), picture_paths(generated)
     for folder, paths in ((references, real), (generated, drawn)):

@@ -10,7 +10,7 @@ import typer
 from ..errors import HollowError
 
 if TYPE_CHECKING:
-    from ..residency import Bits
+    from ..nets.residency import Bits
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 ModelPath = Annotated[
@@ -123,9 +123,9 @@ ClipModel = Annotated[
 
 
 def load_model(path: Path, precision: Precision, prediction_type: Prediction | None) -> Any:
-    """`models.load`, as the options say."""
-    from ..models import load
-    from ..train import DTYPES
+    """`load`, as the options say."""
+    from ..models.base_model import load
+    from ..training.settings import DTYPES
 
     return load(path, DTYPES[precision.value], prediction_type=prediction_type.value if prediction_type else None)
 

@@ -32,7 +32,7 @@ from .options import (
 from .watch import quiet, watching
 
 if TYPE_CHECKING:
-    from ..memory import Prediction
+    from ..memory.planner import Prediction
 
 
 @app.command()
@@ -42,8 +42,8 @@ def cuts(
 ) -> None:
     """What each cut of a U-Net removes, and what it then costs to train."""
     quiet()
-    from ..cost import cuts_table
-    from ..models import outline
+    from ..memory.cost import cuts_table
+    from ..models.base_model import outline
 
     rows = cuts_table(outline(model).unet.config)
     if as_json:
@@ -88,8 +88,9 @@ def plan(
 ) -> None:  # fmt: skip
     """What each cut will need: memory, disk and operations, before anything is loaded and without a GPU."""
     quiet()
-    from ..memory import Planner, Setting, parse_bytes
-    from ..train import TrainSettings
+    from ..memory.planner import Planner, parse_bytes
+    from ..memory.setting import Setting
+    from ..training.settings import TrainSettings
 
     training = TrainSettings(
         rank=rank,

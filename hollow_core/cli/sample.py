@@ -55,12 +55,12 @@ def sample(
 ) -> None:  # fmt: skip
     """Draw pictures with a LoRA."""
     quiet()
-    from .. import lora_file
     from ..files import write_png
-    from ..memory import Setting
-    from ..models import keep_small
-    from ..sample import SampleSettings, portions
-    from ..sample import sample as draw
+    from ..lora import file as lora_file
+    from ..memory.setting import Setting
+    from ..models.base_model import keep_small
+    from ..sampling.sample import SampleSettings, portions
+    from ..sampling.sample import sample as draw
 
     to = device_of(device)
     base = load_model(model, precision, prediction_type)

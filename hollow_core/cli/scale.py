@@ -24,8 +24,8 @@ def scale(
     """Multiply what a LoRA changes, block by block, and save it."""
     quiet()
     from ..analysis.block_weights import scale_file
-    from ..models import outline
-    from ..train import DTYPES
+    from ..models.base_model import outline
+    from ..training.settings import DTYPES
 
     config = None if model is None else outline(model).unet.config
     written = scale_file(source, target, ",".join(block), config=config, dtype=DTYPES[dtype.value])

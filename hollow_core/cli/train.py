@@ -81,14 +81,15 @@ def train(
     quiet()
     import torch
 
-    from ..images import load_images
-    from ..memory import Planner, Setting
-    from ..meter import free_bytes
+    from ..data.images import load_images
+    from ..data.prompts import personal_prompt
+    from ..memory.meter import free_bytes
+    from ..memory.planner import Planner
+    from ..memory.remedy import check_fits
+    from ..memory.setting import Setting
     from ..personalize import personalize, request_for
-    from ..prompts import personal_prompt
-    from ..remedy import check_fits
-    from ..selective import count_by_time
-    from ..train import TrainSettings
+    from ..training.selective import count_by_time
+    from ..training.settings import TrainSettings
 
     personal_prompt(identifier, subject)  # refuse bad words before anything is loaded
     settings = TrainSettings(

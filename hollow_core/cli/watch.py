@@ -26,7 +26,7 @@ def quiet() -> None:
 @contextmanager
 def watching() -> Iterator[Any]:
     """Progress bars on stderr, one a stage, with loss, time left and memory in use."""
-    from ..meter import used_bytes
+    from ..memory.meter import used_bytes
 
     columns = (
         TextColumn("{task.description}"),

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import lora_file
-from ..hollow import Conditioning, head, hollow
-from ..models import BaseModel, encode_prompt
+from ..lora import file as lora_file
+from ..models.base_model import BaseModel, encode_prompt
+from ..nets.conditioning import Conditioning
+from ..nets.unet import head, hollow
 from ..progress import Progress
-from ..sample import sample
+from ..sampling.sample import sample
 from . import pretrain, run, scorers, world
 
 

@@ -9,20 +9,21 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from .. import __version__, lora_file
-from ..activations import Store
-from ..blocks import removed_fraction
+from .. import __version__
+from ..data.images import load_images
 from ..errors import HollowError
 from ..files import write_bytes, write_json, write_png
-from ..images import load_images
-from ..lora import ALL_LAYERS
-from ..lora_file import LoraFile
-from ..meter import Meter
-from ..models import BaseModel, load
+from ..lora import file as lora_file
+from ..lora.file import LoraFile
+from ..lora.layers import ALL_LAYERS
+from ..memory.meter import Meter
+from ..models.base_model import BaseModel, load
+from ..nets.unet_layers import removed_fraction
 from ..personalize import LORA_FILE, Request, personalize
 from ..progress import Progress
-from ..sample import SampleSettings, sample
-from ..train import TrainSettings
+from ..sampling.sample import SampleSettings, sample
+from ..training.settings import TrainSettings
+from ..training.store import Store
 from . import pictures, scorers, world
 
 MODEL = Path(__file__).parent / "model"

@@ -7,15 +7,15 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...hollow_core import dialects
 from ...hollow_core.analysis.base_weights import BaseWeights
 from ...hollow_core.analysis.block_weights import parse_block_weights, scale
 from ...hollow_core.analysis.figures import figures
 from ...hollow_core.analysis.report import Analysis, analyze
-from ...hollow_core.blocks import Config, to_ldm
 from ...hollow_core.errors import HollowError
-from ...hollow_core.lora_file import config_of, read, recipe_of
-from ...hollow_core.models import layout_name
+from ...hollow_core.lora import dialects
+from ...hollow_core.lora.file import config_of, read, recipe_of
+from ...hollow_core.models.layouts import layout_name
+from ...hollow_core.nets.unet_layers import Config, to_ldm
 from ..handles import HollowLora
 from .files import matching_loras
 from .unet import PREFIX, patched, unet_config

@@ -21,7 +21,7 @@ def to_conditioning(what: str, given: Conditionings, *, pooled_width: int, heigh
     not name are `height` and `width`, the picture's in pixels. Raises HollowError for a combination of several
     prompts and for one of another model's encoder.
     """
-    from ...hollow_core.hollow import Conditioning
+    from ...hollow_core.nets.conditioning import Conditioning
 
     embedding, values = only(what, given)
     if not pooled_width:

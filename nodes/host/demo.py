@@ -26,7 +26,7 @@ def demo_model() -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     from diffusers import AutoencoderTiny
 
     from ...hollow_core.demo.run import MODEL
-    from ...hollow_core.single_file import quiet
+    from ...hollow_core.models.single_file import quiet
 
     with quiet():
         autoencoder = AutoencoderTiny.from_pretrained(MODEL / "vae", torch_dtype=torch.float32, local_files_only=True)
@@ -66,8 +66,8 @@ class _ModelConfig(comfy.supported_models_base.BASE):
 
 
 def _model(folder: Path, autoencoder: "AutoencoderTiny") -> ModelPatcher:
-    from ...hollow_core.blocks import to_ldm
     from ...hollow_core.files import read_json, read_safetensors
+    from ...hollow_core.nets.unet_layers import to_ldm
 
     unet = read_json(folder / "unet" / "config.json")
     weights, _ = read_safetensors(folder / "unet" / "diffusion_pytorch_model.safetensors")
@@ -89,7 +89,7 @@ def _model(folder: Path, autoencoder: "AutoencoderTiny") -> ModelPatcher:
 
 def _unet_config(unet: Mapping[str, Any]) -> dict[str, Any]:
     """A diffusers config in the terms of ComfyUI's UNetModel and of its LoRA loader."""
-    from ...hollow_core.blocks import layers
+    from ...hollow_core.nets.unet_layers import layers
 
     first, *_ = widths = unet["block_out_channels"]
     depth = unet["transformer_layers_per_block"]

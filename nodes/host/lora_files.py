@@ -5,12 +5,13 @@ from pathlib import Path
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...hollow_core import dialects, lora_file
-from ...hollow_core.blocks import Config
 from ...hollow_core.errors import HollowError
 from ...hollow_core.files import read_safetensors
-from ...hollow_core.lora_metadata import recipe_of, thumbnail
-from ...hollow_core.models import layout_name
+from ...hollow_core.lora import dialects
+from ...hollow_core.lora import file as lora_file
+from ...hollow_core.lora.metadata import recipe_of, thumbnail
+from ...hollow_core.models.layouts import layout_name
+from ...hollow_core.nets.unet_layers import Config
 from ..handles import HollowLora
 from .files import known_lora, lora_path
 from .pictures import to_picture
@@ -51,7 +52,7 @@ def convert(
     source: str, name: str, dialect: str, zero_pad: bool, model: ModelPatcher | None, *, node_id: str
 ) -> tuple[Path, str]:
     """Where the LoRA was written, and what reading it back found, which the node shows. Raises HollowError as
-    `lora_file.convert` does."""
+    `convert` does."""
     config = None if model is None else unet_config(model)
     path = _target(name, dialect)
     written = lora_file.convert(known_lora(source), path, dialect, config=config, zero_pad=zero_pad)

@@ -9,7 +9,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from ...hollow_core import meter
+from ...hollow_core.memory import meter
 
 
 def free_bytes(model: ModelPatcher) -> int:

@@ -19,8 +19,9 @@ from .plan_table import Row, draw
 from .unet import base_dtype, unet_config
 
 if TYPE_CHECKING:
-    from ...hollow_core.memory import Planner, Setting
-    from ...hollow_core.train import Precision, TrainSettings
+    from ...hollow_core.memory.planner import Planner
+    from ...hollow_core.memory.setting import Setting
+    from ...hollow_core.training.settings import Precision, TrainSettings
 
 PIXELS = 8  # a side of a latent
 SECONDS = 8  # of planning
@@ -45,9 +46,10 @@ def plan(asked: HollowedModel, budget: float, resolution: int, rank: int, *, nod
 
     Raises HollowError for a cut that is none and where the budget leaves no choice; ComfyUI's exception on Cancel.
     """
-    from ...hollow_core.memory import GIB, Setting
-    from ...hollow_core.remedy import advice
-    from ...hollow_core.train import TrainSettings
+    from ...hollow_core.memory.planner import GIB
+    from ...hollow_core.memory.remedy import advice
+    from ...hollow_core.memory.setting import Setting
+    from ...hollow_core.training.settings import TrainSettings
 
     planner = planner_of(asked.model)
     free = round(budget * GIB) or free_bytes(asked.model)
@@ -102,8 +104,8 @@ def setting_of(
     samples: int = 200,
 ) -> "Setting":
     """How a stage will go for these `latents` (1, channels, height, width): for a square as large as the largest."""
-    from ...hollow_core.memory import Setting
-    from ...hollow_core.train import TrainSettings
+    from ...hollow_core.memory.setting import Setting
+    from ...hollow_core.training.settings import TrainSettings
 
     return Setting(
         cut=hollowed.cut,
@@ -122,7 +124,7 @@ def side_of(latents: Sequence[Tensor]) -> int:
 
 @lru_cache(maxsize=4)
 def _planner(config: str) -> "Planner":
-    from ...hollow_core.memory import Planner
+    from ...hollow_core.memory.planner import Planner
 
     return Planner(json.loads(config))
 

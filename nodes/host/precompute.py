@@ -40,13 +40,13 @@ def precompute(
 
     `personal` and `generic` hold one prompt for all pictures or one for each, `class_prompts` also one for each batch
     of `class_latents`. The low ones are those of the same pictures at a lower resolution, or none.
-    Raises HollowError as `hollow_core.precompute.precompute` does and where it needs more memory than is free, and
+    Raises HollowError as `hollow_core.training.precompute.precompute` does and where it needs more memory than is free, and
     ComfyUI's exception on Cancel.
     """
-    from ...hollow_core import precompute as stage
-    from ...hollow_core.hollow import head
-    from ...hollow_core.remedy import check_fits, memory_told
-    from ...hollow_core.residency import stream_middle
+    from ...hollow_core.memory.remedy import check_fits, memory_told
+    from ...hollow_core.nets.residency import stream_middle
+    from ...hollow_core.nets.unet import head
+    from ...hollow_core.training import precompute as stage
 
     if low_class_latents and not class_latents:
         raise HollowError("There are small class pictures without the large ones. Connect class latents, too.")
@@ -144,7 +144,7 @@ def _example(
     hollowed: HollowedModel, picture: Tensor, personal: Conditionings, generic: Conditionings, kind: str
 ) -> Any:
     """One picture's `Example`, of ordinary tensors; its latents (1, channels, height, width) as the U-Net expects."""
-    from ...hollow_core.precompute import Example
+    from ...hollow_core.training.precompute import Example
 
     height, width = (PIXELS * size for size in picture.shape[-2:])
     pooled_width = hollowed.model.model.adm_channels

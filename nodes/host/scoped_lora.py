@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...hollow_core.errors import HollowError
-from ...hollow_core.lora_file import alpha_of
+from ...hollow_core.lora.file import alpha_of
 
 _DOWN, _UP, _ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 _ADVICE = "Use it with the kind of model on which it was trained."

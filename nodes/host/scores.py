@@ -10,7 +10,7 @@ import folder_paths
 from PIL import Image
 from torch import Tensor
 
-from ...hollow_core.scores import Scorers, load
+from ...hollow_core.evaluation.scores import Scorers, load
 from .files import inside
 from .memory import clear_device
 from .pictures import to_picture

@@ -22,8 +22,8 @@ from .train_preview import LossCurve, Preview, beside
 from .unet import frozen_unet, layout, noise_schedule
 
 if TYPE_CHECKING:
-    from ...hollow_core.activations import Store
-    from ...hollow_core.train import TrainSettings
+    from ...hollow_core.training.settings import TrainSettings
+    from ...hollow_core.training.store import Store
 
 PICTURE_EVERY = 10  # steps from one picture of the loss to the next
 
@@ -38,15 +38,15 @@ def train(
 ) -> tuple[HollowLora, list[float]]:
     """The LoRA and the loss of each step; goes on where the same settings were cancelled.
 
-    Raises HollowError as `hollow_core.train.train` does, where the loss stops being finite and where it needs more
+    Raises HollowError as `hollow_core.training.train.train` does, where the loss stops being finite and where it needs more
     memory than is free; and ComfyUI's exception on Cancel.
     """
-    from ...hollow_core import lora_file
-    from ...hollow_core import train as stage
-    from ...hollow_core.activations import Store
-    from ...hollow_core.hollow import hollow
-    from ...hollow_core.remedy import check_fits, memory_told
-    from ...hollow_core.train import DTYPES
+    from ...hollow_core.lora import file as lora_file
+    from ...hollow_core.memory.remedy import check_fits, memory_told
+    from ...hollow_core.nets.unet import hollow
+    from ...hollow_core.training import train as stage
+    from ...hollow_core.training.settings import DTYPES
+    from ...hollow_core.training.store import Store
 
     if not activations.folder.exists():
         raise HollowError(
@@ -117,8 +117,8 @@ def train(
 
 def _folder(store: "Store", settings: "TrainSettings") -> Path:
     """Where these settings train: on top of what they have done, and apart from it where fewer steps are asked."""
-    from ...hollow_core.checkpoint import Checkpoint
-    from ...hollow_core.train import CHECKPOINT
+    from ...hollow_core.training.checkpoint import Checkpoint
+    from ...hollow_core.training.train import CHECKPOINT
 
     name = hashlib.sha256(json.dumps(settings.fixed).encode()).hexdigest()[:12]
     folder = store.folder / f"training-{name}"

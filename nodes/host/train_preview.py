@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ...hollow_core.activations import Store
+    from ...hollow_core.training.store import Store
 
 SIDE = 256  # of a picture, in pixels
 MARGIN = 8
@@ -58,7 +58,7 @@ class Preview:
     @torch.no_grad()
     def draw(self) -> Image.Image:
         """SIDE × SIDE, in the colours by which ComfyUI previews latents."""
-        from ...hollow_core.steps import predict
+        from ...hollow_core.training.steps import predict
 
         noisy, _ = self.record.noisy(self.schedule, self.latents)
         predicted = predict(self.unet, [self.record], noisy, self.conditioning).cpu()

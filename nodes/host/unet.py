@@ -79,7 +79,7 @@ def base_dtype(model: ModelPatcher) -> torch.dtype:
 
 def frozen_unet(hollowed: HollowedModel, device: torch.device) -> Any:
     """`diffusers_unet`, quantised and streamed to `device` as was chosen, which leaves the MODEL as it is."""
-    from ...hollow_core.residency import quantize, stream
+    from ...hollow_core.nets.residency import quantize, stream
 
     unet = diffusers_unet(hollowed.model)
     if hollowed.base_bits is not None:
@@ -99,7 +99,7 @@ def diffusers_unet(model: ModelPatcher) -> Any:
     """
     from diffusers import UNet2DConditionModel
 
-    from ...hollow_core.blocks import from_ldm
+    from ...hollow_core.nets.unet_layers import from_ldm
 
     config, dtype = unet_config(model), base_dtype(model)
     weights: dict[str, Tensor] = {}
@@ -148,8 +148,8 @@ def noise_schedule(model: ModelPatcher) -> Any:
 
 
 def layout(model: ModelPatcher) -> str:
-    """ "sd15", "sd21", "sdxl" or "other", as hollow_core.models names them."""
-    from ...hollow_core.models import layout_name
+    """ "sd15", "sd21", "sdxl" or "other", as hollow_core.models.layouts names them."""
+    from ...hollow_core.models.layouts import layout_name
 
     return layout_name(unet_config(model))
 

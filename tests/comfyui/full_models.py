@@ -13,8 +13,7 @@ from tiny_pipelines import original_checkpoint
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from hollow_core.blocks import layout_config
-from hollow_core.single_file import LAYOUTS
+from hollow_core.models.layouts import FOLDER, layout_config
 
 
 def save_full_checkpoint(path: Path, layout: str) -> None:
@@ -33,7 +32,7 @@ def save_full_checkpoint(path: Path, layout: str) -> None:
 
 
 def _config(layout: str, part: str) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((LAYOUTS / layout / part / "config.json").read_text())
+    config: dict[str, Any] = json.loads((FOLDER / layout / part / "config.json").read_text())
     return config
 
 

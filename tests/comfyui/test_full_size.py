@@ -22,11 +22,12 @@ from hollow_pack.nodes.host.unet import diffusers_unet, layout, unet_config
 from torch import Tensor
 from two_path_reference import Reference
 
-from hollow_core import lora_file
-from hollow_core.blocks import layout_config, to_ldm
-from hollow_core.hollow import hollow
-from hollow_core.lora import ALL_LAYERS, add_lora, lora_parameters, lora_state
-from hollow_core.lora_file import Recipe
+from hollow_core.lora import file as lora_file
+from hollow_core.lora.file import Recipe
+from hollow_core.lora.layers import ALL_LAYERS, add_lora, lora_parameters, lora_state
+from hollow_core.models.layouts import layout_config
+from hollow_core.nets.unet import hollow
+from hollow_core.nets.unet_layers import to_ldm
 
 CPU = torch.device("cpu")
 

@@ -17,11 +17,12 @@ import latent_preview
 from hollow_pack.nodes.host.demo import demo_images, demo_model
 
 import nodes
-from hollow_core import lora, lora_file
+from hollow_core.data.images import load_images
 from hollow_core.demo import run, world
-from hollow_core.images import load_images
-from hollow_core.models import BaseModel, encode_images, encode_prompt
-from hollow_core.sample import SampleSettings, sample
+from hollow_core.lora import file as lora_file
+from hollow_core.lora import layers as lora
+from hollow_core.models.base_model import BaseModel, encode_images, encode_prompt
+from hollow_core.sampling.sample import SampleSettings, sample
 
 PROMPT = "a photo of a sks cup on the grass"
 

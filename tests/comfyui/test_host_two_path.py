@@ -33,10 +33,10 @@ from hollow_pack.nodes.host.two_path import two_path_model
 from tiny_models import POOLED_WIDTH, SIZE, TOKEN_WIDTH, tiny_flux, tiny_model, tiny_unet
 from two_path_reference import Reference
 
-from hollow_core import lora_file
-from hollow_core.hollow import hollow
-from hollow_core.lora import ATTENTION, add_lora, lora_parameters, lora_state
-from hollow_core.lora_file import Recipe
+from hollow_core.lora import file as lora_file
+from hollow_core.lora.file import Recipe
+from hollow_core.lora.layers import ATTENTION, add_lora, lora_parameters, lora_state
+from hollow_core.nets.unet import hollow
 
 Conditionings = list[list[Any]]
 Trained = Callable[..., HollowLora]

@@ -13,10 +13,10 @@ import comfy.utils
 import torch
 from tiny_models import tiny_model, tiny_unet
 
-from hollow_core.blocks import to_ldm
-from hollow_core.dialects import Lora, spell, weight_shapes
-from hollow_core.lora_file import write_dialect
-from hollow_core.lora_layer import LoraLayer
+from hollow_core.lora.delta import LoraLayer
+from hollow_core.lora.dialects import Lora, spell, weight_shapes
+from hollow_core.lora.file import write_dialect
+from hollow_core.nets.unet_layers import to_ldm
 
 
 def random_layer(out: int, into: list[int], number: int, generator: torch.Generator) -> LoraLayer:

@@ -8,7 +8,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from diffusers import UNet2DConditionModel
 
-from hollow_core.blocks import layout_config, to_ldm
+from hollow_core.models.layouts import layout_config
+from hollow_core.nets.unet_layers import to_ldm
 
 CPU = torch.device("cpu")
 SIZE = 16  # of the latents: less, and the deepest norms would see single pixels

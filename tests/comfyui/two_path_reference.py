@@ -11,9 +11,10 @@ from diffusers import UNet2DConditionModel
 from tiny_models import POOLED_WIDTH, SIZE
 from torch import Tensor
 
-from hollow_core import lora_file
-from hollow_core.hollow import Conditioning, head, hollow
-from hollow_core.lora import load_lora_state, lora_off, set_strength
+from hollow_core.lora import file as lora_file
+from hollow_core.lora.layers import load_lora_state, lora_off, set_strength
+from hollow_core.nets.conditioning import Conditioning
+from hollow_core.nets.unet import head, hollow
 
 
 class Reference:

@@ -1,0 +1,1 @@
+"""A LoRA in a network, and in a file."""

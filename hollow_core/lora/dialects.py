@@ -1,0 +1,390 @@
+"""How LoRA files are spelled: the dialects of kohya's scripts, diffusers, peft and ComfyUI, read and written.
+
+| dialect | a layer of the U-Net | its matrices |
+|---|---|---|
+| kohya | `lora_unet_down_blocks_0_…_to_q`, or `lora_unet_input_blocks_1_1_…` | `.lora_down.weight`, `.lora_up.weight` |
+| diffusers | `unet.down_blocks.0.….to_q` | `.lora_A.weight`, `.lora_B.weight`; older ones `.lora.down.weight` … |
+| peft | `base_model.model.down_blocks.0.….to_q` | `.lora_A.weight`, `.lora_B.weight` |
+| comfy | `diffusion_model.input_blocks.1.1.….to_q` | `.lora_down.weight`, `.lora_up.weight` |
+
+kohya and ComfyUI keep alpha beside the matrices, diffusers and peft in a config (`adapters` below), if at all.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from ..errors import HollowError
+from ..nets.unet_layers import Config, to_ldm
+from .delta import LoraLayer
+
+DIALECTS = ("kohya", "diffusers", "peft", "comfy")
+
+Shape = tuple[int, ...]
+
+
+class Lora(NamedTuple):
+    """What a file does, apart from how it spells it. Matrices are fp32."""
+
+    dialect: str
+    """The file's: one of DIALECTS."""
+    layers: dict[str, LoraLayer]
+    """Of the U-Net, by diffusers' names: "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"."""
+    text: dict[str, LoraLayer]
+    """Of the text encoders: "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "text_encoder_2.…"."""
+    left_out: tuple[str, ...]
+    """Keys that are neither: trained norms and biases, for example."""
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Of the layers' first matrices, by which the U-Net is known."""
+        return {f"{module}.lora_A": tuple(layer.down.shape) for module, layer in self.layers.items()}
+
+
+def parse(
+    tensors: Mapping[str, Tensor],
+    config: Config,
+    adapters: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    source: str = "The LoRA",
+) -> Lora:
+    """Read the LoRA that `tensors` hold, for the U-Net of `config`.
+
+    `adapters` are of peft's configs {"unet": …, "text_encoder": …} what tells the alpha of layers that have none of
+    their own: lora_alpha, alpha_pattern and use_rslora. Values may be infinite or undefined. Raises HollowError,
+    beginning with `source`, where it is no LoRA, or one of another method (LoHa, LoKr); where a layer lacks a matrix,
+    is not the U-Net's or has other shapes, of which the sentence names the first.
+    """
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return parse_lazily(shapes, tensors.__getitem__, config, adapters, source=source)
+
+
+def parse_lazily(
+    shapes: Mapping[str, Shape],
+    tensor_of: Callable[[str], Tensor],
+    config: Config,
+    adapters: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    source: str = "The LoRA",
+) -> Lora:
+    """`parse` of a file that is open: nothing is read before every name and shape is found to fit."""
+    weights, names = _known(json.dumps(dict(config)))
+    found: dict[str, dict[str, str]] = {}  # {module: {part: key}}
+    dialects, left_out = [], []
+    for key in sorted(shapes):
+        name, part = _split(key)
+        if part in _OTHER_METHODS:
+            raise HollowError(f"{source} is {_OTHER_METHODS[part]}, which Hollow does not read. Choose a LoRA.")
+        module = _text_module(name)
+        if part and name in names:
+            dialect, module = names[name]
+            dialects.append(dialect)
+        elif part and module is None and name.startswith(_UNET_PREFIXES):
+            raise other_model(source, name, "is no layer of this U-Net")
+        if not part or module is None:
+            left_out.append(key)
+        elif found.setdefault(module, {}).setdefault(part, key) != key:
+            raise HollowError(f"{source} holds {module} twice. Get or make it again.")
+    if not dialects:
+        raise HollowError(f"{source} holds no LoRA of a U-Net. Choose a file with lora_unet_… keys, or the like.")
+    for module, keys in found.items():
+        _check_shapes(source, module, keys, {part: shapes[key] for part, key in keys.items()}, weights.get(module))
+    layers: dict[str, LoraLayer] = {}
+    for module, keys in found.items():
+        parts = {part: _number(source, key, tensor_of(key)) for part, key in keys.items()}
+        layers[module] = _layer(
+            parts, weights.get(module), _configured_alpha(module, shapes[keys["down"]][0], adapters or {})
+        )
+    return Lora(
+        dialects[0],
+        {module: layer for module, layer in layers.items() if module in weights},
+        {module: layer for module, layer in layers.items() if module not in weights},
+        tuple(left_out),
+    )
+
+
+def spell(
+    layers: Mapping[str, LoraLayer], text: Mapping[str, LoraLayer], config: Config, dialect: str, *, ldm: bool
+) -> dict[str, Tensor]:
+    """The content of a file in `dialect`, with names as in `Lora`; `ldm` asks kohya's for the original checkpoint's
+    names, as is usual for SDXL.
+
+    Diffusers and peft files get matrices for which alpha is the rank, as many of their readers know no other. Raises
+    HollowError for a peft file with layers of a text encoder.
+    """
+    if dialect == "peft" and text:
+        raise HollowError("A peft file is for one model, but this LoRA changes a text encoder, too. Choose diffusers.")
+    tensors: dict[str, Tensor] = {}
+    for module, layer in {**layers, **text}.items():
+        name = (
+            _spelled(module, config, dialect, ldm=ldm) if module in layers else _spelled_text(module, config, dialect)
+        )
+        out, ones = len(layer.up), [1] * (layer.up.dim() - 1)
+        if dialect in ("diffusers", "peft"):
+            layer = with_alpha(layer, float(len(layer.down)))
+            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = layer.down, layer.up
+            if layer.dora_scale is not None:  # in peft's shape
+                shape = (out,) if len(ones) == 1 else (1, out, *ones[1:])
+                tensors[f"{name}.lora_magnitude_vector"] = layer.dora_scale.reshape(shape)
+        else:
+            tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = layer.down, layer.up
+            tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
+            if layer.dora_scale is not None:
+                tensors[f"{name}.dora_scale"] = layer.dora_scale.reshape(out, *ones)
+    return tensors
+
+
+def adapter_config(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
+    """peft's config of a LoRA as `spell` writes it for peft and diffusers; {} without layers."""
+    ranks = {module: len(layer.down) for module, layer in layers.items()}
+    if not ranks:
+        return {}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    unusual = {module: rank for module, rank in ranks.items() if rank != usual}
+    return {
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": unusual,
+        "alpha_pattern": unusual,
+        "target_modules": sorted(ranks),
+        "use_dora": any(layer.dora_scale is not None for layer in layers.values()),
+    }
+
+
+def with_alpha(layer: LoraLayer, alpha: float) -> LoraLayer:
+    """The same ΔW with another alpha; both matrices are then of like size, where fp16 is most exact."""
+    if layer.alpha == alpha:
+        return layer
+    scale = layer.alpha / alpha
+    down, up = float(layer.down.abs().max()), float(layer.up.abs().max())
+    factor = math.sqrt(abs(scale) * up / down) if up and down else 1.0
+    return layer._replace(down=layer.down * factor, up=layer.up * (scale / factor), alpha=alpha)
+
+
+def zero_padded(layers: Mapping[str, LoraLayer], config: Config) -> dict[str, LoraLayer]:
+    """With zeros for layers of the kinds that are there, attn1.to_q for example, in blocks that have none.
+
+    In the order of the U-Net, for tools that count blocks in order. Raises HollowError for a DoRA, whose magnitudes
+    in those blocks would be the base model's.
+    """
+    if any(layer.dora_scale is not None for layer in layers.values()):
+        raise HollowError("A DoRA cannot be padded with zeros. Write it without.")
+    kinds = {_kind(module): layer for module, layer in layers.items()}
+    padded: dict[str, LoraLayer] = {}
+    for module, (out, *into) in weight_shapes(config).items():
+        if module in layers:
+            padded[module] = layers[module]
+        elif like := kinds.get(_kind(module)):
+            rank = len(like.down)
+            padded[module] = LoraLayer(
+                torch.zeros(rank, *into), torch.zeros(out, rank, *[1] * (len(into) - 1)), like.alpha
+            )
+    return padded
+
+
+def weight_shapes(config: Config) -> dict[str, Shape]:
+    """The shape of the weight of each layer of a U-Net that can carry LoRA."""
+    return dict(_known(json.dumps(dict(config)))[0])
+
+
+def kohya_name(module: str) -> str:
+    """ "mid_block.attentions.0.proj_in" as kohya spells it: "lora_unet_mid_block_attentions_0_proj_in"."""
+    return "lora_unet_" + module.replace(".", "_")
+
+
+def other_model(source: str, key: str, why: str) -> HollowError:
+    """What is said of a LoRA that does not fit the U-Net."""
+    return HollowError(f"{source} was made for another kind of model: {key} {why}. Use it with its own base model.")
+
+
+_UNET_PREFIXES = (
+    "lora_unet_",
+    "lycoris_",
+    "diffusion_model.",
+    "unet.",
+    "base_model.model.",
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+)
+
+# How a key ends, after the name of its layer.
+_PARTS = {
+    "down": r"\.(lora_down|lora_A(\.default)?|lora\.down|lora_linear_layer\.down)\.weight|_lora\.down\.weight",
+    "up": r"\.(lora_up|lora_B(\.default)?|lora\.up|lora_linear_layer\.up)\.weight|_lora\.up\.weight",
+    "mid": r"\.lora_mid\.weight",
+    "alpha": r"\.alpha",
+    "dora_scale": r"\.dora_scale",
+    "magnitude": r"\.lora_magnitude_vector(\.default)?(\.weight)?",
+    "hada": r"\.hada_\w+",
+    "lokr": r"\.lokr_\w+",
+    "oft": r"\.oft_\w+",
+}
+_OTHER_METHODS = {"hada": "a LoHa", "lokr": "a LoKr", "oft": "an OFT"}
+_END = re.compile("(?:" + "|".join(f"(?P<{part}>{end})" for part, end in _PARTS.items()) + ")$")
+
+_TEXT_PREFIXES = {
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_h.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+}
+_TEXT_LAYER = re.compile(
+    r"(?:text_model[._])?encoder[._]layers[._](\d+)[._](self_attn|mlp)[._]([a-z]+[12]?(?:_[a-z]+)?)"
+)
+_OLD_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+@lru_cache(maxsize=4)
+def _known(config: str) -> tuple[dict[str, Shape], dict[str, tuple[str, str]]]:
+    """Of a U-Net's config as JSON: {module: shape of its weight}, and {any spelling: (dialect, module)}."""
+    told = json.loads(config)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(told)
+    weights = {
+        name: tuple(module.weight.shape)
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    return weights, {spelled: (dialect, module) for dialect, module, spelled in _spellings(weights, told)}
+
+
+def _spellings(weights: Mapping[str, Shape], config: Config) -> Iterator[tuple[str, str, str]]:
+    """(dialect, module, spelled) for every module and every way to spell it."""
+    for module in weights:
+        ldm = to_ldm(config, module)
+        yield from (("kohya", module, kohya_name(name)) for name in (module, ldm))
+        yield "kohya", module, f"lycoris_{module.replace('.', '_')}"
+        yield from (("diffusers", module, f"{prefix}{module}") for prefix in ("unet.", ""))
+        yield "peft", module, f"base_model.model.{module}"
+        yield "comfy", module, f"diffusion_model.{ldm}"
+
+
+def _spelled(module: str, config: Config, dialect: str, *, ldm: bool) -> str:
+    if dialect == "kohya":
+        return kohya_name(to_ldm(config, module) if ldm else module)
+    if dialect == "comfy":
+        return f"diffusion_model.{to_ldm(config, module)}"
+    return {"diffusers": "unet.", "peft": "base_model.model."}[dialect] + module
+
+
+def _spelled_text(module: str, config: Config, dialect: str) -> str:
+    """For a layer of a text encoder, of which SDXL has two; SD 2.x has OpenCLIP's."""
+    encoder, _, name = module.partition(".")
+    first, xl = encoder == "text_encoder", config.get("addition_embed_type") == "text_time"
+    if dialect == "kohya":
+        prefix = ("lora_te1_" if xl else "lora_te_") if first else "lora_te2_"
+        return prefix + name.replace(".", "_")
+    if dialect == "comfy":
+        clip = ("clip_h" if config["cross_attention_dim"] == 1024 else "clip_l") if first else "clip_g"
+        return f"text_encoders.{clip}.transformer.{name}"
+    return module
+
+
+def _kind(module: str) -> str:
+    """ "down_blocks.1.attentions.0.proj_in" and "mid_block.attentions.0.proj_in" are of one kind."""
+    return re.sub(r"^(down_blocks|up_blocks|mid_block)\.", "", re.sub(r"(\w+s)\.\d+\.", r"\1.", module))
+
+
+def _split(key: str) -> tuple[str, str]:
+    """The name of the layer in `key`, and which part of it: one of _PARTS, or "" for none of them."""
+    end = _END.search(key)
+    if end is None:
+        return key, ""
+    name = key[: end.start()]
+    if ".processor.to_" in name:  # diffusers' LoRA as an attention processor
+        name = re.sub(r"\.to_out$", ".to_out.0", name.replace(".processor.", "."))
+    return name, next(part for part in _PARTS if end[part] is not None)
+
+
+def _text_module(name: str) -> str | None:
+    """Our name for a layer of a text encoder; None for anything else."""
+    for prefix, encoder in _TEXT_PREFIXES.items():
+        if name.startswith(prefix):
+            rest = name.removeprefix(prefix)
+            if rest == "text_projection":
+                return f"{encoder}.text_projection"
+            if layer := _TEXT_LAYER.fullmatch(rest):
+                number, group, projection = layer.groups()
+                projection = _OLD_PROJECTIONS.get(projection, projection)
+                return f"{encoder}.text_model.encoder.layers.{number}.{group}.{projection}"
+    return None
+
+
+def _check_shapes(
+    source: str, module: str, keys: Mapping[str, str], parts: Mapping[str, Shape], weight: Shape | None
+) -> None:
+    """`parts` are the shapes in the file; `weight` is the layer's, None where it is not known."""
+    for part in ("down", "up"):
+        if part not in parts:
+            raise HollowError(f"{source} lacks lora_{part} of {module}, so it is no whole LoRA. Get or make it again.")
+        if len(parts[part]) < 2 or 0 in parts[part]:
+            raise HollowError(f"{source} holds {keys[part]} of shape {parts[part]}. Get or make it again.")
+    rank, out = parts["down"][0], parts["up"][0]
+    into: Sequence[int] = parts["down"][1:] if weight is None else weight[1:]
+    needed = {"down": (rank, *into), "up": (out if weight is None else weight[0], rank)}
+    if "mid" in parts:
+        if len(into) != 3:
+            raise other_model(source, keys["mid"], "is for a convolution, which this layer is not")
+        needed |= {"down": (rank, into[0]), "mid": (rank, rank, *into[1:])}
+    for part, shape in needed.items():
+        if _trimmed(parts[part]) != _trimmed(shape):
+            raise other_model(source, keys[part], f"has shape {parts[part]}, but this U-Net needs {shape}")
+    for part, dims in (("alpha", 1), ("dora_scale", out), ("magnitude", out)):
+        if part in parts and (math.prod(parts[part]) != dims or (part == "dora_scale" and parts[part][0] != out)):
+            raise HollowError(f"{source} holds {keys[part]} of shape {parts[part]}, not {dims}. Get or make it again.")
+
+
+def _trimmed(shape: Sequence[int]) -> Shape:
+    """1×1 convolutions and linear layers are interchangeable."""
+    shape = tuple(shape)
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _number(source: str, key: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point() and tensor.numel() > 1:  # alpha may be whole
+        raise HollowError(f"{source} holds {key} as {tensor.dtype}. Get or make it again.")
+    return tensor.float()
+
+
+def _layer(parts: Mapping[str, Tensor], weight: Shape | None, configured_alpha: float | None) -> LoraLayer:
+    down, up = parts["down"], parts["up"]
+    rank, into = len(down), down.shape[1:] if weight is None else weight[1:]
+    if "mid" in parts:  # a convolution between two 1×1 ones: the first two make one
+        mid = parts["mid"].reshape(rank, rank, *into[1:])
+        down = torch.einsum("pqhw,qi->pihw", mid, down.flatten(1))
+    alpha = float(parts["alpha"]) if "alpha" in parts else configured_alpha
+    magnitude = parts.get("dora_scale", parts.get("magnitude"))
+    return LoraLayer(
+        down.reshape(rank, *into),
+        up.reshape(len(up), rank, *[1] * (len(into) - 1)),
+        alpha or float(rank),
+        None if magnitude is None else magnitude.flatten(),
+    )
+
+
+def _configured_alpha(module: str, rank: int, adapters: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The alpha that peft's config of this part of the model gives a layer; None without one."""
+    part, name = module.split(".", 1) if module.startswith("text_encoder") else ("unet", module)
+    adapter = adapters.get(part)
+    if not adapter:
+        return None
+    from peft.utils.other import get_pattern_key
+
+    alphas = adapter["alpha_pattern"]
+    alpha = float(alphas.get(get_pattern_key(list(alphas), name), adapter["lora_alpha"]))
+    return alpha * math.sqrt(rank) if adapter["use_rslora"] else alpha

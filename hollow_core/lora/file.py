@@ -1,0 +1,342 @@
+"""LoRA files: written in any dialect and read back, read from any dialect, converted. See `dialects` for the spelling.
+
+What a hollowed LoRA needs beyond its weights to be sampled on two paths lies in the metadata, `hollow.*`.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import HollowError
+from ..files import damaged, read_json, read_safetensors, write_json, write_safetensors
+from ..models.layouts import layout_config, layout_name
+from ..nets.unet_layers import Config
+from . import dialects
+from .delta import LoraLayer
+from .dialects import Lora
+from .metadata import Recipe, describe, describe_converted, layout_of, network, recipe_of, thumbnail
+
+__all__ = [
+    "LoraFile",
+    "Recipe",
+    "Written",
+    "alpha_of",
+    "convert",
+    "describe",
+    "layout_of",
+    "load",
+    "read",
+    "recipe_of",
+    "save",
+    "to_kohya",
+    "write",
+    "write_dialect",
+]
+
+_PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PEFT_HEAD = {"peft_type": "LORA", "base_model_name_or_path": None, "inference_mode": True, "bias": "none"}
+_ADVICE = "Lower the learning rate and train again, or write fp32."
+
+
+class LoraFile(NamedTuple):
+    """What `load` finds in a file."""
+
+    state: dict[str, Tensor]
+    """As `lora_state` gives it: "….to_q.lora_A.weight" (rank, in, …) and "….lora_B.weight", fp32."""
+    alpha: float
+    """One for all layers: a file with several has the difference multiplied into its lora_B."""
+    recipe: Recipe | None
+    """None where the file was not written by Hollow."""
+    metadata: dict[str, str]
+    """All of it, as stored."""
+
+
+class Written(NamedTuple):
+    """What was found when a file was read back: every key belongs to a layer, and every number is as it was."""
+
+    path: Path
+    """The file; for peft the folder."""
+    dialect: str
+    layers: int
+    """Of the U-Net."""
+    text_layers: int
+    """Of text encoders."""
+    largest: float
+    """The largest |ΔW|, of any weight."""
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        text = f" and {self.text_layers} of text encoders" if self.text_layers else ""
+        effect = f"the largest |ΔW| is {self.largest:.2g}" if self.largest else "all of them zero, so it has NO effect"
+        return f"{self.path} ({self.dialect}): {self.layers} layers of the U-Net{text}, every key matched; {effect}."
+
+
+def save(
+    path: Path,
+    state: Mapping[str, Tensor],
+    config: Config,
+    *,
+    alpha: float,
+    layout: str,
+    recipe: Recipe,
+    metadata: Mapping[str, str] | None = None,
+    picture: Image.Image | None = None,
+) -> Written:
+    """Write a LoRA (names as in `LoraFile.state`, any dtype) in kohya's dialect and fp16, and read it back.
+
+    `config` is the U-Net's, `layout` its family; `metadata` comes on top of the standard one, with `picture` as
+    thumbnail. Raises HollowError as `write_dialect` does.
+    """
+    layers = _layers(state, alpha)
+    rank = max(len(layer.down) for layer in layers.values())
+    described = describe(path.stem, layout, rank, alpha, recipe) | dict(metadata or {})
+    if picture is not None:
+        described |= thumbnail(picture)
+    lora = Lora("kohya", layers, {}, ())
+    return write_dialect(path, lora, config, described)
+
+
+def to_kohya(state: Mapping[str, Tensor], config: Config, *, alpha: float, layout: str) -> dict[str, Tensor]:
+    """What a file holds: `lora_unet_….lora_down.weight`, `.lora_up.weight` and `.alpha` of each layer, in fp16.
+
+    Raises HollowError where a value is not finite in fp16.
+    """
+    lora = _with_one_alpha(Lora("kohya", _layers(state, alpha), {}, ()), torch.float16)
+    return _spell(lora, config, "kohya", layout == "sdxl", torch.float16)
+
+
+def write_dialect(
+    path: Path,
+    lora: Lora,
+    config: Config,
+    metadata: Mapping[str, str],
+    *,
+    dialect: str = "kohya",
+    zero_pad: bool = False,
+    dtype: torch.dtype = torch.float16,
+) -> Written:
+    """Write a LoRA for the U-Net of `config`, read it back, and match every key to a layer.
+
+    kohya's dialect has diffusers' names for SD 1.x and 2.x, LDM names for SDXL. For peft, `path` is a folder.
+    `zero_pad` writes zeros for the blocks that have no LoRA, for tools that count blocks in order. Raises HollowError
+    where the name does not end in .safetensors, where a value is not finite in `dtype`, and where the file cannot be
+    written; then nothing is left at `path` that was not there before.
+    """
+    if dialect not in dialects.DIALECTS:
+        raise HollowError(f"There is no dialect {dialect!r}. Choose one of {', '.join(dialects.DIALECTS)}.")
+    if zero_pad:
+        lora = lora._replace(layers=dialects.zero_padded(lora.layers, config))
+    lora = _with_one_alpha(lora, dtype)
+    tensors = _spell(lora, config, dialect, layout_name(config) == "sdxl", dtype)
+    rank = max(len(layer.down) for layer in lora.layers.values())
+    alpha = next(iter(lora.layers.values())).alpha
+    described = dict(metadata) | network(rank, alpha if dialect in ("kohya", "comfy") else rank)
+    file = path
+    if dialect == "diffusers":
+        described |= {"format": "pt", "lora_adapter_metadata": json.dumps(_diffusers_adapters(lora))}
+    elif dialect == "peft":
+        if path.suffix == ".safetensors":
+            raise HollowError(f"A peft LoRA is a folder, not {path.name}. Give a name without .safetensors.")
+        file, described = path / _PEFT_FILE, described | {"format": "pt"}
+    write(file, tensors, described)
+    if dialect == "peft":  # the small file last: where the disk is full, the old pair stays whole
+        write_json(path / _PEFT_CONFIG, _PEFT_HEAD | dialects.adapter_config(lora.layers))
+    again, _ = read(path, config)
+    if again.left_out or again.layers.keys() != lora.layers.keys() or again.text.keys() != lora.text.keys():
+        raise HollowError(f"{path} does not read back as it was written. Check the disk and save again.")
+    return Written(path, dialect, len(again.layers), len(again.text), _largest_change(again))
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors as they are, and read them back to compare. Raises HollowError as `write_dialect` does."""
+    if path.suffix != ".safetensors":
+        raise HollowError(f"The name {path.name!r} does not end in .safetensors. Choose one that does.")
+    write_safetensors(path, tensors, metadata)
+    written, _ = read_safetensors(path)
+    if written.keys() != tensors.keys() or any(not torch.equal(written[key], tensors[key]) for key in tensors):
+        raise HollowError(f"{path} does not read back as it was written. Check the disk and save again.")
+
+
+def read(path: Path, config: Config | None = None) -> tuple[Lora, dict[str, str]]:
+    """The LoRA in a file of any dialect, or in peft's folder, and the file's metadata; values may be infinite or NaN.
+
+    `config` is the U-Net's; None takes that of the family (SD 1.x, SD 2.x, SDXL) of which the file tells. Raises
+    HollowError where the file is missing or damaged, where it does not tell the family, and as `dialects.parse` does;
+    what does not fit is not read at all.
+    """
+    if path.is_dir():
+        path = path / _PEFT_FILE
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no dict
+            metadata = file.metadata() or {}
+            config = config or config_of(metadata, shapes)
+            adapters = _adapters(path, metadata)
+            return dialects.parse_lazily(shapes, file.get_tensor, config, adapters, source=str(path)), metadata
+    except (OSError, SafetensorError) as error:
+        raise damaged(path, error) from error
+
+
+def load(path: Path, unet: UNet2DConditionModel) -> LoraFile:
+    """Read a plain LoRA in any dialect for this U-Net.
+
+    Raises HollowError as `read` does, where the file is for a text encoder, too, or is a DoRA, and where a value is
+    not finite.
+    """
+    lora, metadata = read(path, unet.config)
+    for module, layer in lora.layers.items():
+        if layer.dora_scale is not None:
+            raise HollowError(f"{path} is a DoRA: it sets the magnitudes of {module}, too. Choose a plain LoRA.")
+    if extra := [*lora.left_out, *lora.text]:
+        raise HollowError(f"{path} is no plain LoRA of a U-Net: it holds {min(extra)} too. Choose one without.")
+    _check_finite(lora, path)
+    alpha = next(iter(lora.layers.values())).alpha
+    state: dict[str, Tensor] = {}
+    for module, layer in lora.layers.items():
+        state[f"{module}.lora_A.weight"] = layer.down
+        state[f"{module}.lora_B.weight"] = layer.up * (layer.alpha / alpha)
+    return LoraFile(state, alpha, recipe_of(metadata), metadata)
+
+
+def convert(
+    source: Path,
+    target: Path,
+    dialect: str,
+    *,
+    config: Config | None = None,
+    zero_pad: bool = False,
+    dtype: torch.dtype = torch.float16,
+) -> Written:
+    """Write the LoRA of one file in another dialect, with its metadata as `describe_converted` says.
+
+    Layers of text encoders come along; peft has no place for them. `config` is the U-Net's, needed where it is none
+    of SD 1.x, 2.x and SDXL. Raises HollowError as `read` and `write_dialect` do, where a value is not finite, and
+    where the file holds more than LoRA and DoRA.
+    """
+    lora, metadata = read(source, config)
+    if lora.left_out:
+        raise HollowError(
+            f"{source} holds {lora.left_out[0]}, which is no LoRA and would be lost. Convert one without."
+        )
+    _check_finite(lora, source)
+    config = config or config_of(metadata, lora.shapes)
+    described = describe_converted(metadata, target.stem, layout_name(config))
+    return write_dialect(target, lora, config, described, dialect=dialect, zero_pad=zero_pad, dtype=dtype)
+
+
+def config_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] | None = None) -> Config:
+    """The config of the U-Net that a LoRA is for: that of its family, SD 1.x, SD 2.x or SDXL.
+
+    Raises HollowError where neither the metadata nor the shapes of the tensors tell.
+    """
+    return layout_config(layout_of(metadata, shapes))
+
+
+def alpha_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> float:
+    """The alpha of a layer in kohya's spelling: missing or zero, it is the rank."""
+    return float(tensors.get(f"{name}.alpha", 0.0)) or float(rank)
+
+
+def _layers(state: Mapping[str, Tensor], alpha: float) -> dict[str, LoraLayer]:
+    modules = sorted({key.rsplit(".lora_", 1)[0] for key in state})
+    return {
+        module: LoraLayer(state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"], float(alpha))
+        for module in modules
+    }
+
+
+def _with_one_alpha(lora: Lora, dtype: torch.dtype) -> Lora:
+    """The same LoRA, all layers with the alpha that most have, as diffusers loses others in kohya's files.
+
+    It is a rank, where that alpha is too small or too large for `dtype`.
+    """
+    both = [*lora.layers.values(), *lora.text.values()]
+    alpha = Counter(layer.alpha for layer in both).most_common(1)[0][0]
+    if abs(float(torch.tensor(alpha, dtype=dtype)) - alpha) > 1e-2 * abs(alpha):
+        alpha = float(len(both[0].down))
+    layers, text = (
+        {module: dialects.with_alpha(layer, alpha) for module, layer in part.items()}
+        for part in (lora.layers, lora.text)
+    )
+    return lora._replace(layers=layers, text=text)
+
+
+def _spell(lora: Lora, config: Config, dialect: str, ldm: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`dialects.spell` in `dtype`. Raises HollowError where a value is not finite in it."""
+    tensors = dialects.spell(lora.layers, lora.text, config, dialect, ldm=ldm)
+    tensors = {key: tensor.detach().to("cpu", dtype) for key, tensor in tensors.items()}
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise HollowError(f"The LoRA holds infinite or undefined values in {key}. {_ADVICE}")
+    return tensors
+
+
+def _diffusers_adapters(lora: Lora) -> dict[str, Any]:
+    """As diffusers' `save_lora_weights` puts peft's configs into the metadata: {"unet.r": …, "text_encoder.r": …}."""
+    parts: dict[str, dict[str, LoraLayer]] = {"unet": lora.layers}
+    for module, layer in lora.text.items():
+        encoder, name = module.split(".", 1)
+        # peft matches the ends of names, and transformers 5 has no text_model
+        parts.setdefault(encoder, {})[name.removeprefix("text_model.")] = layer
+    return {
+        f"{part}.{key}": value
+        for part, layers in parts.items()
+        for key, value in dialects.adapter_config(layers).items()
+    }
+
+
+def _adapters(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """peft's configs of the parts that a file is for: diffusers' in the metadata, or peft's own beside the file.
+
+    Raises HollowError where one is damaged.
+    """
+    beside = path.with_name(_PEFT_CONFIG)
+    told: dict[str, dict[str, Any]] = {}
+    try:
+        if path.name == _PEFT_FILE and beside.exists():
+            told = {"unet": read_json(beside)}
+        else:
+            for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
+                part, _, name = key.rpartition(".")
+                told.setdefault(part or "unet", {})[name] = value
+        return {part: _checked(adapter) for part, adapter in told.items()}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, re.error) as error:
+        raise HollowError(
+            f"The config of peft's in or beside {path} is damaged. Get or make the LoRA again."
+        ) from error
+
+
+def _checked(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """What reading needs of peft's config, with what is missing as peft has it."""
+    alphas = (adapter.get("alpha_pattern") or {}).items()
+    return {
+        "lora_alpha": float(adapter.get("lora_alpha", 8)),
+        "alpha_pattern": {re.compile(name).pattern: float(alpha) for name, alpha in alphas},
+        "use_rslora": bool(adapter.get("use_rslora")),
+    }
+
+
+def _check_finite(lora: Lora, path: Path) -> None:
+    for module, layer in (lora.layers | lora.text).items():
+        numbers = (layer.down, layer.up, torch.tensor(layer.alpha), layer.dora_scale)
+        if not all(tensor.isfinite().all() for tensor in numbers if tensor is not None):
+            raise HollowError(f"{path} holds infinite or undefined values in {module}. Take another copy of it.")
+
+
+def _largest_change(lora: Lora) -> float:
+    """Of any weight, the largest |(alpha / rank) B A|."""
+    largest = 0.0
+    for layer in (lora.layers | lora.text).values():
+        least, most = torch.aminmax(layer.up.flatten(1) @ layer.down.flatten(1))
+        largest = max(largest, abs(layer.scale) * max(-float(least), float(most)))
+    return largest

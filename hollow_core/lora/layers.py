@@ -1,0 +1,207 @@
+"""LoRA layers by peft: put in, switched, read out, taken away. The base's weights stay frozen.
+
+A layer with LoRA computes W x + s (alpha / rank) B A x, with strength s (1 unless set).
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..errors import HollowError
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The paper's targets: the four projections of self- and cross-attention."""
+
+ALL_LAYERS = (*ATTENTION, "conv1", "conv2", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+"""Convolutions and feed-forward too: more is learned in fewer steps, in a file several times as large."""
+
+_ADAPTER = "hollow"  # the name under which peft keeps our layers
+
+
+def add_lora(
+    unet: nn.Module,
+    rank: int,
+    alpha: float | None = None,
+    targets: Sequence[str] = ATTENTION,
+    *,
+    generator: torch.Generator,
+) -> None:
+    """Put fresh LoRA layers into `unet` in place of any that are there; its output does not change yet.
+
+    A is drawn from the CPU `generator` (kaiming uniform, as peft does), B is zero; both are fp32 and all that
+    is trainable. `alpha` None means alpha = rank. `targets` are names, or the ends of names, of linear and
+    convolution layers. Raises HollowError for a rank below 1 and for a target that cannot carry a LoRA.
+    """
+    if rank < 1:
+        raise HollowError(f"A LoRA of rank {rank} holds nothing. Choose a rank of at least 1.")
+    _make_room(unet)
+    possible = [path for path, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    for target in targets:
+        if not any(f".{path}".endswith(f".{target}") for path in possible):
+            raise HollowError(f"This U-Net has no layer {target!r} to put a LoRA on. Check the targets.")
+    _inject(unet, list(targets), rank, rank if alpha is None else alpha)
+    for key, matrix in named_lora_parameters(unet).items():
+        fresh = torch.zeros(matrix.shape)
+        if key.endswith("lora_A.weight"):
+            nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
+        matrix.data.copy_(fresh)
+
+
+def load_lora_state(unet: nn.Module, state: Mapping[str, Tensor], alpha: float) -> None:
+    """Put the LoRA of `state` (as `lora_state` gives it) into `unet` in place of any that is there.
+
+    Targets and ranks are those of `state`. Raises HollowError, and changes nothing, where a key or a shape
+    does not fit `unet`.
+    """
+    paths = list(dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in state))
+    ranks = {path: _checked_rank(unet, path, state) for path in paths}
+    if not ranks:
+        raise HollowError("The LoRA holds no matrices. Get or make the file again.")
+    rank = max(ranks.values())
+    _make_room(unet)
+    _inject(unet, paths, rank, alpha, {path: lower for path, lower in ranks.items() if lower < rank})
+    for key, matrix in named_lora_parameters(unet).items():
+        matrix.data.copy_(state[key])
+
+
+def lora_state(unet: nn.Module) -> dict[str, Tensor]:
+    """A snapshot on the CPU of every LoRA matrix: {"down_blocks.0.….to_q.lora_A.weight": (rank, in), …}."""
+    return snapshot(named_lora_parameters(unet))
+
+
+def snapshot(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, which later changes leave alone."""
+    return {key: matrix.detach().to("cpu", copy=True) for key, matrix in parameters.items()}
+
+
+def named_lora_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """Every trainable LoRA matrix of `unet` by its name in `lora_state`, in the order of its modules."""
+    return {
+        f"{path}.{name}.weight": getattr(layer, name)[_ADAPTER].weight
+        for path, layer in _lora_layers(unet)
+        for name in ("lora_A", "lora_B")
+    }
+
+
+def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
+    """The matrices alone, without their names."""
+    return list(named_lora_parameters(unet).values())
+
+
+def set_strength(unet: nn.Module, strength: float) -> None:
+    """Scale what the LoRA adds: 0 is nothing, 1 as trained."""
+    for _, layer in _lora_layers(unet):
+        layer.set_scale(_ADAPTER, strength)
+
+
+@contextmanager
+def lora_off(unet: nn.Module) -> Iterator[None]:
+    """While inside, `unet` and every view that shares its layers compute without any LoRA, at no cost."""
+    layers = _layers_of_any_lora(unet)
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True  # peft's public switch would also change what is trainable
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+@contextmanager
+def lora_strength(unet: nn.Module, strength: float) -> Iterator[None]:
+    """`set_strength` of any LoRA, whoever put it in, and as before afterwards."""
+    layers = _layers_of_any_lora(unet)
+    before = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        for adapter in layer.active_adapters:
+            layer.set_scale(adapter, strength)
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
+
+
+def remove_lora(unet: nn.Module) -> None:
+    """Take the LoRA layers out again; the layers of `unet` are what they were before."""
+    for path, layer in list(_lora_layers(unet)):
+        parent, _, name = path.rpartition(".")
+        setattr(unet.get_submodule(parent), name, layer.get_base_layer())
+
+
+def _make_room(unet: nn.Module) -> None:
+    if hasattr(unet, "peft_config"):
+        raise HollowError("This U-Net carries another LoRA. Unload it first (fuse it, if it is to have an effect).")
+    remove_lora(unet)
+
+
+def _inject(
+    unet: nn.Module, targets: list[str], rank: int, alpha: float, ranks: Mapping[str, int] | None = None
+) -> None:
+    config = LoraConfig(r=rank, target_modules=targets, rank_pattern=dict(ranks or {}))
+    config.lora_alpha = alpha  # type: ignore[assignment]  # peft declares an int, and scales by any number
+    unet.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):  # peft draws weights of its own, which both callers overwrite
+        inject_adapter_in_model(config, unet, _ADAPTER)
+    # Views copy attributes, so this one would outlive the layers; they alone tell whether there is a LoRA.
+    del unet.peft_config
+    for _, layer in _lora_layers(unet):
+        layer.cast_input_dtype_enabled = False
+        for matrix in (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]):
+            matrix.__class__ = _LoraConv2d if isinstance(matrix, nn.Conv2d) else _LoraLinear
+            matrix.weight.data = matrix.weight.data.float()
+
+
+class _LoraLinear(nn.Linear):
+    """Computes in the precision of its input. peft would bring the input to the matrix's own, and each of the
+    layers that share an input would keep a copy of it, twice its size, for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class _LoraConv2d(nn.Conv2d):
+    """The same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight.to(x.dtype), None)
+
+
+def _lora_layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, module in unet.named_modules():
+        if isinstance(module, LoraLayer) and _ADAPTER in module.lora_A:
+            yield path, module
+
+
+def _layers_of_any_lora(unet: nn.Module) -> list[Any]:
+    return [module for module in unet.modules() if isinstance(module, LoraLayer)]
+
+
+def _checked_rank(unet: nn.Module, path: str, state: Mapping[str, Tensor]) -> int:
+    """The rank of the LoRA on `path`, or a HollowError saying why it does not fit there."""
+    advice = "Use it with the kind of model on which it was trained."
+    down, up = state.get(f"{path}.lora_A.weight"), state.get(f"{path}.lora_B.weight")
+    if down is None or up is None:
+        raise HollowError(f"The LoRA has only one of two matrices for {path}. Get or make the file again.")
+    try:
+        module: Any = unet.get_submodule(path)
+        base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        weight: Tensor = base.weight
+    except AttributeError:
+        raise HollowError(f"The LoRA changes {path}, which this U-Net has not. {advice}") from None
+    rank = down.shape[0]
+    expected = (rank, *weight.shape[1:]), (weight.shape[0], rank, *[1] * (weight.dim() - 2))
+    if (tuple(down.shape), tuple(up.shape)) != expected:
+        raise HollowError(
+            f"The LoRA for {path} has shapes {tuple(down.shape)} and {tuple(up.shape)}, but this U-Net needs "
+            f"{expected[0]} and {expected[1]}. {advice}"
+        )
+    return rank

@@ -1,0 +1,301 @@
+"""Predicts the memory of every stage before anything is loaded, and picks what fits into a budget.
+
+Each stage's real code runs once on tensors without data (`dry_run`), so a prediction cannot rot.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from ..errors import HollowError
+from ..models.base_model import (
+    BaseModel,
+    Outlines,
+    keep_small,
+    outline,
+    without_data,
+)
+from ..models.layouts import layout_name
+from ..nets.residency import stream_middle
+from ..nets.unet_layers import Config, check_cut, exit_shape, leaves_attention, max_cut, removed_fraction
+from ..training.precompute import check_samples
+from ..training.settings import DTYPES, Precision, TrainSettings
+from ..training.train import check_unfused
+from .dry_run import Peak
+from .setting import Setting, levels_in_words
+from .stages import STAGES
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a setting will need."""
+
+    setting: Setting
+    stages: Mapping[str, Peak]
+    """The peak of each stage of `STAGES`."""
+    store_bytes: int
+    """Of the exit activations on the disk."""
+    step_flops: int
+    """Floating-point operations of a training step, those included that recompute what was not kept."""
+
+    @property
+    def hungriest(self) -> str:
+        """The stage with the highest peak on the way to a LoRA: any but sampling."""
+        return max((stage for stage in ROAD if stage in self.stages), key=lambda stage: self.stages[stage].total)
+
+    @property
+    def bytes(self) -> int:
+        """That peak."""
+        return self.stages[self.hungriest].total
+
+    def row(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        training = self.setting.training
+        return {
+            "cut": self.setting.cut,
+            "precision": training.precision,
+            "gradient_checkpointing": training.gradient_checkpointing,
+            "checkpoint_levels": training.checkpoint_levels,
+            "base_bits": self.setting.base_bits,
+            "streaming": self.setting.streaming,
+            "stream_middle": self.setting.stream_middle,
+            "tiled_vae": self.setting.tiled_vae,
+            "lora_precision": training.lora_precision,
+            "optimizer": training.optimizer,
+            "fused_backward": training.fused_backward,
+            "rank": training.rank,
+            "batch": training.batch,
+            "together": training.together,
+            "bytes": self.bytes,
+            "stages": {name: {"total": peak.total, **peak.bytes} for name, peak in self.stages.items()},
+            "store_bytes": self.store_bytes,
+            "step_flops": self.step_flops,
+        }
+
+
+ROAD = tuple(STAGES)[:-1]
+"""The stages that make a LoRA; a budget is for these."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What `Planner.fit` picked, and what was given up for it, in words."""
+
+    prediction: Prediction
+    gave_up: tuple[str, ...]
+
+
+class Planner:
+    """Predictions for one model: a layout ("sd15", "sd21", "sdxl") or a path, as for `outline`; one that is
+    loaded, by its `outlines`; or the config of a U-Net whose pictures and prompts others encode and draw, with
+    the stages precompute and train alone.
+
+    Raises HollowError as `outline` does.
+    """
+
+    def __init__(self, model: str | Outlines | Config) -> None:
+        self._outline: Outlines
+        if isinstance(model, str):
+            self._outline = partial(outline, model)
+        else:
+            self._outline = model if callable(model) else partial(_outline_unet, model)
+        self._runs: dict[tuple[str, Setting], tuple[Peak, int]] = {}  # what was run once
+        known = self._outline(torch.float32)
+        self.stages = STAGES if known.vae is not None else ("precompute", "train")
+        self.road = [stage for stage in ROAD if stage in self.stages]
+        self._unet = known.unet
+        self.config, self.resolution = known.unet.config, known.resolution
+        self._pixels = known.resolution // self.config.sample_size  # a side of a latent
+
+    def predict(self, setting: Setting) -> Prediction:
+        """Of every stage. Raises HollowError for a cut, a resolution or a number of records that cannot be."""
+        self._check(setting)
+        peaks = {stage: self._run(stage, setting)[0] for stage in self.stages}
+        return Prediction(setting, peaks, self.store_bytes(setting), self.step_flops(setting))
+
+    def step_flops(self, setting: Setting) -> int:
+        """Operations of a training step. Raises HollowError as `predict` does."""
+        self._check(setting)
+        return self._run("train", setting)[1]
+
+    def store_bytes(self, setting: Setting) -> int:
+        """Of the exit activations on the disk. Raises HollowError as `predict` does."""
+        side = self._check(setting) // self._pixels
+        if setting.cut is None:
+            return 0
+        channels, height, width = exit_shape(self.config, setting.cut, side, side)
+        return setting.samples * channels * height * width * setting.store_dtype.itemsize
+
+    def peak(self, stage: str, setting: Setting) -> Peak:
+        """Of one stage of `STAGES` only. Raises HollowError as `predict` does."""
+        self._check(setting)
+        return self._run(stage, setting)[0]
+
+    def cuts(self) -> list[int]:
+        """Those worth a look: they leave at least 15 % of the U-Net, as the paper's do, and attention in it."""
+        return [
+            cut
+            for cut in range(max_cut(self.config) + 1)
+            if leaves_attention(self.config, cut) and removed_fraction(self._unet, cut) <= 0.85
+        ]
+
+    def fit(
+        self,
+        budget: int,
+        setting: Setting,
+        *,
+        precisions: Iterable[Precision] = ("fp32", "bf16"),
+        cuts: Sequence[int | None] | None = None,
+    ) -> Fit:
+        """The least hollowing, and for it the fastest way, whose stages all stay within `budget` bytes.
+
+        From the whole U-Net on, cut by cut (those of `cuts()`, or `cuts` if given), the ways are tried that give up
+        least: `precisions` in their order, then in the smallest of them one record at a time, gradient checkpointing,
+        level by level from the outermost, then a base in 8 bits; with a tiled VAE where pictures would not fit
+        otherwise, and a streamed middle where precomputing would not. Where no cut fits so, all is streamed: last, as
+        it is the slowest, while a cut makes steps faster. All else is as in `setting`. Sampling is not counted, as any
+        other tool can draw with the LoRA. Raises HollowError where nothing fits, saying what the smallest would need.
+        """
+        self._check(setting)
+        resident = _ways(setting, tuple(precisions), len(self.config["block_out_channels"]))
+        streamed = [replace(resident[-1], streaming=True)]
+        cuts = (None, *self.cuts()) if cuts is None else cuts
+        for ways, cut in product((resident, streamed), cuts):
+            settings = [replace(way, cut=cut) for way in ways]
+            if not self._fits(self.eased(settings[-1], budget), budget):  # the smallest of them
+                continue
+            for tried in (self.eased(setting, budget) for setting in settings):
+                if self._fits(tried, budget):
+                    return Fit(self.predict(tried), _gave_up(tried, resident[0]))
+        least = [replace(streamed[0], cut=cut, tiled_vae=True, stream_middle=False) for cut in cuts]
+        encode = self._run("encode", least[0])[0].total if "encode" in self.stages else 0
+        smallest, needed = least[0], self._bytes(least[0])
+        for other in least[1:]:
+            if needed > encode and self._bytes(other) < needed:  # no cut makes encoding smaller
+                smallest, needed = other, self._bytes(other)
+        stage = max(self.road, key=lambda stage: self._run(stage, smallest)[0].total)
+        raise HollowError(
+            f"Nothing fits into {budget / GIB:.2f} GiB: the smallest, {smallest}, needs {needed / GIB:.2f} GiB, "
+            f"in its stage {stage}."
+        )
+
+    def eased(self, setting: Setting, budget: int) -> Setting:
+        """The setting with a tiled VAE where encoding, and a streamed middle where precomputing would not stay within
+        `budget` bytes without."""
+        if "encode" in self.stages and self._run("encode", setting)[0].total > budget:
+            setting = replace(setting, tiled_vae=True)
+        if not setting.streaming and self._run("precompute", setting)[0].total > budget:
+            setting = replace(setting, stream_middle=True)
+        return setting
+
+    def _check(self, setting: Setting) -> int:
+        """The side of the pictures in pixels."""
+        if setting.cut is not None:
+            check_cut(self.config, setting.cut)
+        side = self.resolution if setting.resolution is None else setting.resolution
+        if side < 1 or side % self._pixels:
+            raise HollowError(f"The resolution {side} is no multiple of {self._pixels} pixels. Take 512, 768 or 1024.")
+        if setting.step_records > setting.training.batch:
+            check_unfused(setting.training)
+        check_samples(setting.samples)
+        return side
+
+    def _fits(self, setting: Setting, budget: int) -> bool:
+        return all(self._run(stage, setting)[0].total <= budget for stage in self.road)
+
+    def _bytes(self, setting: Setting) -> int:
+        return max(self._run(stage, setting)[0].total for stage in self.road)
+
+    def _run(self, stage: str, setting: Setting) -> tuple[Peak, int]:
+        """Peak and operations of a stage; settings that do not matter to it are one to it."""
+        training = setting.training
+        if stage != "train":
+            training = TrainSettings(precision=training.precision)
+            if stage == "sample":
+                old = setting.training
+                training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets)
+        setting = replace(
+            setting, resolution=setting.resolution or self.resolution, low_resolution=None, training=training
+        )
+        if stage == "train":  # records of the class are like any others
+            setting = replace(setting, training=replace(training, batch=setting.step_records))
+        if stage == "encode":
+            setting = replace(setting, cut=None, class_images=min(setting.class_images, 1))
+            if not setting.class_images:  # without the U-Net
+                setting = replace(setting, base_bits=None)
+        else:  # without class pictures
+            setting = replace(setting, class_images=0)
+        if stage != "precompute":  # where alone the middle may be away
+            setting = replace(setting, stream_middle=False)
+        if stage in ("precompute", "train"):  # without the VAE
+            setting = replace(setting, tiled_vae=False)
+        if stage != "train":  # which alone reads records
+            setting = replace(setting, samples=1, store_dtype=torch.float16)
+        if (stage, setting) not in self._runs:
+            # whatever mode the caller is in
+            with torch.inference_mode(False), torch.enable_grad():
+                model = self._outline(DTYPES[training.precision])
+                keep_small(model, setting, "meta")
+                if setting.stream_middle and not setting.streaming and setting.cut is not None:
+                    stream_middle(model.unet, setting.cut, "meta")
+                self._runs[stage, setting] = STAGES[stage](model, setting)
+        return self._runs[stage, setting]
+
+
+def _outline_unet(config: Config, dtype: torch.dtype) -> BaseModel:
+    """As `outline`, but without anything beside the U-Net; a side of a latent is 8 pixels."""
+    (unet,) = without_data([partial(UNet2DConditionModel.from_config, config)], dtype)
+    return BaseModel(unet, None, (), (), DDPMScheduler(), layout_name(config), 8 * config["sample_size"])
+
+
+def parse_bytes(text: str) -> int:
+    """ "4GB", "3.5 GiB" or "800M" in bytes, as graphics cards are sold: a GB is 2³⁰ of them.
+
+    Raises HollowError for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise HollowError(f"{text!r} is no amount of memory. Write it as 4GB or 800MB.")
+    return int(float(match[1]) * {"G": GIB, "M": 2**20}[match[2].upper()])
+
+
+def _ways(setting: Setting, precisions: tuple[Precision, ...], depth: int) -> list[Setting]:
+    """From the fastest to the smallest, without streaming unless it is asked for; the U has `depth` levels."""
+    ways = [replace(setting, training=replace(setting.training, precision=each)) for each in precisions]
+    smallest = min(ways, key=lambda way: DTYPES[way.training.precision].itemsize)
+    one_by_one = replace(smallest, training=replace(smallest.training, together=1))
+    recompute = replace(one_by_one.training, gradient_checkpointing=True)
+    levels = (*range(1, depth), None) if not setting.training.gradient_checkpointing else (recompute.checkpoint_levels,)
+    checkpointing = [replace(smallest, training=replace(recompute, checkpoint_levels=number)) for number in levels]
+    quantized = replace(checkpointing[-1], base_bits=setting.base_bits or 8)
+    return list(dict.fromkeys([*ways, one_by_one, *checkpointing, quantized]))
+
+
+def _gave_up(setting: Setting, first: Setting) -> tuple[str, ...]:
+    training = setting.training
+    given = []
+    if setting.cut is not None:
+        given.append(f"the middle of the U-Net (cut {setting.cut})")
+    if training.precision != first.training.precision:
+        given.append(f"{first.training.precision} for {training.precision}")
+    if training.together != first.training.together:
+        given.append(f"the speed of {first.training.together} records at once")
+    if training.gradient_checkpointing != first.training.gradient_checkpointing:
+        given.append(f"the time to compute activations twice (gradient checkpointing{levels_in_words(training)})")
+    if setting.base_bits != first.base_bits:
+        given.append(f"the last digits of the base ({setting.base_bits} bits a weight)")
+    if setting.tiled_vae != first.tiled_vae:
+        given.append("seams between a picture's tiles, faint at most (tiled VAE)")
+    if setting.stream_middle != first.stream_middle:
+        given.append("the time to bring the middle from main memory while precomputing (streamed middle)")
+    if setting.streaming != first.streaming:
+        given.append("the time to bring weights from main memory (streaming)")
+    return tuple(given)

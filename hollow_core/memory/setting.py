@@ -1,0 +1,63 @@
+"""One way to go the whole road: every lever."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..nets.residency import Bits
+from ..training.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to go the whole road. The base is loaded in the precision of `training`."""
+
+    cut: int | None = 3
+    """How much to hollow; None trains an ordinary LoRA on the whole U-Net."""
+    resolution: int | None = None
+    """Side of the pictures in pixels; None is the model's own."""
+    samples: int = 200
+    """Records in the store."""
+    class_images: int = 0
+    """Pictures of the class that the base draws, among what is encoded; with any, a step has twice the records."""
+    store_dtype: torch.dtype = torch.float16
+    """How exit activations are kept."""
+    base_bits: Bits | None = None
+    """Bits of a weight of the frozen base; None keeps them in the precision."""
+    streaming: bool = False
+    """The weights of U-Net and text encoders are in main memory and visit the device."""
+    stream_middle: bool = False
+    """While precomputing, those of the middle are."""
+    tiled_vae: bool = False
+    """Pictures are encoded and decoded in tiles."""
+    training: TrainSettings = field(default_factory=TrainSettings)
+    low_resolution: int | None = None
+    """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others'."""
+
+    @property
+    def step_records(self) -> int:
+        """Records that a training step goes through, those of the class included."""
+        return self.training.batch * (2 if self.class_images and self.training.prior_weight > 0 else 1)
+
+    def __str__(self) -> str:
+        training = self.training
+        return f"{'the whole U-Net' if self.cut is None else f'cut {self.cut}'} in " + ", ".join(
+            [
+                training.precision,
+                *([f"gradient checkpointing{levels_in_words(training)}"] if training.gradient_checkpointing else []),
+                *([f"{training.together} records at once"] if training.together > 1 else []),
+                *([f"{self.base_bits}-bit base"] if self.base_bits else []),
+                *(["streaming"] if self.streaming else []),
+                *(["streamed middle"] if self.stream_middle else []),
+                *(["tiled VAE"] if self.tiled_vae else []),
+                *(["bf16 LoRA"] if training.lora_precision == "bf16" else []),
+                *(["8-bit AdamW"] if training.optimizer == "adamw8bit" else []),
+                *(["fused backward"] if training.fused_backward else []),
+            ]
+        )
+
+
+def levels_in_words(training: TrainSettings) -> str:
+    """ " of 2 levels", or nothing where all of them recompute."""
+    levels = training.checkpoint_levels
+    return "" if levels is None else f" of {levels} level{'s' * (levels > 1)}"

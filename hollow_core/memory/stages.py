@@ -1,0 +1,176 @@
+"""Each stage's real code, run once on tensors without data."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data.images import TrainingImage
+from ..data.prompts import personal_prompt
+from ..lora.layers import add_lora, lora_parameters
+from ..lora.metadata import recipe_for
+from ..models.base_model import BaseModel, decode_images, encode_images, encode_prompt
+from ..nets.conditioning import Conditioning
+from ..nets.residency import away
+from ..nets.unet import head, hollow
+from ..nets.unet_layers import exit_shape
+from ..progress import Progress
+from ..sampling.sample import SampleSettings, draw, encode_guided
+from ..training.precompute import Example, run_to_exit
+from ..training.store import Fingerprint, Record, Store, schedule_id
+from ..training.train import train
+from .cost import inputs
+from .dry_run import DryRun, Peak
+from .setting import Setting
+
+
+def _encode(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
+    """A picture, then a prompt, and one of the class: VAE, text encoders and U-Net are there in turn, as in
+    `personalize`."""
+    side = setting.resolution or model.resolution
+    picture = TrainingImage(Image.new("RGB", (side, side)), None, "", (0, 0, side, side))
+    assert model.vae is not None
+    with DryRun() as images:
+        images.hold("weights", model.vae)
+        encode_images(model, [picture])
+    prompt, settings = personal_prompt("sks", "dog"), SampleSettings(steps=_passes(setting), size=(side, side))
+    with DryRun() as prompts:
+        _hold(prompts, *model.text_encoders)
+        encode_prompt(model, prompt, settings.size)
+    if not setting.class_images:
+        return _in_turn(images, prompts)
+    with DryRun() as guided:
+        _hold(guided, *model.text_encoders)
+        text = encode_guided(model, prompt, settings)
+    with DryRun() as drawing:
+        _hold(drawing, model.unet)
+        draw(model, text, [0], settings)
+    return _in_turn(images, prompts, guided, drawing)
+
+
+def _precompute(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
+    """Records by the base path, of which alone is there what it passes; an ordinary LoRA needs none."""
+    latents, prompt = _inputs(model, setting)
+    example = Example(latents, prompt, prompt, "", "")
+    with DryRun() as run:
+        if setting.cut is not None:
+            base = head(model.unet, setting.cut).eval()
+            _hold(run, base)
+            for _ in range(_passes(setting)):
+                run_to_exit(base, model.schedule, _RECORD, example)
+    return run.peak(), run.flops
+
+
+def _train(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
+    """The first steps of `train`, with two parts of the records at most: more are no more memory."""
+    training = setting.training
+    unet = model.unet if setting.cut is None else hollow(model.unet, setting.cut, range(setting.samples))
+    store = OneRecord(model, setting)
+    del model
+    few = replace(training, batch=min(training.batch, 2 * training.together), save_every=0, zo_timesteps=None)
+
+    def stop_there(done: Progress) -> None:
+        if done.step == _passes(setting):
+            raise _EnoughSteps
+
+    with TemporaryDirectory() as folder, DryRun() as run, suppress(_EnoughSteps):
+        _hold(run, unet)
+        train(unet, store.schedule, store, few, folder=folder, progress=stop_there)
+    return run.peak(), run.flops * training.batch // (few.batch * _passes(setting))
+
+
+def _sample(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
+    """A denoising step with classifier-free guidance, on two paths where something is hollowed, and the picture;
+    text encoders, U-Net and VAE are there in turn, as in `sample`."""
+    side, training = setting.resolution or model.resolution, setting.training
+    settings = SampleSettings(steps=_passes(setting), size=(side, side))
+    prompt = personal_prompt("sks", "dog")
+    recipe = recipe_for(setting.cut, "sks", "dog", model.schedule.config.prediction_type)
+    add_lora(
+        model.unet if setting.cut is None else hollow(model.unet, setting.cut, None),
+        training.rank,
+        targets=training.targets,
+        generator=torch.Generator(),
+    )
+    assert model.vae is not None
+    with DryRun() as prompts:
+        _hold(prompts, *model.text_encoders)
+        text = encode_guided(model, prompt, settings)
+        generic = None if setting.cut is None else encode_prompt(model, recipe.generic_prompt, settings.size)
+    with DryRun() as drawing:
+        _hold(drawing, model.unet)
+        drawing.name("lora", lora_parameters(model.unet))
+        latents = draw(model, text, [0], settings, recipe, generic)
+    with DryRun() as picture:
+        picture.hold("weights", model.vae)
+        decode_images(model, [latents])
+    return _in_turn(prompts, drawing, picture)
+
+
+STAGES: dict[str, Callable[[BaseModel, Setting], tuple[Peak, int]]] = {
+    "encode": _encode,
+    "precompute": _precompute,
+    "train": _train,
+    "sample": _sample,
+}
+"""What runs each stage, in their order: its peak, and its operations."""
+
+
+def _in_turn(*runs: DryRun) -> tuple[Peak, int]:
+    """Of what happens one after the other."""
+    return max((run.peak() for run in runs), key=lambda peak: peak.total), sum(run.flops for run in runs)
+
+
+def _hold(run: DryRun, *modules: nn.Module) -> None:
+    """Count what of them is on the device."""
+    for module in modules:
+        elsewhere = {id(tensor) for tensor in away(module)}
+        run.name("weights", [each for each in (*module.parameters(), *module.buffers()) if id(each) not in elsewhere])
+
+
+def _passes(setting: Setting) -> int:
+    """After which the fullest moment was seen: streaming sends ahead from the second on."""
+    return 2 if setting.streaming or setting.stream_middle else 1
+
+
+def _inputs(model: BaseModel, setting: Setting) -> tuple[Tensor, Conditioning]:
+    """Latents and a prompt on the CPU, as a store hands them out."""
+    config = model.unet.config
+    scale = model.resolution // config.sample_size
+    return inputs({**config, "sample_size": (setting.resolution or model.resolution) // scale})
+
+
+_RECORD = Record(image=0, kind="image", timestep=0, noise_seed=0)
+
+
+class _EnoughSteps(Exception):
+    """Enough was seen."""
+
+
+class OneRecord(Store):
+    """A store of one record, on no disk, of zeros: enough for `train` to run a step with this setting."""
+
+    missing: list[int] = []  # noqa: RUF012  # a property of Store
+
+    def __init__(self, model: BaseModel, setting: Setting) -> None:
+        self.schedule: DDPMScheduler = model.schedule
+        fingerprint = Fingerprint(
+            "", setting.cut, schedule_id(self.schedule), 1, 0, str(setting.store_dtype), ["image"], [], [], []
+        )
+        super().__init__(Path(), fingerprint, [_RECORD])
+        self._given = _inputs(model, setting)
+        if setting.cut is not None:
+            shape = exit_shape(model.unet.config, setting.cut, *self._given[0].shape[-2:])
+            self._exit_activation = torch.zeros(1, *shape, dtype=setting.store_dtype)
+
+    def record(self, index: int) -> Record:
+        return _RECORD if self.cut is None else _RECORD._replace(exit_activation=self._exit_activation)
+
+    def inputs(self, image: int) -> tuple[Tensor, Conditioning]:
+        return self._given

@@ -1,0 +1,338 @@
+"""A base model from a diffusers folder or a single file, and what it makes of prompts and pictures."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ..data.images import TrainingImage
+from ..errors import HollowError
+from ..files import read_json
+from ..nets.conditioning import Conditioning
+from ..nets.residency import Bits, quantize, stream
+from . import layouts
+from .layouts import layout_name
+from .single_file import (
+    Pipeline,
+    load_single_file,
+    pipeline_class,
+    quiet,
+    recognise,
+    sample_size,
+    unloadable,
+    without_extras,
+)
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass
+class BaseModel:
+    """The parts of a base model; what is no longer needed may be set free (`free_encoders`)."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL | AutoencoderTiny | None
+    text_encoders: tuple[nn.Module, ...]
+    """One, or SDXL's two; empty once set free."""
+    tokenizers: tuple[CLIPTokenizer, ...]
+    schedule: DDPMScheduler
+    """The noise schedule of training: its prediction type, its betas, zero terminal SNR or not."""
+    layout: str
+    """"sd15", "sd21", "sdxl" or "other"."""
+    resolution: int
+    """The native side of a picture in pixels."""
+
+    def pipeline(self) -> Pipeline:
+        """A diffusers pipeline of these very parts, with DDIM as sampler; set `.scheduler` for another."""
+        sampling: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+        if self.schedule.config.rescale_betas_zero_snr:
+            # A schedule that ends in pure noise must be sampled from there, which only trailing steps do
+            # (Lin et al., "Common Diffusion Noise Schedules and Sample Steps Are Flawed", section 3.3).
+            sampling["timestep_spacing"] = "trailing"
+        parts: dict[str, Any] = {
+            "unet": self.unet,
+            "vae": self.vae,
+            "text_encoder": self.text_encoders[0] if self.text_encoders else None,
+            "tokenizer": self.tokenizers[0],
+            "scheduler": DDIMScheduler.from_config(self.schedule.config, **sampling),
+        }
+        if self.layout == "sdxl":
+            second = self.text_encoders[1] if self.text_encoders else None
+            return StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=self.tokenizers[1])
+        return StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+
+
+def load(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    prediction_type: str | None = None,
+    config: Path | None = None,
+) -> BaseModel:
+    """Load a diffusers folder, or a single .safetensors file of SD 1.x, SD 2.x or SDXL, onto the CPU.
+
+    `prediction_type` ("epsilon", "v_prediction", "sample") overrides what the model says of itself: a folder
+    in its scheduler's config, a file by the rule in `single_file`. `config` is for a single file whose layers
+    have other sizes than the public models': a diffusers folder with configs and tokenizers.
+    Raises HollowError for a path that does not exist, a pickle, a LoRA, and models of any other kind.
+    """
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        choices = ", ".join(PREDICTION_TYPES)
+        raise HollowError(f"There is no prediction type {prediction_type!r}. Choose one of {choices}.")
+    _check_path(path)
+    pipeline = _load_folder(path, dtype) if path.is_dir() else load_single_file(path, dtype, config)
+    override = {"prediction_type": prediction_type} if prediction_type else {}
+    encoders = (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
+    tokenizers = (pipeline.tokenizer, getattr(pipeline, "tokenizer_2", None))
+    return BaseModel(
+        unet=pipeline.unet.eval(),
+        vae=pipeline.vae.eval(),
+        text_encoders=tuple(encoder.eval() for encoder in encoders if encoder is not None),
+        tokenizers=tuple(tokenizer for tokenizer in tokenizers if tokenizer is not None),
+        schedule=DDPMScheduler.from_config(pipeline.scheduler.config, **override),
+        layout=layout_name(pipeline.unet.config),
+        resolution=pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+    )
+
+
+Outlines = Callable[[torch.dtype], BaseModel]
+"""Gives a model of tensors without data, in a dtype."""
+
+
+def outline(model: str, dtype: torch.dtype = torch.float32) -> BaseModel:
+    """What `load` gives, of tensors that hold no data (on PyTorch's "meta" device): for a dry run.
+
+    `model` is a layout ("sd15", "sd21", "sdxl") or a path as for `load`; only configs and a file's header are
+    read. Raises HollowError as `load` does, but does not see whether weights are missing.
+    """
+    schedule: dict[str, Any] = {}
+    folder = layouts.FOLDER / model
+    if model not in layouts.LAYOUTS:
+        folder = Path(model)
+        _check_path(folder)
+        if not folder.is_dir():
+            folder, schedule = recognise(folder)
+    _check_folder(folder)
+    kind = pipeline_class(folder)
+    unet_config, vae_config = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
+    unet_config["sample_size"] = sample_size(folder, schedule, unet_config["sample_size"])
+    parts = ["text_encoder", "text_encoder_2"] if kind is StableDiffusionXLPipeline else ["text_encoder"]
+    tokenizers = [folder / part.replace("text_encoder", "tokenizer") for part in parts]
+    vae_kind = AutoencoderTiny if vae_config["_class_name"] == "AutoencoderTiny" else AutoencoderKL
+    makers = [partial(UNet2DConditionModel.from_config, unet_config), partial(vae_kind.from_config, vae_config)]
+    with quiet():
+        for encoder, part in zip((CLIPTextModel, CLIPTextModelWithProjection), parts, strict=False):
+            makers.append(partial(encoder, CLIPTextConfig.from_pretrained(folder / part)))
+    unet, vae, *encoders = without_data(makers, dtype)
+    return BaseModel(
+        unet=unet,
+        vae=vae,
+        text_encoders=tuple(encoders),
+        tokenizers=tuple(
+            CLIPTokenizer.from_pretrained(path if path.exists() else layouts.FOLDER / "tokenizer")
+            for path in tokenizers
+        ),
+        schedule=DDPMScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json") | schedule),
+        layout=layout_name(unet_config),
+        resolution=unet_config["sample_size"] * 2 ** (len(vae.config.block_out_channels) - 1),
+    )
+
+
+def outlines(model: BaseModel) -> Outlines:
+    """What gives the `outline` of a loaded model in a dtype; it keeps nothing of the weights."""
+    assert model.vae is not None
+    makers = [partial(type(part).from_config, part.config) for part in (model.unet, model.vae)]
+    makers += [partial(type(part), part.config) for part in model.text_encoders]
+    others = model.tokenizers, model.schedule, model.layout, model.resolution
+
+    def give(dtype: torch.dtype) -> BaseModel:
+        unet, vae, *encoders = without_data(makers, dtype)
+        return BaseModel(unet, vae, tuple(encoders), *others)
+
+    return give
+
+
+def without_data(makers: Sequence[Callable[[], nn.Module]], dtype: torch.dtype) -> list[Any]:
+    """Frozen modules whose tensors hold no data (on PyTorch's "meta" device)."""
+    with quiet(), torch.device("meta"):
+        return [nn.Module.to(make().eval().requires_grad_(False), dtype=dtype) for make in makers]
+
+
+@torch.no_grad()
+def encode_prompt(model: BaseModel, text: str, size: tuple[int, int] | None = None) -> Conditioning:
+    """What the U-Net sees of a prompt: exactly what the diffusers pipeline hands it.
+
+    encoder_hidden_states are (1, 77, width). SDXL also sees the picture's `size`, (height, width) in pixels,
+    as original and as target size, uncropped; None is the native size.
+    Raises HollowError where the text encoder was set free.
+    """
+    if not model.text_encoders:
+        raise HollowError("The text encoder was set free already. Encode all prompts before free_encoders.")
+    device = next(model.text_encoders[0].parameters()).device
+    embeds, _, *pooled = model.pipeline().encode_prompt(
+        text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    if model.layout != "sdxl":
+        return Conditioning(embeds, None, None)
+    height, width = size or (model.resolution, model.resolution)
+    time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=embeds.dtype, device=device)
+    return Conditioning(embeds, pooled[0], time_ids)
+
+
+@torch.no_grad()
+def encode_images(model: BaseModel, images: Sequence[TrainingImage]) -> list[Tensor]:
+    """The scaled latents of each picture, (1, channels, height / 8, width / 8) for SD: the posterior's mean.
+
+    Raises HollowError where the VAE was set free.
+    """
+    if model.vae is None:
+        raise HollowError("The VAE was set free already. Encode all pictures before free_encoders.")
+    vae, dtype, latents = model.vae, model.vae.dtype, []
+    with _without_overflow(vae):
+        for image in images:
+            pixels = torch.frombuffer(bytearray(image.picture.tobytes()), dtype=torch.uint8)
+            pixels = pixels.reshape(1, image.picture.height, image.picture.width, 3).permute(0, 3, 1, 2)
+            scaled = (pixels / 127.5 - 1).to(vae.device, vae.dtype)
+            mean = retrieve_latents(vae.encode(scaled), sample_mode="argmax")
+            latents.append(((mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor).to(dtype))
+    return latents
+
+
+@torch.no_grad()
+def decode_images(model: BaseModel, latents: Sequence[Tensor]) -> list[Image.Image]:
+    """The pictures that scaled latents, (1, channels, height / 8, width / 8) each for SD, stand for.
+
+    Raises HollowError where the VAE was set free.
+    """
+    if model.vae is None:
+        raise HollowError("The VAE was set free already. Decode all latents before free_encoders.")
+    vae, processor, pictures = model.vae, model.pipeline().image_processor, []
+    with _without_overflow(vae):
+        for scaled in latents:
+            z = scaled.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+            pictures += processor.postprocess(vae.decode(z).sample, output_type="pil")
+    return pictures
+
+
+@contextmanager
+def _without_overflow(vae: nn.Module) -> Iterator[None]:
+    """Inside, a VAE that was loaded in fp16 computes in fp32: SDXL's would overflow."""
+    half = vae.dtype == torch.float16
+    if half:
+        vae.to(torch.float32)
+    yield
+    if half:
+        vae.to(torch.float16)
+
+
+@contextmanager
+def visiting(device: torch.device | str | None, *parts: nn.Module | None) -> Iterator[None]:
+    """Inside, `parts` are on `device`, then on the CPU; None leaves them where they are."""
+    there = [part for part in parts if part is not None and device is not None]
+    for part in there:
+        part.to(device)
+    try:
+        yield
+    finally:
+        for part in there:
+            part.to("cpu")
+
+
+class Levers(Protocol):
+    """What takes memory off a base model; a `Request` and a `Setting` have them."""
+
+    @property
+    def base_bits(self) -> Bits | None:
+        """Of a weight of the U-Net."""
+        ...
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the weights of U-Net and text encoders stay in main memory, from where they visit the device."""
+        ...
+
+    @property
+    def tiled_vae(self) -> bool:
+        """Whether pictures are encoded and decoded in tiles."""
+        ...
+
+
+def keep_small(model: BaseModel, levers: Levers, device: torch.device | str) -> None:
+    """Pull the levers, for all that is done with `model` on `device`. Raises HollowError as `residency` does."""
+    if levers.base_bits is not None:
+        quantize(model.unet, levers.base_bits)
+    if levers.streaming:
+        for part in (model.unet, *model.text_encoders):
+            stream(part, device)
+    if levers.tiled_vae:
+        tile_vae(model)
+
+
+def tile_vae(model: BaseModel) -> None:
+    """Let the VAE take pictures in overlapping tiles of half the native side: a fraction of the memory, and close
+    to the same. An AutoencoderTiny needs little, and stays as it is."""
+    if not isinstance(model.vae, AutoencoderKL):
+        return
+    model.vae.enable_tiling()
+    # diffusers' own tiles are as large as the native pictures, which thus would never be tiled
+    model.vae.tile_sample_min_size = model.resolution // 2
+    model.vae.tile_latent_min_size = model.unet.config.sample_size // 2
+
+
+def free_encoders(model: BaseModel) -> None:
+    """Let go of VAE and text encoders: precomputing and training need only their outputs."""
+    model.vae, model.text_encoders = None, ()
+
+
+def _check_path(path: Path) -> None:
+    if not path.exists():
+        raise HollowError(f"{path} does not exist. Give a .safetensors checkpoint or a diffusers folder.")
+    if not path.is_dir() and path.suffix.lower() != ".safetensors":
+        raise HollowError(
+            f"{path} is no .safetensors file. Pickles (.ckpt, .pt, .bin) are never read, since they can run "
+            "any code: get the model as .safetensors."
+        )
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "model_index.json").exists():
+        raise HollowError(f"{path} is no diffusers folder: it has no model_index.json. Give the folder with it.")
+
+
+def _load_folder(path: Path, dtype: torch.dtype) -> Pipeline:
+    _check_folder(path)
+    kind = pipeline_class(path)
+    weights = path / "unet" / "diffusion_pytorch_model.safetensors"
+    only_half = not weights.exists() and weights.with_suffix(".fp16.safetensors").exists()
+    try:
+        with quiet():
+            return kind.from_pretrained(
+                path,
+                torch_dtype=dtype,
+                variant="fp16" if only_half else None,
+                use_safetensors=True,
+                local_files_only=True,
+                **without_extras(kind),
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise unloadable(path, error) from error

@@ -1,0 +1,1 @@
+"""Networks, and how each is hollowed."""

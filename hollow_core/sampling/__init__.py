@@ -1,0 +1,1 @@
+"""Pictures out: on two paths, on one, and those of a class."""

@@ -1,0 +1,171 @@
+"""Pictures from a base model with a LoRA: on two paths, as an ordinary LoRA, or without it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..data.images import check_resolution
+from ..data.prompts import generic_prompt
+from ..errors import HollowError
+from ..lora.file import LoraFile, Recipe
+from ..lora.layers import load_lora_state, remove_lora, set_strength
+from ..models.base_model import BaseModel, decode_images, encode_prompt, visiting
+from ..nets.conditioning import Conditioning
+from .two_path import two_path
+
+AT_A_TIME = 20  # pictures that are drawn before they are written
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How to sample; the same seed gives the same picture on the same machine, but for rounding if others are drawn
+    together with it."""
+
+    steps: int = 30
+    """Denoising steps."""
+    guidance: float = 7.5
+    """Scale of classifier-free guidance."""
+    negative: str = ""
+    """The negative prompt."""
+    strength: float = 1.0
+    """Of the LoRA: 0 is none, 1 as trained."""
+    refresh: int = 1
+    """Run the base path every n-th step; between, its exit activation is used again."""
+    size: tuple[int, int] | None = None
+    """(height, width) in pixels; None is the model's native size."""
+    together: int = 1
+    """Pictures that are drawn at once: faster where the GPU is not busy with one, for the memory of so many."""
+
+    def __post_init__(self) -> None:
+        """Raises HollowError for a value that cannot be."""
+        if not 1 <= self.steps <= 1000:
+            raise HollowError(f"{self.steps} denoising steps cannot be. Take from 1 to 1000; 30 are usual.")
+        if self.together < 1:
+            raise HollowError(f"{self.together} pictures cannot be drawn together. It must be at least 1.")
+        for side in self.size or ():
+            check_resolution(side)
+
+
+def sample(
+    model: BaseModel,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SampleSettings = SampleSettings(),
+    *,
+    lora: LoraFile | None = None,
+    single_path: bool = False,
+    generics: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    progress: Any = None,
+) -> list[Image.Image]:
+    """One picture a prompt and seed.
+
+    A LoRA of a hollowed training is used on two paths (Hollowed Net, Sec. 4.3) with each prompt's
+    generic form or, if given, its one of `generics`; any other LoRA, or `single_path`, on the ordinary one. Text
+    encoders, U-Net and VAE visit `device` in turn; None leaves them where they are.
+    """
+    if len(seeds) != len(prompts):
+        raise HollowError(f"There are {len(prompts)} prompts and {len(seeds)} seeds. Give one seed for each prompt.")
+    if generics is not None and len(generics) != len(prompts):
+        raise HollowError(
+            f"There are {len(prompts)} prompts and {len(generics)} generic ones. Give one for each prompt."
+        )
+    size = settings.size or (model.resolution, model.resolution)
+    recipe = None if lora is None or single_path else lora.recipe
+    with visiting(device, *model.text_encoders):
+        texts = [encode_guided(model, prompt, settings) for prompt in prompts]
+        bare: list[Conditioning] = []
+        if recipe is not None and recipe.cut is not None:
+            generics = generics or [generic_prompt(prompt, recipe.identifier) for prompt in prompts]
+            bare = [encode_prompt(model, text, size) for text in generics]
+    latents: list[torch.Tensor] = []
+    with _lora(model, lora, settings.strength), visiting(device, model.unet):
+        for first in range(0, len(prompts), settings.together):
+            few = slice(first, first + settings.together)
+            generic = Conditioning.batch(bare[few]) if bare else None
+            latents += draw(model, _batch(texts[few]), seeds[few], settings, recipe, generic).split(1)
+            if progress is not None:
+                progress(len(latents), len(prompts))
+    with visiting(device, model.vae):
+        return decode_images(model, latents)
+
+
+def portions(number: int, together: int) -> Iterator[slice]:
+    """So many pictures in slices of what to draw before it is written, each of full batches of `together`."""
+    size = together * max(AT_A_TIME // together, 1)
+    return (slice(first, first + size) for first in range(0, number, size))
+
+
+@torch.no_grad()
+def encode_guided(model: BaseModel, prompt: str, settings: SampleSettings) -> dict[str, Any]:
+    """A prompt and the negative one as `draw` takes them, by the pipeline's names."""
+    encoder = model.text_encoders[0]
+    embeds = model.pipeline().encode_prompt(
+        prompt,
+        device=next(encoder.parameters()).device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=settings.guidance > 1,
+        negative_prompt=settings.negative,
+    )
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return dict(zip(names, embeds, strict=False))
+
+
+def _batch(texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        name: None if part is None else torch.cat([text[name] for text in texts]) for name, part in texts[0].items()
+    }
+
+
+def draw(
+    model: BaseModel,
+    text: dict[str, Any],
+    seeds: Sequence[int],
+    settings: SampleSettings,
+    recipe: Recipe | None = None,
+    generic: Conditioning | None = None,
+) -> torch.Tensor:
+    """Scaled latents (batch, 4, height / 8, width / 8) from what `encode_guided` gives for one prompt or, in a batch,
+    for several, each with its seed; by the U-Net alone."""
+    pipeline = replace(model, vae=None, text_encoders=()).pipeline()
+    pipeline.vae_scale_factor = model.resolution // model.unet.config.sample_size
+    pipeline.set_progress_bar_config(disable=True)
+    height, width = settings.size or (model.resolution, model.resolution)
+    paths: Any = nullcontext()
+    if recipe is not None and generic is not None:
+        paths = two_path(
+            pipeline, cut=recipe.cut, generic=generic, strength=settings.strength, refresh=settings.refresh
+        )
+    with paths:
+        return pipeline(
+            **text,
+            height=height,
+            width=width,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],  # the CPU's: alike on every device
+            output_type="latent",
+        ).images
+
+
+@contextmanager
+def _lora(model: BaseModel, lora: LoraFile | None, strength: float) -> Iterator[None]:
+    if lora is None:
+        yield
+        return
+    trained_for = None if lora.recipe is None else lora.recipe.prediction_type
+    if trained_for not in (None, model.schedule.config.prediction_type):
+        raise HollowError(
+            f"The LoRA was trained on a model of prediction type {trained_for}, this one is of "
+            f"{model.schedule.config.prediction_type}. Use it with the model it was trained on."
+        )
+    load_lora_state(model.unet, lora.state, lora.alpha)
+    set_strength(model.unet, strength)
+    try:
+        yield
+    finally:
+        remove_lora(model.unet)

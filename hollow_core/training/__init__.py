@@ -1,0 +1,1 @@
+"""Both stages: records, and a LoRA trained on them."""

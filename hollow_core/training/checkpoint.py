@@ -1,0 +1,66 @@
+"""The state of a training run in one safetensors file: all that going on, as if never interrupted, needs."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import HollowError
+from ..files import read_safetensors, write_safetensors
+
+_KEY = "hollow.checkpoint"  # of the metadata; one key, as safetensors writes several in any order
+
+
+class Checkpoint(NamedTuple):
+    """A training run after so many steps as it has losses."""
+
+    lora: dict[str, Tensor]  # as `lora_state` gives it
+    optimizers: dict[str, dict[int, dict[str, Tensor]]]  # of each way to step the "state" of its state_dict
+    losses: list[float]
+    loss_scale: float
+    made_for: Mapping[str, Any]  # what a run must have in common with this one to go on from it
+
+    def save(self, path: Path) -> None:
+        """Write it to `path`; an older file there is replaced whole. Raises HollowError where it cannot."""
+        tensors = {f"lora {name}": tensor for name, tensor in self.lora.items()}
+        for way, state in self.optimizers.items():
+            for index, parts in state.items():
+                tensors |= {f"optimizer {way} {index} {part}": tensor for part, tensor in parts.items()}
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        about = {"loss_scale": self.loss_scale, "made_for": self.made_for}
+        write_safetensors(path, tensors, {_KEY: json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: Path, made_for: Mapping[str, Any]) -> "Checkpoint":
+        """The checkpoint at `path`.
+
+        Raises HollowError for a damaged file, and for one made for something else, saying what.
+        """
+        tensors, metadata = read_safetensors(path)
+        if _KEY not in metadata:
+            raise HollowError(f"{path} is no checkpoint of a training. Choose another folder.")
+        about = json.loads(metadata[_KEY])
+        stored, asked = about["made_for"], json.loads(json.dumps(made_for))
+        differences = [
+            f"{name} ({stored.get(name)} there, {asked[name]} asked)"
+            for name in asked
+            if stored.get(name) != asked[name]
+        ]
+        if differences:
+            raise HollowError(
+                f"{path} is of a training that differs: {', '.join(differences)}. "
+                "Go back to what it was, choose another folder, or delete the file to start anew."
+            )
+        lora = {}
+        optimizers = defaultdict[str, dict[int, dict[str, Tensor]]](dict)
+        for name, tensor in tensors.items():
+            match name.split(" "):
+                case ["lora", key]:
+                    lora[key] = tensor
+                case ["optimizer", way, index, part]:
+                    optimizers[way].setdefault(int(index), {})[part] = tensor
+        return cls(lora, optimizers, tensors["losses"].tolist(), about["loss_scale"], stored)

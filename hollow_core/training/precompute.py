@@ -1,0 +1,268 @@
+"""Stage 1: run the base U-Net to the exit and keep what it delivers there (Hollowed Net, Sec. 4.3)."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from ..errors import HollowError
+from ..files import digest
+from ..lora.layers import lora_parameters
+from ..nets.conditioning import Conditioning
+from ..nets.unet import head
+from ..nets.unet_layers import check_cut
+from ..progress import Clock, Stop, Watch
+from .store import Fingerprint, Kind, Record, Store, schedule_id, store_id
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A picture with its two prompts: one of the subject ("image"), or one of its class ("prior").
+
+    A prior example trains on its generic prompt (P_pr of Eq. 2), its personal one is not looked at. The first
+    "low image" is the first "image" at a lower resolution, and so on; likewise "low prior".
+    """
+
+    latents: torch.Tensor  # (1, 4, height, width), scaled as the U-Net expects them
+    personal: Conditioning  # "a photo of a sks dog": what training sees
+    generic: Conditioning  # "a photo of a dog": what the base path sees
+    personal_prompt: str
+    generic_prompt: str
+    kind: Kind = "image"
+
+
+def precompute(
+    unet: UNet2DConditionModel,
+    schedule: DDPMScheduler,
+    examples: Sequence[Example],
+    folder: Path | str,
+    *,
+    cut: int | None,
+    samples: int = 200,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float16,
+    apart: bool = False,
+    progress: Watch | None = None,
+    stop: Stop | None = None,
+) -> Store:
+    """Make the records that `train` reads, or those of them that an interrupted run has not made yet.
+
+    `samples` is the number of records, half of them (rounded down) for the prior if it has examples; low
+    examples add as many again, see `plan`. Exit activations are kept in `dtype`: float16, bfloat16 or float32.
+    With `cut` None nothing is to be hollowed, and the records, for an ordinary LoRA, have no activation.
+    `apart` keeps the store in a folder of its own inside `folder`, named by what it is made from, so that other
+    inputs never meet it. `progress` is called after each record, `stop` asked before each; a stopped run gives
+    back a store with shards missing.
+
+    Raises HollowError for wrong arguments, for a store in `folder` that is damaged or was made from something
+    else, for an activation that overflows, and where the disk is full. What is written by then stays good.
+    """
+    _check(unet, schedule, examples, cut=cut, samples=samples, dtype=dtype)
+    fingerprint, inputs = _fingerprint(unet, schedule, examples, cut, samples, seed, dtype)
+    records = plan(fingerprint.kinds, samples, len(schedule.alphas_cumprod), seed)
+    if apart:
+        folder = Path(folder) / store_id(fingerprint, records)[:12]
+    store = Store.open_or_create(folder, fingerprint, records, inputs)
+    if cut is None:
+        return store
+
+    base = head(unet, cut).eval()
+    step = len(records) - sum(len(store.shard(shard)) for shard in store.missing)
+    clock = Clock(step, len(records))
+    for shard in store.missing:
+        exit_activations = {}
+        for index in store.shard(shard):
+            if stop is not None and stop():
+                return store
+            record = store.records[index]
+            exit_activation = run_to_exit(base, schedule, record, examples[record.image]).to("cpu", dtype)
+            if not exit_activation.isfinite().all():
+                raise HollowError(
+                    f"The exit activation at time step {record.timestep} is not finite in {_name(dtype)}. "
+                    "Keep the records in bfloat16, or load the model in float32."
+                )
+            exit_activations[index] = exit_activation
+            step += 1
+            if progress is not None:
+                progress(clock(step))
+        store.write_shard(shard, exit_activations)
+    return store
+
+
+@torch.no_grad()
+def run_to_exit(base: UNet2DConditionModel, schedule: DDPMScheduler, record: Record, example: Example) -> torch.Tensor:
+    """What `base`, a `head`, delivers for a record (1, channels, h, w), under the generic prompt."""
+    weight = base.conv_in.weight
+    noisy, _ = record.noisy(schedule, example.latents)
+    conditioning = example.generic.to(weight.device, weight.dtype)
+    return base(noisy.to(weight.device, weight.dtype), record.timestep, **conditioning.kwargs()).sample
+
+
+def plan(kinds: Sequence[Kind], samples: int, timesteps: int, seed: int) -> list[Record]:
+    """The records to make: stratified over the time steps from 0, and dealt evenly over the examples.
+
+    The images share `samples` records, or half of them (rounded up) where there is a prior for the rest. Where
+    there are low examples, each of these records has a twin of the same time step and noise seed behind them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images, prior, low_images, low_prior = (
+        [index for index, kind in enumerate(kinds) if kind == wanted] for wanted in get_args(Kind)
+    )
+    prior_samples = samples // 2 if prior else 0
+    records = [
+        *_stratified("image", images, samples - prior_samples, timesteps, generator),
+        *_stratified("prior", prior, prior_samples, timesteps, generator),
+    ]
+    low = dict(zip([*images, *prior], [*low_images, *low_prior], strict=True)) if low_images else {}
+    twins = [record._replace(image=low[record.image], kind=kinds[low[record.image]]) for record in records if low]
+    return [*records, *twins]
+
+
+def _stratified(
+    kind: Kind, images: Sequence[int], samples: int, timesteps: int, generator: torch.Generator
+) -> list[Record]:
+    """One draw from each of `samples` equal stretches of time.
+
+    Each run of as many stretches as there are images is dealt to all of them in a random order: so every
+    image, too, is spread over the time steps.
+    """
+    places = torch.arange(samples) + torch.rand(samples, generator=generator, dtype=torch.float64)
+    drawn = (places * timesteps / samples).long().clamp(max=timesteps - 1).tolist()
+    rounds = math.ceil(samples / max(len(images), 1))
+    dealt = [images[i] for _ in range(rounds) for i in torch.randperm(len(images), generator=generator)]
+    seeds = torch.randint(2**32, (samples,), generator=generator).tolist()
+    return [Record(i, kind, t, s) for i, t, s in zip(dealt[:samples], drawn, seeds, strict=True)]
+
+
+def check_samples(samples: int, kinds: int = 1) -> None:
+    """Raises HollowError for fewer records than one of each kind: of the subject and, where it has any, its class."""
+    if samples < kinds:
+        raise HollowError(f"{samples} records are too few. Ask for at least {kinds}; 200 are usual.")
+
+
+def model_id(unet: UNet2DConditionModel) -> str:
+    """A name for a U-Net's config and weights, as they are loaded."""
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    sha = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(unet.state_dict().items()):
+        sha.update(f"{name} {digest(tensor)}".encode())
+    return sha.hexdigest()[:32]
+
+
+def _fingerprint(
+    unet: UNet2DConditionModel,
+    schedule: DDPMScheduler,
+    examples: Sequence[Example],
+    cut: int | None,
+    samples: int,
+    seed: int,
+    dtype: torch.dtype,
+) -> tuple[Fingerprint, Mapping[str, torch.Tensor]]:
+    """With the tensors that training needs, by digest: an embedding that many examples share is kept once."""
+    inputs = {}
+    latents, embeddings = [], []
+    for example in examples:
+        tensors = {"personal": _tensors(example.personal), "generic": _tensors(example.generic)}
+        z = example.latents.float()
+        latents.append(digest(z))
+        embeddings.append({p: {part: digest(t) for part, t in e.items()} for p, e in tensors.items()})
+        trained = tensors["personal" if example.kind.endswith("image") else "generic"]
+        inputs.update({digest(t): t.detach().cpu().clone() for t in [z, *trained.values()]})
+    return Fingerprint(
+        model=model_id(unet),
+        cut=cut,
+        schedule=schedule_id(schedule),
+        samples=samples,
+        seed=seed,
+        dtype=_name(dtype),
+        kinds=[example.kind for example in examples],
+        prompts=[{"personal": e.personal_prompt, "generic": e.generic_prompt} for e in examples],
+        embeddings=embeddings,
+        latents=latents,
+    ), inputs
+
+
+def _tensors(conditioning: Conditioning) -> dict[str, torch.Tensor]:
+    return {part: tensor for part, tensor in conditioning._asdict().items() if tensor is not None}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check(
+    unet: UNet2DConditionModel,
+    schedule: DDPMScheduler,
+    examples: Sequence[Example],
+    *,
+    cut: int | None,
+    samples: int,
+    dtype: torch.dtype,
+) -> None:
+    if cut is not None:
+        check_cut(unet.config, cut)
+    if lora_parameters(unet):
+        raise HollowError("This U-Net carries a LoRA, but the base path runs without one. Take it out first.")
+    if dtype not in DTYPES:
+        names = ", ".join(_name(known) for known in DTYPES)
+        raise HollowError(f"Records cannot be kept in {_name(dtype)}. Choose one of {names}.")
+    counts = Counter(example.kind for example in examples)
+    kinds = counts.keys() & {"image", "prior"}
+    if "image" not in kinds:
+        raise HollowError("There is no image to train on. Give at least one of the subject.")
+    low = counts["low image"], counts["low prior"]
+    if low not in ((0, 0), (counts["image"], counts["prior"])):
+        raise HollowError(
+            f"There are {low[0]} images and {low[1]} class pictures at a lower resolution, but {counts['image']} and "
+            f"{counts['prior']} at full. Give each of them a twin, in the same order, or none."
+        )
+    _check_twins(examples)
+    check_samples(samples, len(kinds))
+    prediction = schedule.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        raise HollowError(f"The prediction type {prediction!r} is unknown. Use epsilon, v_prediction or sample.")
+    if prediction == "epsilon" and schedule.alphas_cumprod[-1] < 1e-6:
+        raise HollowError(
+            "A schedule with zero terminal SNR cannot train on epsilon: at its last step the "
+            "latents are nothing but the noise that is asked for. Set the prediction type to v_prediction."
+        )
+    for number, example in enumerate(examples):
+        _check_example(unet, number, example)
+
+
+def _check_twins(examples: Sequence[Example]) -> None:
+    for kind in ("image", "prior"):
+        full, low = ([e.latents.shape[-2:] for e in examples if e.kind == of] for of in (kind, f"low {kind}"))
+        for large, small in zip(full, low, strict=False):
+            if any(side >= whole for side, whole in zip(small, large, strict=True)):
+                raise HollowError(
+                    f"A picture's latents at the lower resolution are {small[0]}×{small[1]}, but {large[0]}×{large[1]} "
+                    "at full. Make the low ones smaller, half as large for example."
+                )
+
+
+def _check_example(unet: UNet2DConditionModel, number: int, example: Example) -> None:
+    shape, channels = tuple(example.latents.shape), unet.config.in_channels
+    if len(shape) != 4 or shape[:2] != (1, channels):
+        raise HollowError(
+            f"The latents of example {number} have shape {shape}, but this U-Net takes "
+            f"(1, {channels}, height, width). Encode one picture at a time with the model's own VAE."
+        )
+    if not example.latents.isfinite().all():
+        raise HollowError(f"The latents of example {number} are not finite. Encode the picture in float32.")
+    for conditioning in (example.personal, example.generic):
+        width, expected = conditioning.encoder_hidden_states.shape[-1], unet.config.cross_attention_dim
+        if isinstance(expected, int) and width != expected:
+            raise HollowError(
+                f"The prompts of example {number} are {width} wide, but this U-Net takes {expected}. "
+                "Use the model's own text encoder."
+            )

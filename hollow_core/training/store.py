@@ -1,0 +1,238 @@
+"""The record store: stage 1 leaves here, in a folder that survives a crash, what stage 2 trains on.
+
+    store.json                  what the store was made from, and the plan of its records
+    inputs.safetensors          latents and prompt embeddings for training, named by a digest of their content
+    records-00000.safetensors   the exit activations of records 0 to 7, and so on
+
+Every file appears whole or not at all, and store.json comes before the first shard: whatever a killed run
+has left, the missing shards are what remains to be done.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from diffusers import DDPMScheduler
+from safetensors import SafetensorError, safe_open
+
+from ..errors import HollowError
+from ..files import digest, read_json, write_json, write_safetensors
+from ..nets.conditioning import Conditioning
+
+FORMAT = 1
+SHARD = 8  # records a file: no more than these are lost when a run is killed
+SHARD_FILES = "records-*.safetensors"
+
+Kind = Literal["image", "prior", "low image", "low prior"]
+"""Whether a record is of the subject or of its class, and "low" if at a lower resolution, as the twin of another."""
+
+
+class Record(NamedTuple):
+    """One noisy latent, and what the base path delivers at the exit for it.
+
+    The noise is not kept, its seed is. `exit_activation` (1, channels, height, width) is None until it is
+    read from the shard, and always None in a store without a cut.
+    """
+
+    image: int  # index among the examples
+    kind: Kind
+    timestep: int
+    noise_seed: int
+    exit_activation: torch.Tensor | None = None
+
+    def noisy(self, schedule: DDPMScheduler, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """z_t = α_t z + σ_t ε, and ε, for latents z (1, 4, height, width).
+
+        In float32 and on the CPU, so that both stages see the same on every device.
+        """
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self.noise_seed))
+        return schedule.add_noise(latents.float().cpu(), noise, torch.tensor([self.timestep])), noise
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """All that decides what is in a store. Tensors stand as digests, lists have one entry an example."""
+
+    model: str
+    cut: int | None  # None: nothing hollowed, so records without activation, for an ordinary LoRA
+    schedule: str
+    samples: int
+    seed: int
+    dtype: str
+    kinds: list[Kind]
+    prompts: list[dict[str, str]]  # "personal" and "generic"
+    embeddings: list[dict[str, dict[str, str]]]  # of each prompt the tensors of its Conditioning
+    latents: list[str]
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """What differs, in words, where this one is stored and `other` is asked for."""
+        stored, asked = asdict(self), asdict(other)
+        named = {
+            name: f"{name} ({stored[name]} stored, {asked[name]} asked)" for name in ("cut", "samples", "seed", "dtype")
+        } | {"model": "model (other weights, or the same in another precision)"}
+        return [named.get(name, name) for name in stored if stored[name] != asked[name]]
+
+
+def schedule_id(schedule: DDPMScheduler) -> str:
+    """What training needs of a noise schedule: the kind of target and every ᾱ_t."""
+    return f"{schedule.config.prediction_type} {digest(schedule.alphas_cumprod)}"
+
+
+def store_id(fingerprint: Fingerprint, records: Sequence[Record]) -> str:
+    """A name for a store that is made from this and holds these records."""
+    content = [asdict(fingerprint), [record[:4] for record in records]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Store:
+    """A folder of records, whole or with shards still missing."""
+
+    def __init__(self, folder: Path, fingerprint: Fingerprint, records: Sequence[Record]) -> None:
+        self.folder, self.fingerprint, self.records = folder, fingerprint, tuple(records)
+
+    @classmethod
+    def open_or_create(
+        cls,
+        folder: Path | str,
+        fingerprint: Fingerprint,
+        records: Sequence[Record],
+        inputs: Mapping[str, torch.Tensor],
+    ) -> "Store":
+        """The store in `folder`, or a new one with the plan `records` and the tensors of training by digest.
+
+        Raises HollowError for a store that was made from something else, saying what differs, for a damaged
+        one, and where the folder cannot be written.
+        """
+        folder = Path(folder)
+        if (folder / "store.json").exists():
+            store = cls.open(folder)
+            if differences := store.fingerprint.differences(fingerprint):
+                raise HollowError(
+                    f"The store in {folder} was made from something else: {', '.join(differences)}. "
+                    "Ask for what it was made from, choose another folder, or delete this one."
+                )
+            return store
+        for shard in folder.glob(SHARD_FILES):  # of a store whose store.json was thrown away
+            shard.unlink()
+        write_safetensors(folder / "inputs.safetensors", inputs)
+        plan = [dict(zip(Record._fields[:4], record, strict=False)) for record in records]
+        index = {"format": FORMAT, "fingerprint": asdict(fingerprint), "records": plan}
+        write_json(folder / "store.json", index)
+        return cls(folder, fingerprint, records)
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "Store":
+        """The store in `folder`; looks into every file but reads no record.
+
+        Raises HollowError for a missing or damaged file; a shard not yet made is in `missing`, no error.
+        """
+        path = Path(folder) / "store.json"
+        index = read_json(path)
+        try:
+            if index["format"] != FORMAT:
+                raise HollowError(f"{path} has the unknown format {index['format']}. Precompute into a new folder.")
+            fingerprint = Fingerprint(**index["fingerprint"])
+            store = cls(path.parent, fingerprint, [Record(**record) for record in index["records"]])
+            with store._open_inputs():
+                pass
+        except (KeyError, TypeError) as error:
+            raise HollowError(
+                f"{path} is no index of a record store ({error!r}). Delete its folder and precompute anew."
+            ) from error
+        for shard in set(store._shards()) - set(store.missing):
+            with store._open_shard(shard):
+                pass
+        return store
+
+    @property
+    def cut(self) -> int | None:
+        """What the records were made for; None where nothing is hollowed."""
+        return self.fingerprint.cut
+
+    @property
+    def id(self) -> str:
+        """A name for what the store was made from and what is planned to be in it."""
+        return store_id(self.fingerprint, self.records)
+
+    @property
+    def missing(self) -> list[int]:
+        """The numbers of the shards that are still to be made."""
+        return [shard for shard in self._shards() if not self._shard_path(shard).exists()]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on the disk."""
+        files = [self.folder / "store.json", self._inputs_path, *self.folder.glob(SHARD_FILES)]
+        return sum(path.stat().st_size for path in files)
+
+    def indices(self, kind: Kind) -> list[int]:
+        """Which records are of this kind; a low kind's are the twins of the other's, in the same order."""
+        return [index for index, record in enumerate(self.records) if record.kind == kind]
+
+    def shard(self, shard: int) -> range:
+        """Which records are in this shard."""
+        return range(shard * SHARD, min((shard + 1) * SHARD, len(self.records)))
+
+    def write_shard(self, shard: int, exit_activations: Mapping[int, torch.Tensor]) -> None:
+        """Keep the exit activations (1, channels, height, width) of all records of a shard, by record."""
+        tensors = {str(index): tensor for index, tensor in exit_activations.items()}
+        write_safetensors(self._shard_path(shard), tensors)
+
+    def record(self, index: int) -> Record:
+        """One record with its exit activation; reads no other. Raises HollowError for a damaged file."""
+        record = self.records[index]
+        if self.cut is None:
+            return record
+        with self._open_shard(index // SHARD) as file:
+            return record._replace(exit_activation=file.get_tensor(str(index)))
+
+    def inputs(self, image: int) -> tuple[torch.Tensor, Conditioning]:
+        """What training needs of an example: scaled latents (1, 4, height, width), and the embedded prompt.
+
+        That is the personal prompt for an image, the generic one for the prior.
+        """
+        with self._open_inputs() as file:
+            embedding = {part: file.get_tensor(name) for part, name in self._embedding(image).items()}
+            return file.get_tensor(self.fingerprint.latents[image]), Conditioning(**embedding)
+
+    def _embedding(self, image: int) -> dict[str, str]:
+        prompt = "personal" if self.fingerprint.kinds[image].endswith("image") else "generic"
+        return self.fingerprint.embeddings[image][prompt]
+
+    def _shards(self) -> range:
+        return range(0 if self.cut is None else math.ceil(len(self.records) / SHARD))
+
+    @property
+    def _inputs_path(self) -> Path:
+        return self.folder / "inputs.safetensors"
+
+    def _shard_path(self, shard: int) -> Path:
+        return self.folder / f"records-{shard:05}.safetensors"
+
+    def _open_inputs(self) -> AbstractContextManager[safe_open]:
+        images = range(len(self.fingerprint.kinds))
+        embeddings = [name for image in images for name in self._embedding(image).values()]
+        names = {*self.fingerprint.latents, *embeddings}
+        return _open(self._inputs_path, names, f"Delete {self.folder} and precompute anew.")
+
+    def _open_shard(self, shard: int) -> AbstractContextManager[safe_open]:
+        names = {str(index) for index in self.shard(shard)}
+        return _open(self._shard_path(shard), names, "Delete it and precompute again: the rest is kept.")
+
+
+@contextmanager
+def _open(path: Path, names: set[str], remedy: str) -> Iterator[safe_open]:
+    """A safetensors file of exactly these tensors; only its header is read."""
+    try:
+        with safe_open(path, "pt") as file:
+            if set(file.keys()) != names:
+                raise HollowError(f"{path} does not hold what its store.json says. {remedy}")
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise HollowError(f"{path} is missing or damaged ({error}). {remedy}") from error

@@ -1,0 +1,243 @@
+"""Stage 2: train a LoRA on the records of a store; the loop reads top to bottom."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from ..errors import HollowError
+from ..lora.layers import add_lora, load_lora_state, lora_state, named_lora_parameters, snapshot
+from ..progress import Clock, Stop, Watch
+from .checkpoint import Checkpoint
+from .optimizer import Optimizer
+from .selective import Choice, Taken, choices, taken
+from .settings import DTYPES, TrainSettings
+from .steps import Part, Step, ZerothOrder, backpropagate, part_loss
+from .store import Store, schedule_id
+
+CHECKPOINT = "checkpoint.safetensors"
+
+Stopped = Literal["finished", "stop", "non-finite loss", "non-finite gradient"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out. After a non-finite loss or gradient, the LoRA of the last finite loss."""
+
+    state: dict[str, Tensor]  # as `lora_state` gives it
+    losses: list[float]  # one a step, from the first step on
+    stopped: Stopped
+    taken: list[Taken]  # of every step its image records, one after the other
+
+    @property
+    def steps(self) -> int:
+        """Steps done, those of interrupted runs included."""
+        return len(self.losses)
+
+
+def train(
+    unet: UNet2DConditionModel,
+    schedule: DDPMScheduler,
+    store: Store,
+    settings: TrainSettings,
+    *,
+    folder: Path | str,
+    progress: Watch | None = None,
+    stop: Stop | None = None,
+) -> TrainResult:
+    """Train a fresh LoRA in `unet`, or go on from the checkpoint in `folder`, and leave it in there.
+
+    `unet` is hollowed at the cut of `store` (Hollowed Net, Sec. 4.3) or, for a store without a cut, whole;
+    drop the base before, nothing here needs it. A step minimises the mean loss of `batch` image records
+    (Eq. 1) plus `prior_weight` times that of `batch` prior records (Eq. 2), in the way that the strategy
+    chooses; "selective" needs a store with low examples. `progress` is called after each
+    step, `stop` is asked before each step. Interrupted anywhere and called again, it ends with the same LoRA,
+    on a CPU bit by bit, on a GPU but for rounding, as its backward pass is not the same twice; called with more
+    `steps`, it goes on, but for "selective", whose schedule ends with the last of them.
+
+    Raises HollowError for a store that is unfinished or does not fit `unet` and `schedule`; for a checkpoint
+    that is damaged or of other settings, as going on would give a LoRA of neither and a fresh start would
+    overwrite what may have taken hours; and for a full disk. Where memory runs out in a pass, torch's
+    OutOfMemoryError is passed on, after a checkpoint; in an update, without a new one. Called again with less around,
+    or with smaller settings, it goes on.
+    """
+    _check(unet, schedule, store, settings)
+    path = Path(folder) / CHECKPOINT
+    made_for = {"store": store.id} | settings.fixed
+    begun = Checkpoint.load(path, made_for) if path.exists() else None
+    if begun is not None and len(begun.losses) > settings.steps:
+        raise HollowError(
+            f"{path} has {len(begun.losses)} steps already, more than the {settings.steps} asked. "
+            "Ask for more, or choose another folder."
+        )
+
+    # a LoRA in the frozen U-Net, and its optimizer
+    unet.eval()  # the records, too, were made without dropout
+    if settings.gradient_checkpointing:
+        checkpoint_activations(unet, settings.checkpoint_levels)
+    if begun is None:
+        generator = torch.Generator().manual_seed(_seeds(settings)[0])
+        add_lora(unet, settings.rank, settings.lora_alpha, settings.targets, generator=generator)
+    else:
+        load_lora_state(unet, begun.lora, settings.lora_alpha)
+    named = named_lora_parameters(unet)
+    parameters = list(named.values())
+    for matrix in parameters:
+        matrix.data = matrix.data.to(DTYPES[settings.lora_precision])
+    optimizer_at = partial(Optimizer, parameters, settings.optimizer, weight_decay=settings.weight_decay)
+    zo_learning_rate = settings.zo_learning_rate or settings.learning_rate
+    optimizers = {
+        "backward": optimizer_at(learning_rate=settings.learning_rate, fused=settings.fused_backward),
+        "forward": optimizer_at(learning_rate=zo_learning_rate),  # of zeroth-order steps, with moments of their own
+    }
+    for way, optimizer in optimizers.items():
+        if begun is not None:
+            optimizer.load(begun.optimizers[way])
+
+    # what each step does, as only the seed decides: to go on is to skip ahead
+    losses = [] if begun is None else begun.losses
+    ahead = steps_ahead(store, schedule, settings)
+    trained_on = [record for choice in islice(ahead, len(losses)) for record in taken(store, choice)]
+
+    loss_of = partial(part_loss, unet, schedule, store, snr_gamma=settings.snr_gamma)
+
+    def save() -> None:
+        moments = {way: optimizer.state() for way, optimizer in optimizers.items()}
+        Checkpoint(snapshot(named), moments, losses, loss_scale, made_for).save(path)
+
+    good = snapshot(named)
+    loss_scale = (2.0**16 if settings.precision == "fp16" else 1.0) if begun is None else begun.loss_scale
+    stopped: Stopped = "finished"
+    clock = Clock(len(losses), settings.steps)
+    while len(losses) < settings.steps:
+        if stop is not None and stop():
+            stopped = "stop"
+            break
+
+        # the gradient, a part of the records at a time, backwards or from forwards alone
+        choice = next(ahead)
+        forward_only = choice.kind == "zo-high"
+        zeroth_order = ZerothOrder(parameters, choice.seed, settings.zo_epsilon, settings.zo_queries)
+        step: Step = zeroth_order if forward_only else backpropagate
+        optimizer = optimizers["forward" if forward_only else "backward"]
+        before = snapshot(named)
+        try:
+            with optimizer.watching():
+                loss = step(loss_of, _parts(store, choice.weighted, settings.together), loss_scale)
+        except torch.cuda.OutOfMemoryError:
+            if not optimizer.begun:  # half an update is none to go on from
+                save()
+            raise
+        if not math.isfinite(loss):
+            stopped = "non-finite loss"
+            break
+        good = before
+
+        # the update; fp16 gradients that overflow are left out, and the loss scaled less from then on
+        for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
+            gradient /= loss_scale
+        norm = optimizer.clip(settings.max_grad_norm)
+        if norm.isfinite():
+            optimizer.step()
+        elif loss_scale > 1:
+            loss_scale /= 2
+        else:
+            stopped = "non-finite gradient"
+            break
+        losses.append(loss)
+        trained_on += taken(store, choice)
+
+        # save, then tell
+        done = clock(len(losses), loss)
+        if settings.save_every and done.step % settings.save_every == 0 and done.step < done.steps:
+            save()
+        if progress is not None:
+            progress(done)
+
+    if stopped in ("finished", "stop"):
+        save()
+    else:
+        load_lora_state(unet, good, settings.lora_alpha)
+    return TrainResult(lora_state(unet), losses, stopped, trained_on)
+
+
+def steps_ahead(store: Store, schedule: DDPMScheduler, settings: TrainSettings) -> Iterator[Choice]:
+    """What each step of a training does, from the first on and for ever. Raises HollowError as `choices` does."""
+    return choices(
+        store,
+        settings.strategy,
+        batch=settings.batch,
+        prior_weight=settings.prior_weight,
+        steps=settings.steps,
+        timesteps=len(schedule.alphas_cumprod),
+        probability=settings.bp_low_probability,
+        zo_timesteps=settings.zo_timesteps,
+        seeds=_seeds(settings)[1:],
+    )
+
+
+def _seeds(settings: TrainSettings) -> list[int]:
+    """For the LoRA's first values, then those of `choices`."""
+    seeds: list[int] = torch.randint(2**32, (5,), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    return seeds
+
+
+def _parts(store: Store, weighted: Sequence[tuple[int, float]], together: int) -> list[Part]:
+    """`weighted` in order, in parts of up to so many neighbours whose pictures and prompts are of one size."""
+    if together == 1:
+        return [[each] for each in weighted]
+    parts: list[list[tuple[int, float]]] = []
+    sizes = None
+    for index, weight in weighted:
+        latents, conditioning = store.inputs(store.records[index].image)
+        before, sizes = sizes, (latents.shape, conditioning.encoder_hidden_states.shape)
+        if sizes != before or len(parts[-1]) == together:
+            parts.append([])
+        parts[-1].append((index, weight))
+    return list(parts)
+
+
+def checkpoint_activations(unet: UNet2DConditionModel, levels: int | None = None) -> None:
+    """Let backward passes compute anew what blocks would keep, in so many levels from the outermost; None: in all."""
+    unet.enable_gradient_checkpointing()
+    if levels is None:
+        return
+    inner = [*list(unet.down_blocks)[levels:], unet.mid_block, *list(unet.up_blocks)[: len(unet.up_blocks) - levels]]
+    for module in (module for block in inner if block is not None for module in block.modules()):
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
+
+
+def _check(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, settings: TrainSettings) -> None:
+    if (dtype := unet.conv_in.weight.dtype) != DTYPES[settings.precision]:
+        raise HollowError(
+            f"The U-Net is in {str(dtype).removeprefix('torch.')}, but the precision is {settings.precision}. "
+            "Load it in that precision, or ask for another."
+        )
+    if store.missing:
+        raise HollowError(f"The store in {store.folder} is not finished. Run precompute again: it goes on.")
+    if schedule_id(schedule) != store.fingerprint.schedule:
+        raise HollowError(f"The store in {store.folder} was made with another noise schedule. Precompute anew.")
+    if (cut := getattr(unet, "cut", None)) != store.cut:
+        raise HollowError(
+            f"The U-Net has cut {cut}, the store in {store.folder} has cut {store.cut} (None: not hollowed). "
+            "Hollow the U-Net at the cut of the store."
+        )
+    if settings.prior_weight > 0 and store.indices("prior"):
+        check_unfused(settings)
+
+
+def check_unfused(settings: TrainSettings) -> None:
+    """Raises HollowError for a fused step, where class pictures are to be trained on."""
+    if settings.fused_backward:
+        raise HollowError(
+            "fused_backward trains on one record a step, but there are pictures of the class too. "
+            "Set prior_weight to 0, or turn fused_backward off."
+        )

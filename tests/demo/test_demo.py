@@ -1,0 +1,101 @@
+"""The embedded model and its demo."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageChops
+from transformers import CLIPTokenizer
+
+from hollow_core.demo import gates, language, run, scorers, world
+from hollow_core.models.base_model import load
+from hollow_core.nets.unet_layers import max_cut
+
+
+def test_the_model_is_small_and_loads_as_any_other() -> None:
+    files = [path for path in run.MODEL.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 16e6
+    assert {path.suffix for path in files} == {".safetensors", ".json", ".txt"}
+    pipeline = StableDiffusionPipeline.from_pretrained(run.MODEL, torch_dtype=torch.float32, local_files_only=True)
+    assert max_cut(pipeline.unet.config) == 11
+    assert pipeline.unet.config.layers_per_block == 2
+    assert sum(kind.startswith("CrossAttn") for kind in pipeline.unet.config.down_block_types) == 3
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline("a photo of a cup on the grass", num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    assert drawn.images[0].size == (64, 64)
+
+
+def test_held_out_subjects_are_never_drawn_in_training() -> None:
+    choose = random.Random(0)
+    drawn = {(s.kind, s.color, s.second) for s in (world.random_subject(choose) for _ in range(20_000))}
+    assert len(world.HELD_OUT) >= 6
+    assert not drawn & {(s.kind, s.color, s.second) for s in world.HELD_OUT}
+    assert {kind for kind, _, _ in drawn} == set(world.CLASSES)
+
+
+def test_every_word_of_the_world_is_one_token() -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(run.MODEL / "tokenizer")
+    for word in language.vocabulary():
+        assert len(tokenizer.tokenize(word)) == 1, word
+    longest = max((world.photo_caption(f"sks {s.describe()}", "sea") for s in world.HELD_OUT), key=len)
+    assert len(tokenizer(longest).input_ids) <= language.MAX_TOKENS
+
+
+def test_references_are_the_same_individual_on_five_backgrounds() -> None:
+    for subject in world.HELD_OUT:
+        scenes = [scene for scene, _ in world.reference_pictures(subject)]
+        again = [picture for _, picture in world.reference_pictures(subject)]
+        assert len(set(scenes)) == 5
+        assert not set(scenes) & set(world.NEW_SCENES)
+        for (_, picture), twin in zip(world.reference_pictures(subject), again, strict=True):
+            assert not ImageChops.difference(picture, twin).getbbox()
+
+
+def test_scorers_know_an_individual_from_another_of_its_class() -> None:
+    figures = scorers.check(scorers.load())
+    assert figures["same_subject_least"] > 0.7
+    assert figures["same_class"] < 0.35
+    assert figures["scene"] > 0.95
+    assert figures["class"] > 0.9
+
+
+def test_the_middle_of_the_model_matters() -> None:
+    """Else hollowing would be free, and the demo would prove nothing."""
+    figures = gates.middle_matters(load(run.MODEL), pictures=128, batch=32)
+    assert figures["zeroed_exit_raises_loss_percent"] >= 5
+    assert figures["foreign_exit_raises_loss_percent"] >= 5
+
+
+def test_the_demo_leaves_all_that_it_names(tmp_path: Path) -> None:
+    """With a tenth of the training: what is learned is measured by benchmarks, that it works is seen here."""
+    steps = []
+    settings = replace(run.SETTINGS, steps=40, save_every=20)
+    report = run.run(tmp_path, settings=settings, progress=lambda stage, done: steps.append((stage, done.step)))
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert ("hollowed LoRA: train", 40) in steps
+    assert report["records"] == 300
+    assert report["stored_bytes"] > 0
+    assert set(report["rows"]) == {
+        "base model",
+        "plain LoRA",
+        "hollowed LoRA, two paths",
+        "hollowed LoRA, single path",
+    }
+    assert {stage["name"] for stage in report["hollowed_stages"]} == {"encode", "precompute", "train", "sample"}
+    assert all(stage["peak_bytes"] > 2**20 for stage in report["hollowed_stages"])
+    for name in ("grid.png", "loss.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 300
+    pipeline = StableDiffusionPipeline.from_pretrained(run.MODEL, torch_dtype=torch.float32, local_files_only=True)
+    pipeline.load_lora_weights(str(tmp_path / "lora.safetensors"))  # raises where a key is left over
+
+
+@pytest.mark.parametrize("scene", world.SCENES)
+def test_the_reader_reads_its_scene(scene: str) -> None:
+    choose = random.Random(scene)
+    drawn = [world.draw(world.random_subject(choose), scene, choose) for _ in range(8)]
+    assert scorers.load().prompt_score(drawn, [scene] * 8) > 0.9

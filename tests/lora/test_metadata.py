@@ -1,0 +1,138 @@
+"""What a file says of itself: enough for every tool, through every conversion, and nothing private."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from tiny_unets import make_tiny_unet
+from torch import Tensor
+
+from hollow_core.errors import HollowError
+from hollow_core.lora import file as lora_file
+from hollow_core.lora.delta import LoraLayer
+from hollow_core.lora.dialects import Lora, weight_shapes
+from hollow_core.lora.metadata import Recipe, layout_of, recipe_of, thumbnail
+
+CONFIG = dict(make_tiny_unet("sdxl").config)
+RECIPE = Recipe(2, "sks", "dog", "a photo of a sks dog", "a photo of a dog", "v_prediction")
+PLACE = "mid_block.attentions.0.proj_in"
+
+
+def state() -> dict[str, Tensor]:
+    out, into = weight_shapes(CONFIG)[PLACE]
+    return {f"{PLACE}.lora_A.weight": torch.ones(2, into), f"{PLACE}.lora_B.weight": torch.ones(out, 2)}
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
+
+
+def test_it_survives_every_conversion(tmp_path: Path) -> None:
+    path = tmp_path / "rex.safetensors"
+    picture = Image.new("RGB", (640, 480), "red")
+    lora_file.save(path, state(), CONFIG, alpha=1, layout="sdxl", recipe=RECIPE, picture=picture)
+    before = metadata_of(path)
+    for dialect in ("comfy", "diffusers", "peft", "kohya"):
+        name = "a" if dialect == "peft" else f"{dialect}.safetensors"
+        path = lora_file.convert(path, tmp_path / name, dialect, config=CONFIG).path
+    after = metadata_of(path)
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert changed == {"ss_network_alpha"}  # peft's is the rank
+    assert recipe_of(after) == RECIPE
+    assert after["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert (after["modelspec.title"], after["modelspec.trigger_phrase"]) == ("rex", "sks dog")
+    assert layout_of(after) == "sdxl"
+
+
+def foreign(tmp_path: Path, metadata: dict[str, str]) -> Path:
+    """A file of another tool."""
+    out, into = weight_shapes(CONFIG)[PLACE]
+    lora = Lora("kohya", {PLACE: LoraLayer(torch.ones(2, into), torch.ones(out, 2), 2.0)}, {}, ())
+    return lora_file.write_dialect(tmp_path / "foreign.safetensors", lora, CONFIG, metadata).path
+
+
+def test_nothing_private_comes_along(tmp_path: Path) -> None:
+    """Neither kohya's lists of folders nor any other absolute path, nor what was true of the old bytes only."""
+    private = {
+        "ss_sd_model_name": r"C:\Users\jane\models\sdxl.safetensors",
+        "ss_vae_name": "/home/jane/vae.safetensors",
+        "ss_datasets": json.dumps([{"image_dir": "janes-cat"}]),
+        "ss_dataset_dirs": json.dumps({"janes-cat": {"n_repeats": 1}}),
+        "ss_training_comment": "for jane",
+        "ss_network_args": json.dumps({"weights": "~/jane/start.safetensors"}),
+        "modelspec.description": "see \\\\server\\jane",
+        "sshs_model_hash": "0123",
+        "modelspec.hash_sha256": "0x0123",
+    }
+    kept = {
+        "ss_tag_frequency": json.dumps({"5_sks cat": {"sks cat": 5}}),
+        "ss_epoch": "3",
+        "modelspec.author": "Jane",
+        "modelspec.license": "https://creativecommons.org/licenses/by/4.0",
+        "modelspec.usage_hint": "a cat and/or a dog, 1 / 2",
+        **thumbnail(Image.new("RGB", (8, 8))),
+    }
+    source = foreign(tmp_path, private | kept)
+    written = metadata_of(lora_file.convert(source, tmp_path / "b.safetensors", "comfy", config=CONFIG).path)
+    assert not private.keys() & written.keys()
+    assert kept.items() <= written.items()
+    assert "jane" not in json.dumps({key: value for key, value in written.items() if key not in kept})
+
+
+def test_a_file_that_said_nothing_is_filed_under_its_base(tmp_path: Path) -> None:
+    written = metadata_of(
+        lora_file.convert(foreign(tmp_path, {}), tmp_path / "b.safetensors", "kohya", config=CONFIG).path
+    )
+    assert written["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert written["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert (written["ss_network_module"], written["ss_network_dim"]) == ("networks.lora", "2")
+    assert written["modelspec.title"] == "b"
+
+
+def test_the_thumbnail_is_small_and_holds_no_more_than_the_picture() -> None:
+    camera, exif = io.BytesIO(), Image.Exif()
+    exif[0x010F] = "Jane's camera"
+    Image.new("RGBA", (900, 600), "blue").convert("RGB").save(camera, "JPEG", exif=exif, comment=b"taken by Jane")
+    data = thumbnail(Image.open(camera))["modelspec.thumbnail"]
+    assert data.startswith("data:image/jpeg;base64,")
+    jpeg = base64.b64decode(data.partition(",")[2])
+    assert b"Jane" not in jpeg
+    with Image.open(io.BytesIO(jpeg)) as picture:
+        assert (picture.format, picture.size) == ("JPEG", (256, 171))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "layout"),
+    [
+        ({"ss_base_model_version": "sd_v1"}, "sd15"),
+        ({"ss_base_model_version": "sd_v2"}, "sd21"),
+        ({"ss_base_model_version": "sdxl_base_v0-9"}, "sdxl"),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, "sd21"),
+        ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "sdxl"),
+    ],
+)
+def test_the_family_is_told_by_the_metadata_where_shapes_do_not(metadata: dict[str, str], layout: str) -> None:
+    assert layout_of(metadata, {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (4, 1280)}) == layout
+
+
+def test_a_file_that_does_not_tell_its_family_is_refused(tmp_path: Path) -> None:
+    sentence = r"The LoRA's base model is not named\. Give the model that it belongs to\."
+    source = tmp_path / "a.safetensors"
+    lora_file.save(source, state(), CONFIG, alpha=1, layout="other", recipe=RECIPE)
+    with pytest.raises(HollowError, match=sentence):
+        lora_file.convert(source, tmp_path / "b.safetensors", "kohya")
+
+
+@pytest.mark.parametrize("value", ["", "[", '"three"', "1.5", "true", "[" * 100_000])
+def test_a_damaged_recipe_is_none(value: str, tmp_path: Path) -> None:
+    source = tmp_path / "a.safetensors"
+    lora_file.save(source, state(), CONFIG, alpha=1, layout="sdxl", recipe=RECIPE)
+    assert recipe_of(metadata_of(source)) == RECIPE
+    assert recipe_of(metadata_of(source) | {"hollow.cut": value}) is None
+    assert recipe_of({}) is None

@@ -1,0 +1,47 @@
+"""The table of cuts against the figures counted from the paper."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hollow_core.memory.cost import cuts_table
+from hollow_core.models.layouts import layout_config
+from hollow_core.nets.unet import head, hollow
+from hollow_core.nets.unet_layers import max_cut
+
+
+def test_sd21_against_the_paper():
+    table = cuts_table(layout_config("sd21"))
+    assert [row["k"] for row in table] == list(range(12))
+    row = table[3]
+    assert row["blocks"] == ["3-3", "4-1", "4-2", "5-1", "5-2", "6-1", "6-2", "6-3", "6-4"]
+    assert row["removed_percent"] == 39.15
+    assert row["parameters"] == pytest.approx(527e6, abs=0.5e6)
+    assert row["exit_shape"] == [1280, 16, 16]
+    assert 2 * row["record_bytes"] == pytest.approx(1.31e6, rel=0.01)  # the paper stores fp32
+    assert {name: round(count / 1e12, 3) for name, count in row["flops"].items()} == {
+        "full": 0.804,
+        "precompute": 0.288,
+        "hollowed_forward": 0.757,
+        "training_step": 1.725,
+    }
+
+
+def test_forward_operations_are_those_that_really_run(tiny_unet, tiny_conditioning):
+    unet = tiny_unet("sdxl", layers_per_block=1, transformer_layers_per_block=1, sample_size=8).to("meta")
+    table = json.loads(json.dumps(cuts_table(unet.config)))
+    assert len(table) == max_cut(unet.config) + 1
+    sample = torch.empty(1, 4, 8, 8, device="meta")
+    prompt = tiny_conditioning(unet, tokens=77).to("meta").kwargs()
+    for row in table:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            activation = head(unet, row["k"])(sample, 0, **prompt).sample
+        assert row["flops"]["precompute"] == counter.get_total_flops()
+        assert row["exit_shape"] == list(activation.shape[1:])
+        hollowed = hollow(unet, row["k"])
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            hollowed(sample, 0, exit_activation=activation, **prompt)
+        assert row["flops"]["hollowed_forward"] == counter.get_total_flops()
+        assert row["parameters"] == hollowed.num_parameters()

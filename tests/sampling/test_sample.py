@@ -1,0 +1,76 @@
+"""Pictures are the diffusers pipeline's, although the parts of the model are used one after the other."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_pipelines import tiny_pipeline
+
+from hollow_core.demo import run
+from hollow_core.errors import HollowError
+from hollow_core.lora.file import LoraFile, Recipe
+from hollow_core.lora.layers import add_lora, lora_state, remove_lora
+from hollow_core.models.base_model import load
+from hollow_core.nets.unet import hollow
+from hollow_core.sampling.sample import SampleSettings, sample
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+def test_a_picture_is_the_pipelines(layout: str, tmp_path: Path) -> None:
+    tiny_pipeline(layout).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    pipeline = model.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        ["a dog", "a cat"],
+        height=64,
+        width=96,
+        negative_prompt=["blurred", "blurred"],
+        num_inference_steps=2,
+        guidance_scale=5.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+    ).images
+    settings = SampleSettings(steps=2, guidance=5.0, negative="blurred", size=(64, 96))
+    for together in (1, 2):
+        drawn = sample(model, ["a dog", "a cat"], [3, 4], replace(settings, together=together), device="cpu")
+        for one, other in zip(drawn, expected, strict=True):  # a batch of two rounds otherwise
+            assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+
+
+def test_pictures_drawn_together_on_two_paths_are_those_drawn_alone() -> None:
+    """By the embedded model, where prompts matter."""
+    model = run.model()
+    hollowed = hollow(model.unet, 3)
+    add_lora(hollowed, 2, generator=torch.Generator().manual_seed(0))
+    state = {key: torch.full_like(matrix, 0.02) for key, matrix in lora_state(hollowed).items()}
+    remove_lora(hollowed)
+    lora = LoraFile(state, 2.0, Recipe(3, "sks", "cup", "a sks cup", "a cup", "v_prediction"), {})
+    prompts = ["a photo of a sks cup at night", "a photo of a sks fish on the beach", "a photo of a sks cup at night"]
+    alone = SampleSettings(steps=4, guidance=3.0)
+    together, told = replace(alone, together=2), []
+
+    def draw(settings: SampleSettings, **how: Any) -> list[np.ndarray]:
+        return [np.asarray(picture, int) for picture in sample(model, prompts, [3, 4, 5], settings, lora=lora, **how)]
+
+    def differ(first: list[np.ndarray], second: list[np.ndarray]) -> list[bool]:
+        return [bool(np.abs(one - other).max() > 3) for one, other in zip(first, second, strict=True)]
+
+    drawn = draw(together, progress=lambda *done: told.append(done))
+    assert told == [(2, 3), (3, 3)]
+    assert differ(drawn, draw(alone)) == [False] * 3
+    assert differ(drawn, draw(together, generics=["a photo of a house in the city"] * 3)) == [True] * 3
+    assert differ(drawn, draw(together, single_path=True)) == [True] * 3
+
+
+def test_refusals_are_sentences(tmp_path: Path) -> None:
+    tiny_pipeline("sd15").save_pretrained(tmp_path)
+    model = load(tmp_path)
+    with pytest.raises(HollowError, match=r"There are 3 prompts and 2 seeds\. Give one seed for each prompt\."):
+        sample(model, ["a dog"] * 3, [3, 4])
+    with pytest.raises(HollowError, match=r"There are 2 prompts and 1 generic ones\. Give one for each prompt\."):
+        sample(model, ["a dog"] * 2, [3, 4], generics=["a cat"])
+    with pytest.raises(HollowError, match=r"0 pictures cannot be drawn together\. It must be at least 1\."):
+        sample(model, ["a dog"], [3], SampleSettings(together=0))

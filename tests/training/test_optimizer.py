@@ -1,0 +1,157 @@
+"""The optimizer's levers: fused into backward it does the same, in 8 bits nearly the same, and both go on."""
+
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import BreakAt, Broken, content, tiny_examples, tiny_schedule
+
+from hollow_core.errors import HollowError
+from hollow_core.lora.layers import lora_parameters
+from hollow_core.nets.unet import hollow
+from hollow_core.training.optimizer import Optimizer
+from hollow_core.training.precompute import precompute
+from hollow_core.training.settings import TrainSettings
+from hollow_core.training.train import train
+
+CUT = 3
+FEW = TrainSettings(rank=2, steps=6, learning_rate=1e-3, max_grad_norm=math.inf)
+FUSED = replace(FEW, fused_backward=True)
+
+
+@pytest.fixture
+def begin(tiny_unet, tmp_path):
+    def begin(priors=0):
+        unet, schedule = tiny_unet("sd15"), tiny_schedule()
+        examples = tiny_examples(unet, 2, priors)
+        store = precompute(unet, schedule, examples, tmp_path / f"store {priors}", cut=CUT, samples=4)
+        return hollow(unet, CUT), schedule, store
+
+    return begin
+
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fused_does_the_same_bit_by_bit(begin, tmp_path, checkpointing):
+    apart = train(*begin(), FEW, folder=tmp_path / "apart")
+    fused = train(*begin(), replace(FUSED, gradient_checkpointing=checkpointing), folder=tmp_path / "fused")
+    assert fused.losses == apart.losses
+    assert same(fused.state, apart.state)
+    assert content(tmp_path / "fused") == content(tmp_path / "apart")
+
+
+def test_fused_or_not_may_change_on_the_way(begin, tmp_path):
+    train(*begin(), replace(FUSED, steps=3), folder=tmp_path / "run")
+    assert same(
+        train(*begin(), FEW, folder=tmp_path / "run").state, train(*begin(), FEW, folder=tmp_path / "one").state
+    )
+
+
+def test_never_more_than_one_gradient_is_there_when_fused(begin, tmp_path, monkeypatch):
+    unet, schedule, store = begin()
+    there = []
+    consume = Optimizer._consume
+
+    def watched(self, *arguments):
+        there.append(sum(parameter.grad is not None for parameter in lora_parameters(unet)))
+        consume(self, *arguments)
+
+    monkeypatch.setattr(Optimizer, "_consume", watched)
+    train(unet, schedule, store, FUSED, folder=tmp_path)
+    assert there == [1] * FUSED.steps * len(lora_parameters(unet))
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in lora_parameters(unet))
+
+
+def test_a_non_finite_gradient_leaves_the_lora_from_before_it(begin, tmp_path):
+    unet, schedule, store = begin()
+    start = train(unet, schedule, store, FUSED, folder=tmp_path / "start", stop=lambda: True).state
+    unet.conv_out.register_full_backward_hook(lambda module, to_input, _: (to_input[0] * math.inf,))
+    result = train(unet, schedule, store, FUSED, folder=tmp_path / "run")
+    assert (result.stopped, result.steps) == ("non-finite gradient", 0)
+    assert same(result.state, start)
+
+
+def test_a_lora_in_bf16_is_near_in_half_the_bytes_and_goes_on(begin, tmp_path):
+    settings = replace(FEW, lora_precision="bf16")
+    exact = train(*begin(), FEW, folder=tmp_path / "fp32")
+    half = train(*begin(), settings, folder=tmp_path / "bf16")
+    assert half.losses == pytest.approx(exact.losses, rel=0.03)
+    assert {tensor.dtype for tensor in half.state.values()} == {torch.bfloat16}
+    saved = load_file(tmp_path / "bf16" / "checkpoint.safetensors")
+    assert {tensor.dtype for name, tensor in saved.items() if "exp_avg" in name} == {torch.bfloat16}
+    train(*begin(), replace(settings, steps=3), folder=tmp_path / "run")
+    assert same(train(*begin(), settings, folder=tmp_path / "run").state, half.state)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"max_grad_norm": 1.0}, r"does not go with max_grad_norm 1\.0\. Set it to infinity"),
+        ({"batch": 2}, r"does not go with batch 2\. Set it to 1"),
+        ({"precision": "fp16"}, r"does not go with precision fp16\. Choose bf16 or fp32"),
+    ],
+)
+def test_what_fused_cannot_do_is_refused(change, said):
+    with pytest.raises(HollowError, match=said):
+        replace(FUSED, **change)
+
+
+def test_fused_with_records_of_the_class_is_refused(begin, tmp_path):
+    with pytest.raises(HollowError, match=r"one record a step, but there are pictures of the class"):
+        train(*begin(priors=1), FUSED, folder=tmp_path / "run")
+    assert train(*begin(priors=1), replace(FUSED, prior_weight=0), folder=tmp_path / "run").stopped == "finished"
+
+
+def test_an_unknown_optimizer_and_a_missing_extra_are_told(monkeypatch):
+    with pytest.raises(HollowError, match=r"optimizer is 'sgd'\. Choose adamw or adamw8bit"):
+        TrainSettings(optimizer="sgd")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(HollowError, match=r"needs bitsandbytes\. Install it \(pip install 'hollow\[bitsandbytes\]'\)"):
+        Optimizer([torch.nn.Parameter(torch.zeros(2))], "adamw8bit", learning_rate=1e-3, weight_decay=0.0)
+
+
+class TestEightBits:
+    """Of matrices with 4096 elements and more; bitsandbytes leaves smaller ones in 32 bits."""
+
+    EIGHT = replace(FEW, optimizer="adamw8bit", rank=512, targets=("to_q", "to_out.0"), steps=4)
+
+    @pytest.fixture(autouse=True)
+    def _extra(self):
+        pytest.importorskip("bitsandbytes", reason="needs the extra bitsandbytes")
+
+    def test_it_is_near_to_32_bits_in_a_quarter_of_the_bytes(self, begin, tmp_path):
+        exact = train(*begin(), replace(self.EIGHT, optimizer="adamw"), folder=tmp_path / "32")
+        eight = train(*begin(), self.EIGHT, folder=tmp_path / "8")
+        assert not same(eight.state, exact.state)
+        assert eight.losses == pytest.approx(exact.losses, rel=0.02)
+        parameters = [torch.nn.Parameter(torch.zeros(64, 1024)) for _ in range(2)]
+        sizes = {}
+        for name in ("adamw", "adamw8bit"):
+            optimizer = Optimizer(parameters, name, learning_rate=1e-3, weight_decay=0.0)
+            with optimizer.watching():
+                sum(parameter.sum() for parameter in parameters).backward()
+            optimizer.step()
+            sizes[name] = sum(part.nbytes for parts in optimizer.state().values() for part in parts.values())
+        assert sizes["adamw8bit"] < 0.27 * sizes["adamw"]
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_broken_off_and_gone_on_it_ends_with_the_same_lora(self, begin, tmp_path, fused):
+        settings = replace(self.EIGHT, fused_backward=fused)
+        whole = train(*begin(), settings, folder=tmp_path / "whole")
+        with pytest.raises(Broken):
+            train(*begin(), replace(settings, save_every=2), folder=tmp_path / "run", progress=BreakAt(4))
+        result = train(*begin(), settings, folder=tmp_path / "run")
+        assert result.losses == whole.losses
+        assert same(result.state, whole.state)
+        assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+    def test_a_checkpoint_of_the_other_optimizer_is_refused(self, begin, tmp_path):
+        train(*begin(), self.EIGHT, folder=tmp_path)
+        with pytest.raises(HollowError, match=r"optimizer \(adamw8bit there, adamw asked\)"):
+            train(*begin(), replace(self.EIGHT, optimizer="adamw"), folder=tmp_path)

@@ -1,0 +1,140 @@
+"""The record store: damage is told and mended, and a record is read by itself."""
+
+import json
+import resource
+
+import pytest
+import torch
+from tiny_training import content, tiny_examples, tiny_schedule
+
+from hollow_core.errors import HollowError
+from hollow_core.files import digest
+from hollow_core.training.precompute import precompute
+from hollow_core.training.store import Store
+
+
+@pytest.fixture
+def make_store(tiny_unet, tmp_path):
+    """A store of three shards; called again, it goes on with the same one."""
+
+    def make() -> Store:
+        unet = tiny_unet("sdxl")
+        examples = tiny_examples(unet, images=2, priors=1)
+        return precompute(unet, tiny_schedule(), examples, tmp_path / "store", cut=1, samples=20)
+
+    return make
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_opened_it_is_the_store_that_was_made(make_store):
+    made = make_store()
+    opened = Store.open(made.folder)
+    assert opened.records == made.records
+    assert opened.fingerprint == made.fingerprint
+    assert opened.id == made.id
+    assert opened.size_bytes == sum(map(len, content(made.folder).values()))
+    assert opened.indices("image") == list(range(10))
+    assert opened.indices("prior") == list(range(10, 20))
+    for index in range(20):
+        assert torch.equal(opened.record(index).exit_activation, made.record(index).exit_activation)
+
+
+def test_training_inputs_are_the_personal_prompt_for_images_and_the_generic_one_for_the_prior(make_store, tiny_unet):
+    examples = tiny_examples(tiny_unet("sdxl"), images=2, priors=1)
+    store = make_store()
+    for image, prompt in enumerate([examples[0].personal, examples[1].personal, examples[2].generic]):
+        latents, conditioning = store.inputs(image)
+        assert torch.equal(latents, examples[image].latents)
+        assert all(torch.equal(mine, given) for mine, given in zip(conditioning, prompt, strict=True))
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_in_half, lambda path: path.write_bytes(b""), lambda path: path.write_text("{}")]
+)
+def test_a_damaged_shard_is_told_and_made_anew_alone(make_store, damage):
+    store = make_store()
+    whole = content(store.folder)
+    shard = store.folder / "records-00001.safetensors"
+    damage(shard)
+    said = r"records-00001\.safetensors is missing or damaged \(.*\)\. Delete it and precompute again"
+    for read in (make_store, lambda: Store.open(store.folder), lambda: store.record(9)):
+        with pytest.raises(HollowError, match=said):
+            read()
+    assert store.record(7).exit_activation is not None
+    shard.unlink()
+    assert make_store().missing == []
+    assert content(store.folder) == whole
+
+
+def test_a_shard_of_another_place_is_told(make_store):
+    store = make_store()
+    (store.folder / "records-00001.safetensors").write_bytes((store.folder / "records-00000.safetensors").read_bytes())
+    with pytest.raises(HollowError, match=r"records-00001\.safetensors does not hold what its store\.json says"):
+        Store.open(store.folder)
+
+
+def test_damaged_inputs_are_told(make_store):
+    store = make_store()
+    cut_in_half(store.folder / "inputs.safetensors")
+    with pytest.raises(HollowError, match=r"inputs\.safetensors is missing or damaged .* precompute anew"):
+        make_store()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"format": 1, "finger', r"store\.json is not valid JSON .*Delete it and make it again"),
+        ("[]", r"store\.json is no index of a record store"),
+        ('{"format": 1, "fingerprint": {"cut": 3}, "records": []}', r"store\.json is no index of a record store"),
+        ('{"format": 2}', r"store\.json has the unknown format 2\. Precompute into a new folder"),
+    ],
+)
+def test_a_damaged_index_is_told_and_touches_nothing(make_store, text, said):
+    store = make_store()
+    (store.folder / "store.json").write_text(text)
+    before = content(store.folder)
+    with pytest.raises(HollowError, match=said):
+        make_store()
+    assert content(store.folder) == before
+
+
+def test_without_its_index_a_store_begins_anew(make_store):
+    store = make_store()
+    whole = content(store.folder)
+    (store.folder / "store.json").unlink()
+    with pytest.raises(HollowError, match=r"store\.json cannot be read"):
+        Store.open(store.folder)
+    (store.folder / "records-00009.safetensors").write_bytes(b"of a longer store")
+    make_store()
+    assert content(store.folder) == whole
+
+
+def test_the_index_is_readable(make_store):
+    index = json.loads((make_store().folder / "store.json").read_text())
+    assert set(index["records"][0]) == {"image", "kind", "timestep", "noise_seed"}
+    assert index["fingerprint"]["prompts"][0] == {"personal": "a photo of a sks dog", "generic": "a photo of a dog"}
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+def test_a_record_is_read_without_its_neighbours(make_store):
+    store = make_store()
+    size = 16 * 2**20
+    store.write_shard(0, {index: torch.full((1, 4, size // 16), float(index)) for index in range(8)})
+    before = resident_bytes()
+    exit_activation = store.record(5).exit_activation
+    assert exit_activation.eq(5).all()
+    assert resident_bytes() - before < 2 * size
+
+
+def test_digest_tells_dtype_shape_and_bytes_apart():
+    ones = torch.ones(2, 3)
+    assert digest(ones) == digest(torch.ones(3, 2).t()) == digest(torch.ones(4, 3)[::2])
+    others = [ones.half(), ones.reshape(3, 2), ones * 1.0000001, torch.ones(())]
+    assert len({digest(tensor) for tensor in [ones, *others]}) == 5

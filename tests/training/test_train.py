@@ -1,0 +1,497 @@
+"""Stage 2: what a step minimises, that runs go on to the same LoRA bit by bit, and that trouble is told."""
+
+import gc
+import math
+import signal
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import (
+    BreakAt,
+    Broken,
+    OutOfMemoryAt,
+    content,
+    full_disk,
+    run_script,
+    tiny_examples,
+    tiny_schedule,
+)
+from tiny_unets import make_tiny_conditioning
+
+from hollow_core.errors import HollowError
+from hollow_core.lora.layers import ATTENTION, lora_off, lora_parameters, lora_state
+from hollow_core.nets.unet import hollow
+from hollow_core.training.precompute import precompute
+from hollow_core.training.settings import DTYPES, TrainSettings
+from hollow_core.training.train import train
+
+CUT = 3
+FEW = TrainSettings(rank=2, steps=6, learning_rate=1e-3)
+
+
+@pytest.fixture
+def begin(tiny_unet, tmp_path):
+    """Precompute into a store of its own and hollow, for `train`: unet, schedule, store."""
+
+    def begin(layout="sd15", schedule=None, cut=CUT, samples=4, priors=0, images=2):
+        schedule = tiny_schedule() if schedule is None else schedule
+        unet = tiny_unet(layout)
+        folder = tmp_path / f"store {layout} {cut} {samples} {priors}"
+        store = precompute(unet, schedule, tiny_examples(unet, images, priors), folder, cut=cut, samples=samples)
+        return (unet if cut is None else hollow(unet, cut)), schedule, store
+
+    return begin
+
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
+
+
+def finite(state):
+    return all(tensor.isfinite().all() for tensor in state.values())
+
+
+@pytest.mark.parametrize("cut", [None, CUT])
+def test_loss_falls(begin, tmp_path, cut):
+    targets = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
+    settings = TrainSettings(rank=4, steps=48, learning_rate=3e-2, targets=targets)
+    result = train(*begin(cut=cut), settings, folder=tmp_path)
+    assert result.stopped == "finished"
+    assert result.steps == len(result.losses) == 48
+    first, last = sum(result.losses[:4]), sum(result.losses[-4:])  # of one epoch
+    assert last < 0.7 * first
+
+
+def test_first_loss_is_equation_1_plus_the_weighted_prior_of_equation_2(begin, tiny_unet, tmp_path):
+    """With B zero and the prior's prompt on both paths, the prior's loss is that of the whole base U-Net."""
+    hollowed, schedule, store = begin(samples=2, images=1, priors=1)
+    losses = {
+        weight: train(
+            hollowed, schedule, store, replace(FEW, steps=1, prior_weight=weight), folder=tmp_path / str(weight)
+        ).losses[0]
+        for weight in (0.0, 0.5, 1.0)
+    }
+    unet, record = tiny_unet("sd15"), store.records[1]
+    prior = tiny_examples(unet, images=1, priors=1)[1]
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(record.noise_seed))
+    alpha = schedule.alphas_cumprod[record.timestep]
+    noisy = alpha.sqrt() * prior.latents + (1 - alpha).sqrt() * noise
+    with torch.no_grad():
+        predicted = unet(noisy, record.timestep, **prior.generic.kwargs()).sample
+    equation_2 = (noise - predicted).square().mean().item()
+    assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * equation_2, rel=1e-3)  # the record is in fp16
+    assert losses[1.0] - losses[0.0] == pytest.approx(equation_2, rel=1e-3)
+
+
+@pytest.mark.parametrize(("layout", "cut", "strategy"), [("sd15", None, "bp"), ("sdxl", 1, "bp"), ("sd15", CUT, "zo")])
+def test_records_that_pass_together_give_the_losses_of_one_by_one(begin, tmp_path, layout, cut, strategy):
+    """In fewer passes of the U-Net."""
+    settings = replace(FEW, batch=2, snr_gamma=5.0, strategy=strategy, zo_queries=1)
+    losses, passes = {}, []
+    for together in (1, 3, 64):
+        unet, schedule, store = begin(layout, cut=cut, samples=8, images=2, priors=2)
+        unet.conv_in.register_forward_hook(lambda *_: passes.append(1))
+        losses[together] = train(
+            unet, schedule, store, replace(settings, together=together), folder=tmp_path / str(together)
+        ).losses
+        of_loss = 2 if strategy == "zo" else 1
+        assert len(passes) == of_loss * settings.steps * {1: 4, 3: 2, 64: 1}[together]
+        passes.clear()
+    assert losses[3] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[64] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_records_of_different_sizes_pass_one_after_the_other(tiny_unet, tmp_path):
+    unet, schedule = tiny_unet("sd15"), tiny_schedule()
+    small, large = tiny_examples(unet, 1)[0], tiny_examples(unet, 1, size=16)[0]
+    longer = replace(large, personal=make_tiny_conditioning(unet, tokens=10))
+    store = precompute(unet, schedule, [small, large, longer], tmp_path / "store", cut=None, samples=3)
+    settings = replace(FEW, steps=2, batch=3)
+    one_by_one = train(unet, schedule, store, settings, folder=tmp_path / "one").losses
+    together = train(unet, schedule, store, replace(settings, together=3), folder=tmp_path / "three").losses
+    assert together == one_by_one
+
+
+@pytest.mark.parametrize("layout", ["sd21", "sdxl"])
+def test_every_layout_trains_on_its_attention(begin, tmp_path, layout):
+    hollowed, schedule, store = begin(layout, cut=1)
+    before = {name: tensor.clone() for name, tensor in hollowed.state_dict().items()}
+    result = train(hollowed, schedule, store, FEW, folder=tmp_path)
+    assert finite(result.state)
+    assert {key.rsplit(".lora_", 1)[0].split(".attn", 1)[1][2:] for key in result.state} == set(ATTENTION)
+    assert all(tensor.any() for key, tensor in result.state.items() if "lora_B" in key)
+    assert same(lora_state(hollowed), result.state)
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in hollowed.state_dict().items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_zero_terminal_snr_with_v_prediction_trains_at_every_time_step(begin, tmp_path):
+    changes = {"num_train_timesteps": 8, "rescale_betas_zero_snr": True}
+    hollowed, schedule, store = begin(schedule=tiny_schedule("v_prediction", **changes), samples=8)
+    assert [record.timestep for record in store.records] == list(range(8))
+    for gamma in (None, 5.0):
+        settings = replace(FEW, steps=8, snr_gamma=gamma)
+        result = train(hollowed, schedule, store, settings, folder=tmp_path / str(gamma))
+        assert result.stopped == "finished"
+        assert all(map(math.isfinite, result.losses))
+        assert finite(result.state)
+
+
+def test_same_seed_same_lora_and_another_seed_another(begin, tmp_path):
+    first, again, other = (
+        train(*begin(), replace(FEW, seed=seed), folder=tmp_path / name)
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    assert same(first.state, again.state)
+    assert first.losses == again.losses
+    assert not same(first.state, other.state)
+    assert content(tmp_path / "first") == content(tmp_path / "again")
+
+
+@pytest.mark.parametrize("settings", [FEW, replace(FEW, steps=4, batch=2, precision="fp16")])
+def test_stopped_at_any_step_and_gone_on_gives_the_same_lora(begin, tmp_path, settings):
+    unet, schedule, store = begin(priors=1)
+    unet.to(DTYPES[settings.precision])
+    whole = train(unet, schedule, store, settings, folder=tmp_path / "whole")
+    for step in range(settings.steps):
+        folder, stop = tmp_path / f"stopped at {step}", iter([False] * step + [True])
+        stopped = train(unet, schedule, store, settings, folder=folder, stop=stop.__next__)
+        assert (stopped.stopped, stopped.steps) == ("stop", step)
+        result = train(unet, schedule, store, settings, folder=folder)
+        assert same(result.state, whole.state)
+        assert result.losses == whole.losses
+        assert content(folder) == content(tmp_path / "whole")
+
+
+def test_broken_off_at_any_step_and_gone_on_gives_the_same_lora(begin, tmp_path):
+    unet, schedule, store = begin()
+    settings = replace(FEW, save_every=2)
+    whole = train(unet, schedule, store, FEW, folder=tmp_path / "whole")
+    for step in range(1, settings.steps + 1):
+        folder, told = tmp_path / f"broken at {step}", []
+        with pytest.raises(Broken):
+            train(unet, schedule, store, settings, folder=folder, progress=BreakAt(step))
+        result = train(unet, schedule, store, settings, folder=folder, progress=told.append)
+        assert same(result.state, whole.state)
+        assert told[0].step == min(step // 2 * 2, 4) + 1
+        assert content(folder) == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("settings", [FEW, replace(FEW, strategy="zo")])
+def test_out_of_memory_at_a_step_and_gone_on_gives_the_same_lora(begin, tmp_path, settings):
+    whole = train(*begin(), settings, folder=tmp_path / "whole")
+    for call in (1, 6):
+        unet, schedule, store = begin()
+        hook, told = unet.up_blocks[-1].register_forward_hook(OutOfMemoryAt(call)), []
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            train(unet, schedule, store, settings, folder=tmp_path / str(call), progress=told.append)
+        hook.remove()
+        goes_on = []
+        result = train(unet, schedule, store, settings, folder=tmp_path / str(call), progress=goes_on.append)
+        assert [done.step for done in told + goes_on] == [1, 2, 3, 4, 5, 6]  # no step is lost
+        assert same(result.state, whole.state)
+        assert content(tmp_path / str(call)) == content(tmp_path / "whole")
+
+
+def test_out_of_memory_amid_fused_updates_goes_on_from_the_last_checkpoint(begin, tmp_path):
+    settings = replace(FEW, fused_backward=True, max_grad_norm=math.inf, save_every=2)
+    whole = train(*begin(), settings, folder=tmp_path / "whole")
+    unet, schedule, store = begin()
+    hook = unet.up_blocks[-1].resnets[-1].register_full_backward_hook(OutOfMemoryAt(4))  # what is behind it is updated
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        train(unet, schedule, store, settings, folder=tmp_path / "run")
+    hook.remove()
+    told = []
+    result = train(unet, schedule, store, settings, folder=tmp_path / "run", progress=told.append)
+    assert told[0].step == 3
+    assert same(result.state, whole.state)
+
+
+KILLED = """
+import os, signal, sys
+from tiny_unets import make_tiny_unet
+from tiny_training import tiny_schedule
+from hollow_core.activations import Store
+from hollow_core.hollow import hollow
+from hollow_core.train import TrainSettings, train
+
+def die(progress):
+    if progress.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+unet = hollow(make_tiny_unet("sd15"), 3)
+settings = TrainSettings(rank=2, steps=6, learning_rate=1e-3, save_every=2)
+train(unet, tiny_schedule(), Store.open(sys.argv[1]), settings, folder=sys.argv[2], progress=die)
+"""
+
+
+def test_killed_by_the_system_and_gone_on_gives_the_same_lora(begin, tmp_path):
+    _, _, store = begin()
+    assert run_script(KILLED, store.folder, tmp_path / "killed") == -signal.SIGKILL
+    told = []
+    result = train(*begin(), FEW, folder=tmp_path / "killed", progress=told.append)
+    assert [progress.step for progress in told] == [5, 6]
+    whole = train(*begin(), FEW, folder=tmp_path / "whole")
+    assert same(result.state, whole.state)
+    assert result.losses == whole.losses
+
+
+def test_more_steps_go_on_where_fewer_ended(begin, tmp_path):
+    train(*begin(), replace(FEW, steps=4), folder=tmp_path / "longer")
+    settings = replace(FEW, save_every=1, gradient_checkpointing=True, together=2)  # these, too, are free to change
+    longer = train(*begin(), settings, folder=tmp_path / "longer")
+    whole = train(*begin(), FEW, folder=tmp_path / "whole")
+    for key, tensor in whole.state.items():
+        torch.testing.assert_close(longer.state[key], tensor)
+    assert longer.losses[:4] == whole.losses[:4]
+    with pytest.raises(HollowError, match=r"has 6 steps already, more than the 5 asked\. Ask for more"):
+        train(*begin(), replace(FEW, steps=5), folder=tmp_path / "longer")
+    finished = train(*begin(), FEW, folder=tmp_path / "longer")
+    assert same(finished.state, longer.state)
+    assert finished.stopped == "finished"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rank": 4}, r"rank \(2 there, 4 asked\)"),
+        ({"learning_rate": 1e-4, "seed": 3}, r"learning_rate \(0.001 there, 0.0001 asked\), seed \(0 there, 3 asked\)"),
+        ({"targets": ("to_q",)}, "targets"),
+        ({"precision": "bf16"}, r"precision \(fp32 there, bf16 asked\)"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused_by_name_but_the_store_serves(begin, tmp_path, change, said):
+    unet, schedule, store = begin()
+    before = content(store.folder)
+    train(unet, schedule, store, FEW, folder=tmp_path / "run")
+    checkpoint = content(tmp_path / "run")
+    unet.to(DTYPES[change.get("precision", "fp32")])
+    with pytest.raises(HollowError, match=rf"checkpoint\.safetensors is of a training that differs: .*{said}"):
+        train(unet, schedule, store, replace(FEW, **change), folder=tmp_path / "run")
+    assert content(tmp_path / "run") == checkpoint
+    train(unet, schedule, store, replace(FEW, **change), folder=tmp_path / "another run")
+    assert content(store.folder) == before
+
+
+def test_a_checkpoint_of_another_store_is_refused(begin, tmp_path):
+    train(*begin(), FEW, folder=tmp_path)
+    with pytest.raises(HollowError, match="of a training that differs: store"):
+        train(*begin(samples=5), FEW, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:2000]), "is not a whole safetensors file"),
+        (lambda path: path.write_bytes(b"\x08\0\0\0\0\0\0\0{}      "), "is no checkpoint of a training"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told(begin, tmp_path, spoil, said):
+    train(*begin(), FEW, folder=tmp_path / "run")
+    spoil(tmp_path / "run" / "checkpoint.safetensors")
+    with pytest.raises(HollowError, match=rf"checkpoint\.safetensors {said}"):
+        train(*begin(), FEW, folder=tmp_path / "run")
+
+
+def test_a_full_disk_is_told_and_the_last_checkpoint_stays(begin, tmp_path):
+    unet, schedule, store = begin()
+    train(unet, schedule, store, replace(FEW, steps=4), folder=tmp_path / "run")
+    before = content(tmp_path / "run")
+    with full_disk(2000), pytest.raises(HollowError, match=r"checkpoint\.safetensors could not be written \(.*space"):
+        train(unet, schedule, store, FEW, folder=tmp_path / "run")
+    assert content(tmp_path / "run") == before
+    train(unet, schedule, store, FEW, folder=tmp_path / "run")
+
+
+def test_the_base_is_gone_from_memory_while_training(tiny_unet, tmp_path):
+    unet, schedule = tiny_unet("sd21"), tiny_schedule()
+    store = precompute(unet, schedule, tiny_examples(unet), tmp_path / "store", cut=CUT, samples=4)
+    hollowed = hollow(unet, CUT)
+    remaining = {id(parameter) for parameter in hollowed.parameters()}
+    gone = [weakref.ref(parameter) for parameter in unet.parameters() if id(parameter) not in remaining]
+    gone += [weakref.ref(unet), weakref.ref(unet.mid_block), weakref.ref(unet.time_embedding)]
+    total = sum(parameter.numel() for parameter in unet.parameters())
+    assert sum(ref().numel() for ref in gone[:-3]) > 0.3 * total
+    del unet
+    gc.collect()
+    alive = []
+    train(hollowed, schedule, store, FEW, folder=tmp_path, progress=lambda _: alive.append([r for r in gone if r()]))
+    assert alive == [[]] * FEW.steps
+
+
+def poison(store, index):
+    """Make one stored activation not finite."""
+    exit_activations = {i: store.record(i).exit_activation.clone() for i in store.shard(index // 8)}
+    exit_activations[index][:] = torch.nan
+    store.write_shard(index // 8, exit_activations)
+
+
+def test_a_non_finite_loss_stops_with_the_lora_of_the_last_finite_one(begin, tmp_path):
+    unet, schedule, store = begin(samples=8)
+    told = []
+    settings = replace(FEW, steps=8, save_every=1)
+    whole = train(unet, schedule, store, settings, folder=tmp_path / "whole", progress=told.append)
+    poison(store, 3)
+    snapshots = []
+    result = train(
+        unet,
+        schedule,
+        store,
+        settings,
+        folder=tmp_path / "run",
+        progress=lambda _: snapshots.append(lora_state(unet)),
+    )
+    assert result.stopped == "non-finite loss"
+    assert 0 < result.steps == len(snapshots) < 8
+    assert result.losses == whole.losses[: result.steps]
+    assert finite(result.state)
+    assert same(result.state, lora_state(unet))
+    before_last_update = (
+        snapshots[-2]
+        if result.steps > 1
+        else train(unet, schedule, store, settings, folder=tmp_path / "start", stop=lambda: True).state
+    )
+    assert same(result.state, before_last_update)
+    saved = load_file(tmp_path / "run" / "checkpoint.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_an_exploding_update_leaves_the_lora_from_before_it(begin, tmp_path):
+    unet, schedule, store = begin()
+    start = train(unet, schedule, store, FEW, folder=tmp_path / "start", stop=lambda: True).state
+    result = train(unet, schedule, store, replace(FEW, learning_rate=1e30), folder=tmp_path / "run")
+    assert (result.stopped, result.steps) == ("non-finite loss", 1)
+    assert same(result.state, start)
+    assert content(tmp_path / "run") == {}
+
+
+@pytest.mark.parametrize(("precision", "skipped"), [("fp32", 0), ("fp16", 16)])
+def test_a_non_finite_gradient_is_never_applied(begin, tmp_path, precision, skipped):
+    unet, schedule, store = begin()
+    unet.conv_out.register_full_backward_hook(lambda module, to_input, _: (to_input[0] * math.inf,))
+    unet.to(DTYPES[precision])
+    settings = replace(FEW, steps=40, precision=precision)
+    start = train(unet, schedule, store, settings, folder=tmp_path, stop=lambda: True).state
+    result = train(unet, schedule, store, settings, folder=tmp_path)
+    assert (result.stopped, result.steps) == ("non-finite gradient", skipped)  # fp16 scales its loss down first
+    assert same(result.state, start)
+
+
+def test_the_gradient_is_clipped_to_its_norm(begin, tmp_path):
+    unet, schedule, store = begin(samples=1)
+
+    def first_gradient(folder, **change):
+        unet.to(DTYPES[change.get("precision", "fp32")])
+        train(unet, schedule, store, replace(FEW, steps=1, **change), folder=folder)
+        saved = load_file(folder / "checkpoint.safetensors")
+        moments = [tensor for name, tensor in saved.items() if name.endswith("exp_avg")]  # (1 - β₁) times it
+        return math.sqrt(sum(moment.square().sum().item() for moment in moments)) / (1 - 0.9)
+
+    whole = first_gradient(tmp_path / "whole", max_grad_norm=math.inf)
+    assert first_gradient(tmp_path / "half", max_grad_norm=whole / 2) == pytest.approx(whole / 2, rel=1e-3)
+    scaled = first_gradient(tmp_path / "fp16", max_grad_norm=math.inf, precision="fp16")
+    assert scaled == pytest.approx(whole, rel=0.05)  # the scale of the loss is out of it again
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_finite_and_near_to_single(begin, tmp_path, precision):
+    exact = train(*begin(), FEW, folder=tmp_path / "fp32")
+    unet, schedule, store = begin()
+    outputs = []
+    unet.conv_in.register_forward_hook(lambda _module, _args, output: outputs.append(output.dtype))
+    unet.to(DTYPES[precision])
+    result = train(unet, schedule, store, replace(FEW, precision=precision), folder=tmp_path / precision)
+    assert set(outputs) == {DTYPES[precision]}
+    assert result.stopped == "finished"
+    assert result.losses == pytest.approx(exact.losses, rel=0.03)
+    assert finite(result.state)
+    assert {parameter.dtype for parameter in lora_parameters(unet)} == {torch.float32}
+    assert any(tensor.any() for key, tensor in result.state.items() if "lora_B" in key)
+
+
+def test_a_base_in_another_precision_is_refused(begin, tmp_path):
+    with pytest.raises(HollowError, match=r"in float32, but the precision is bf16\. Load it in that precision"):
+        train(*begin(), replace(FEW, precision="bf16"), folder=tmp_path)
+
+
+def test_a_base_in_half_precision_trains_too(tiny_unet, tmp_path):
+    unet, schedule = tiny_unet("sd21").to(torch.bfloat16), tiny_schedule()
+    store = precompute(unet, schedule, tiny_examples(unet), tmp_path, cut=CUT, samples=4, dtype=torch.bfloat16)
+    unet = hollow(unet, CUT)
+    result = train(unet, schedule, store, replace(FEW, precision="bf16"), folder=tmp_path / "run")
+    assert result.stopped == "finished"
+    assert {tensor.dtype for tensor in result.state.values()} == {torch.float32}
+    assert unet.conv_in.weight.dtype == torch.bfloat16
+
+
+def test_a_batch_is_the_mean_of_its_records_and_each_record_comes_once_an_epoch(begin, tmp_path):
+    unet, schedule, store = begin()
+    still = replace(FEW, learning_rate=1e-30, steps=8)
+    one = train(unet, schedule, store, still, folder=tmp_path / "one").losses
+    two = train(unet, schedule, store, replace(still, batch=2, steps=4), folder=tmp_path / "two").losses
+    assert two == pytest.approx([(a + b) / 2 for a, b in zip(one[::2], one[1::2], strict=True)])
+    assert sorted(one[:4]) == pytest.approx(sorted(one[4:]))
+    assert len(set(one[:4])) == 4
+
+
+def test_it_tells_how_far_it_is_and_saves_on_the_way(begin, tmp_path):
+    unet, schedule, store = begin()
+    told, saved = [], []
+
+    def progress(done):
+        told.append(done)
+        with torch.no_grad(), lora_off(unet):  # looking does not change the outcome
+            saved.append((tmp_path / "run" / "checkpoint.safetensors").exists())
+
+    settings = replace(FEW, save_every=2)
+    result = train(unet, schedule, store, settings, folder=tmp_path / "run", progress=progress)
+    assert [(progress.step, progress.steps) for progress in told] == [(step, 6) for step in range(1, 7)]
+    assert [progress.loss for progress in told] == result.losses
+    assert told[-1].seconds_left == 0 < told[0].seconds_left
+    assert saved == [False, True, True, True, True, True]
+    assert same(result.state, train(*begin(), FEW, folder=tmp_path / "unseen").state)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rank": 0}, r"rank is 0\. It must be at least 1"),
+        ({"alpha": 0.0}, r"alpha is 0\.0\. It must be above 0"),
+        ({"targets": ()}, r"targets is \(\)\. Name at least one, such as to_q"),
+        ({"steps": 0}, r"steps is 0\. It must be at least 1"),
+        ({"learning_rate": 0.0}, r"learning_rate is 0\.0\. It must be above 0"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"weight_decay": -0.1}, r"weight_decay is -0\.1\. It must be 0 or more"),
+        ({"batch": 0}, "batch is 0"),
+        ({"prior_weight": -1.0}, "prior_weight is -1"),
+        ({"snr_gamma": 0.0}, "snr_gamma is 0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0"),
+        ({"precision": "fp8"}, r"precision is 'fp8'\. Choose fp32, bf16 or fp16"),
+        ({"seed": -1}, "seed is -1"),
+        ({"save_every": -1}, "save_every is -1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(change, said):
+    with pytest.raises(HollowError, match=said):
+        TrainSettings(**change)
+
+
+def test_defaults_are_the_papers():
+    settings = TrainSettings()
+    assert (settings.steps, settings.learning_rate, settings.batch) == (1000, 1e-4, 1)
+    assert settings.targets == ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def test_what_does_not_belong_together_is_refused(begin, tiny_unet, tmp_path):
+    unet, schedule, store = begin()
+    with pytest.raises(HollowError, match=r"U-Net has cut None, the store in .* has cut 3"):
+        train(tiny_unet("sd15"), schedule, store, FEW, folder=tmp_path / "run")
+    with pytest.raises(HollowError, match="made with another noise schedule"):
+        train(unet, tiny_schedule("v_prediction"), store, FEW, folder=tmp_path / "run")
+    (store.folder / "records-00000.safetensors").unlink()
+    with pytest.raises(HollowError, match=r"is not finished\. Run precompute again"):
+        train(unet, schedule, store, FEW, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
