@@ -23,20 +23,21 @@ from benchmarks.paper.figures import Figure, signed
 from hollow_core.demo import run, world
 from hollow_core.files import write_json
 from hollow_core.lora import file as lora_file
+from hollow_core.memory.setting import Setting
 from hollow_core.personalize import Request, personalize
 from hollow_core.progress import Progress
 
 LEVERS: dict[str, dict[str, dict[str, Any]]] = {
     "fp32": {},
-    "8-bit base": {"request": {"base_bits": 8}},
-    "4-bit base": {"request": {"base_bits": 4}},
-    "streamed": {"request": {"streaming": True}},
-    "checkpointing": {"settings": {"gradient_checkpointing": True}},
-    "bf16 arithmetic": {"settings": {"precision": "bf16"}},
-    "8-bit AdamW": {"settings": {"optimizer": "adamw8bit"}},
-    "four records at once": {"settings": {"together": 4}},
+    "8-bit base": {"setting": {"base_bits": 8}},
+    "4-bit base": {"setting": {"base_bits": 4}},
+    "streamed": {"setting": {"streaming": True}},
+    "checkpointing": {"training": {"gradient_checkpointing": True}},
+    "bf16 arithmetic": {"training": {"precision": "bf16"}},
+    "8-bit AdamW": {"training": {"optimizer": "adamw8bit"}},
+    "four records at once": {"training": {"together": 4}},
 }
-"""Of `Request` and of `TrainSettings`."""
+"""Of `Setting` and of `TrainSettings`."""
 
 
 def main() -> None:
@@ -89,11 +90,13 @@ def _measure(
         held_out.references(folder / "references", subject),
         subject.kind,
         run.IDENTIFIER,
-        run.CUT,
-        samples=16 if quick else run.SAMPLES,
-        class_images=2 if quick else run.CLASS_IMAGES,
-        settings=replace(run.SETTINGS, **{**alone, **lever.get("settings", {})}),
-        **lever.get("request", {}),
+        Setting(
+            run.CUT,
+            samples=16 if quick else run.SAMPLES,
+            class_images=2 if quick else run.CLASS_IMAGES,
+            training=replace(run.SETTINGS, **{**alone, **lever.get("training", {})}),
+            **lever.get("setting", {}),
+        ),
     )
     moments: list[float] = []
 

@@ -20,14 +20,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from hollow_core.memory.cost import inputs
 from hollow_core.memory.dry_run import DryRun
 from hollow_core.memory.meter import used_bytes
 from hollow_core.memory.planner import GIB, STAGES, Planner
 from hollow_core.memory.setting import Setting
 from hollow_core.memory.stages import OneRecord
 from hollow_core.models.base_model import BaseModel, outline
-from hollow_core.nets.unet import hollow
 from hollow_core.training.settings import TrainSettings
 from hollow_core.training.train import train
 
@@ -123,8 +121,8 @@ def report(name: str, predicted: float, other: float) -> None:
 
 def inference() -> float:
     """GiB of the U-Net alone, on a prompt and the empty prompt at once (classifier-free guidance)."""
-    unet = outline("sd21").unet
-    latents, prompt = inputs(unet.config)
+    model = outline("sd21")
+    unet, (latents, prompt) = model.unet, model.network.inputs(64, 64)
     with DryRun() as run, torch.no_grad():
         run.hold("weights", unet)
         unet(latents.to("meta").repeat(2, 1, 1, 1), 0, prompt.encoder_hidden_states.to("meta").repeat(2, 1, 1))
@@ -155,11 +153,11 @@ def grown(setting: Setting) -> int:
 def train_for_real(model: BaseModel, setting: Setting) -> None:
     """On random weights, of which only those that remain are ever there."""
     store = OneRecord(model, setting)
-    unet = model.unet if setting.cut is None else hollow(model.unet, setting.cut, range(setting.samples))
+    network = model.network if setting.cut is None else model.network.hollow(setting.cut, range(setting.samples))
     del model
-    randomize(unet, torch.Generator().manual_seed(0))
+    randomize(network.module, torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
-        train(unet, store.schedule, store, setting.training, folder=Path(folder))
+        train(network, store.schedule, store, setting.training, folder=Path(folder))
 
 
 def randomize(part: nn.Module, generator: torch.Generator) -> None:

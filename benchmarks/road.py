@@ -27,7 +27,7 @@ from hollow_core.memory.planner import GIB, STAGES, Planner
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel, keep_small, outline
 from hollow_core.models.layouts import LAYOUTS
-from hollow_core.personalize import personalize, request_for
+from hollow_core.personalize import Request, personalize
 from hollow_core.progress import Progress
 from hollow_core.sampling.sample import SampleSettings, sample
 from hollow_core.training.settings import DTYPES, TrainSettings
@@ -96,7 +96,7 @@ def measured(options: argparse.Namespace, setting: Setting) -> dict[str, float]:
 
     side = setting.resolution or outline(options.layout).resolution
     picture = TrainingImage(Image.new("RGB", (side, side), "teal"), None, "", (0, 0, side, side))
-    request = request_for(setting, [picture], "dog")
+    request = Request([picture], "dog", setting=setting)
     moments: list[float] = []
 
     def watch(stage: str, done: Progress) -> None:
@@ -118,7 +118,7 @@ def measured(options: argparse.Namespace, setting: Setting) -> dict[str, float]:
 
 def draw_one(model: BaseModel, setting: Setting, lora: lora_file.LoraFile, device: torch.device, side: int) -> None:
     """A picture in two steps, with the base small or away as in training."""
-    keep_small(model, setting, device)
+    keep_small(model, device, **setting.kept_small)
     sample(model, ["a photo of a sks dog"], [0], SampleSettings(steps=2, size=(side, side)), lora=lora, device=device)
 
 

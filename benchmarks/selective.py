@@ -31,7 +31,6 @@ from hollow_core.memory.planner import GIB, Planner
 from hollow_core.memory.remedy import selective_peak
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel
-from hollow_core.nets.unet import hollow
 from hollow_core.personalize import Request, personalize
 from hollow_core.training.selective import Probability, Strategy, count_by_time, falling, heat_map
 from hollow_core.training.settings import TrainSettings
@@ -173,12 +172,12 @@ def base_losses(options: argparse.Namespace) -> dict[str, float]:
 @torch.no_grad()
 def loss(base: BaseModel, store: Store, lora: LoraFile | None, cut: int | None = None, kind: Kind = "image") -> float:
     """The mean loss of all records of a kind: at full size what a training came to, whatever its steps were told."""
-    unet = base.unet if cut is None else hollow(base.unet, cut)
+    network = base.network if cut is None else base.network.hollow(cut, None)
     if lora is not None:
-        load_lora_state(unet, lora.state, lora.alpha)
+        load_lora_state(network.module, lora.state, lora.alpha)
     weighted = [(index, 1.0) for index in store.indices(kind)]
     parts = [weighted[first : first + AT_ONCE] for first in range(0, len(weighted), AT_ONCE)]
-    return sum(part_loss(unet, base.schedule, store, part).item() for part in parts) / len(weighted)
+    return sum(part_loss(network, base.schedule, store, part).item() for part in parts) / len(weighted)
 
 
 def _stem(name: str, steps: int) -> str:
@@ -219,12 +218,14 @@ def train_and_score(
         held_out.references(folder.parent / "references", subject),
         subject.kind,
         run.IDENTIFIER,
-        way.cut,
-        run.SAMPLES,
-        run.CLASS_IMAGES,
-        class_folder=folder.parent / "class",  # the same for all
-        settings=settings,
-        low_resolution=way.low_resolution,
+        Setting(
+            way.cut,
+            samples=run.SAMPLES,
+            class_images=run.CLASS_IMAGES,
+            training=settings,
+            low_resolution=way.low_resolution,
+        ),
+        folder.parent / "class",  # the same for all
     )
     outcome = personalize(run.model, request, folder)
     assert outcome.file is not None

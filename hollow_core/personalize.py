@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,17 +29,16 @@ from .models.base_model import (
     visiting,
 )
 from .nets.conditioning import Conditioning
-from .nets.residency import Bits, stream_middle
-from .nets.unet import head, hollow
-from .nets.unet_layers import Config, check_cut, leaves_attention
+from .nets.network import Network
+from .nets.residency import stream_middle
 from .progress import Progress, Stop, Watch
 from .sampling.prior import class_latents
 from .training.optimizer import optimizer_class
-from .training.precompute import Example, check_samples, model_id, precompute
+from .training.precompute import Example, model_id, precompute
 from .training.selective import save_schedule
-from .training.settings import DTYPES, TrainSettings
+from .training.settings import DTYPES
 from .training.store import Kind, Store
-from .training.train import TrainResult, check_unfused, train
+from .training.train import TrainResult, train
 
 LORA_FILE = "lora.safetensors"
 SCHEDULE_FILE = "schedule.png"
@@ -56,50 +54,18 @@ class Request:
     """What the subject is, in a common word: "dog"."""
     identifier: str = "sks"
     """The rare word by which prompts will call it."""
-    cut: int | None = 3
-    """How much to hollow; None trains an ordinary LoRA on the whole U-Net."""
-    samples: int = 200
-    """Records to precompute."""
-    class_images: int = 0
-    """Pictures of the class, drawn by the base model, for prior preservation; 0 does without."""
+    setting: Setting = field(default_factory=Setting)
+    """Every lever; its resolution is that of the pictures, whether it says so or not."""
     class_folder: Path | None = None
-    """Where runs of one class share them, drawn with the seed 0; None draws the run's own, with its seed."""
-    store_dtype: torch.dtype = torch.float16
-    """How exit activations are kept."""
-    base_bits: Bits | None = None
-    """Quantise the base's weights to 8 or 4 bits, for all stages; None keeps them as they were loaded."""
-    streaming: bool = False
-    """Keep the weights of U-Net and text encoders in main memory, from where each visits the device when needed."""
-    stream_middle: bool = False
-    """While precomputing, keep the weights of the middle in main memory, as with `streaming`."""
-    tiled_vae: bool = False
-    """Encode pictures in tiles."""
-    settings: TrainSettings = field(default_factory=TrainSettings)
-    low_resolution: int | None = None
-    """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others', or the next
-    multiple of 8 below."""
+    """Where runs of one class share the pictures of it, drawn with the seed 0; None draws the run's own, with its
+    seed."""
     thumbnail: bool = False
     """Whether the LoRA file shows the first picture, small, to tools that list files."""
 
-
-_PLANNED = (
-    "cut",
-    "samples",
-    "class_images",
-    "store_dtype",
-    "base_bits",
-    "streaming",
-    "stream_middle",
-    "tiled_vae",
-    "low_resolution",
-)
-"""What of a `Request` its `Setting` has, too, by the same names."""
-
-
-def request_for(setting: Setting, images: Sequence[TrainingImage], class_word: str, **others: Any) -> Request:
-    """The request whose memory `setting` plans, for pictures of its resolution; `others` are the rest of `Request`."""
-    planned = {name: getattr(setting, name) for name in _PLANNED}
-    return Request(images, class_word, settings=setting.training, **planned, **others)
+    @property
+    def side(self) -> int:
+        """Of the pictures, in pixels."""
+        return self.images[0].picture.width
 
 
 @dataclass(frozen=True)
@@ -135,6 +101,8 @@ def personalize(
     the stages do, and where memory runs out, saying what to change.
     """
     _check(request)
+    setting = replace(request.setting, resolution=request.side)
+    training = setting.training
     meter = Meter(torch.device(device))
 
     def watch(stage: str) -> Watch | None:
@@ -142,73 +110,72 @@ def personalize(
 
     with meter.stage("encode"):
         model = load()
-        _check_cut(request, model.unet.config)
-        torch.nn.Module.to(model.unet, DTYPES[request.settings.precision])  # without diffusers' advice
+        _check_cut(setting, model.network)
+        torch.nn.Module.to(model.unet, DTYPES[training.precision])  # without diffusers' advice
         told = partial(
             memory_told,
             cache(partial(Planner, outlines(model))),
-            setting=_setting(request),
+            setting=setting,
             free=partial(free_bytes, torch.device(device)),
         )
-        made_by = model_id(model.unet) if request.class_images else ""
-        keep_small(model, request, device)
+        made_by = model_id(model.unet) if setting.class_images else ""
+        keep_small(model, device, **setting.kept_small)
         with told("encode", going_on=(folder / "store").exists()):
             drawn: list[torch.Tensor] = []
-            if request.class_images:
+            if setting.class_images:
                 drawn = class_latents(
                     model,
                     class_prompts(request),
                     request.class_folder or folder / "class",
                     made_by=made_by,
-                    resolution=request.images[0].picture.width,
-                    seed=request.settings.seed if request.class_folder is None else 0,
+                    resolution=request.side,
+                    seed=training.seed if request.class_folder is None else 0,
                     device=device,
                     progress=watch("class pictures"),
                     stop=stop,
                 )
-                if len(drawn) < request.class_images:
+                if len(drawn) < setting.class_images:
                     return Outcome(None, None, None, meter)
             examples = make_examples(model, request, drawn, device)
-            if request.settings.strategy == "selective":
+            if training.strategy == "selective":
                 examples += low_examples(model, request, drawn, device)
         free_encoders(model)
 
     with meter.stage("precompute"), told("precompute"):
-        if request.cut is not None:
-            if request.stream_middle and not request.streaming:
-                stream_middle(model.unet, request.cut, device)
-            head(model.unet, request.cut).to(device)
+        if setting.cut is not None:
+            if setting.stream_middle and not setting.streaming:
+                stream_middle(model.network, setting.cut, device)
+            model.network.base(setting.cut).module.to(device)
         store = precompute(
-            model.unet,
+            model.network,
             model.schedule,
             examples,
             folder / "store",
-            cut=request.cut,
-            samples=request.samples,
-            seed=request.settings.seed,
-            dtype=request.store_dtype,
+            cut=setting.cut,
+            samples=setting.samples,
+            seed=training.seed,
+            dtype=setting.store_dtype,
             progress=watch("precompute"),
             stop=stop,
         )
     if store.missing:
         return Outcome(None, None, store, meter)
 
-    unet, schedule, config, layout = model.unet, model.schedule, model.unet.config, model.layout
-    if request.cut is not None:
-        unet = hollow(unet, request.cut, {record.timestep for record in store.records})
+    network, schedule, config, layout = model.network, model.schedule, model.unet.config, model.layout
+    if setting.cut is not None:
+        network = network.hollow(setting.cut, {record.timestep for record in store.records})
     del model  # here the middle leaves memory
     with meter.stage("train"), told("train"):
-        unet.to(device)
-        result = train(unet, schedule, store, request.settings, folder=folder, progress=watch("train"), stop=stop)
+        network.module.to(device)
+        result = train(network, schedule, store, training, folder=folder, progress=watch("train"), stop=stop)
 
-    recipe = recipe_for(request.cut, request.identifier, request.class_word, schedule.config.prediction_type)
+    recipe = recipe_for(setting.cut, request.identifier, request.class_word, schedule.prediction.name)
     file = folder / LORA_FILE
     picture = request.images[0].picture if request.thumbnail else None
-    alpha = request.settings.lora_alpha
+    alpha = training.lora_alpha
     written = lora_file.save(file, result.state, config, alpha=alpha, layout=layout, recipe=recipe, picture=picture)
-    if request.settings.strategy == "selective" and result.stopped == "finished":
-        timesteps = len(schedule.alphas_cumprod)
-        save_schedule(folder / SCHEDULE_FILE, request.settings.bp_low_probability, result.taken, timesteps)
+    if training.strategy == "selective" and result.stopped == "finished":
+        save_schedule(folder / SCHEDULE_FILE, training.bp_low_probability, result.taken, len(schedule))
     return Outcome(file, result, store, meter, written)
 
 
@@ -240,7 +207,7 @@ def make_examples(
             side = image.picture.width
             examples.append(Example(latents, encode(personal, side), encode(generic, side), personal, generic))
         for latents, prompt in zip(class_latents, class_prompts(request), strict=True):
-            conditioning = encode(prompt, request.images[0].picture.width)
+            conditioning = encode(prompt, request.side)
             examples.append(Example(latents, conditioning, conditioning, prompt, prompt, "prior"))
     return examples
 
@@ -255,7 +222,7 @@ def low_examples(
 
     Raises HollowError for a resolution that is no multiple of 8, or not below that of the pictures.
     """
-    full, side = request.images[0].picture.width, low_side(request)
+    full, side = request.side, low_side(request)
     with visiting(device, model.vae):
         pictures = decode_images(model, class_latents)
         of_class = [TrainingImage(picture, None, "", (0, 0, full, full)) for picture in pictures]
@@ -268,8 +235,8 @@ def low_examples(
 def low_side(request: Request) -> int:
     """The side in pixels of the pictures for BP-low. Raises HollowError where it is not below that of the others, or no
     multiple of 8."""
-    full = request.images[0].picture.width
-    side = full // 16 * 8 if request.low_resolution is None else request.low_resolution
+    full, asked = request.side, request.setting.low_resolution
+    side = full // 16 * 8 if asked is None else asked
     check_resolution(side)
     if side >= full:
         raise HollowError(f"The low resolution {side} is not below the pictures' {full}. Take half of it.")
@@ -282,35 +249,33 @@ def class_prompts(request: Request) -> list[str]:
     So the two differ by the identifier alone, and the LoRA must listen to it to tell them apart.
     """
     own = [generic_prompt(_prompt(request, image), request.identifier) for image in request.images]
-    return [own[number % len(own)] for number in range(request.class_images)]
+    return [own[number % len(own)] for number in range(request.setting.class_images)]
 
 
 def _check(request: Request) -> None:
     """Refuse at once what would otherwise be refused after the long stages."""
     if not request.images:
         raise HollowError("There are no pictures to learn from. Give four or five of your subject.")
-    optimizer_class(request.settings.optimizer)
-    check_samples(request.samples, 2 if request.class_images else 1)
-    if request.settings.strategy == "selective":
+    setting = request.setting
+    if setting.resolution not in (None, request.side):
+        raise HollowError(
+            f"The pictures are {request.side} pixels square, but the setting's resolution is {setting.resolution}. "
+            "Load them at that resolution, or leave it out."
+        )
+    optimizer_class(setting.training.optimizer)
+    if setting.training.strategy == "selective":
         low_side(request)
-    if request.class_images and request.settings.prior_weight > 0:
-        check_unfused(request.settings)
+    setting.check()
 
 
-def _check_cut(request: Request, config: Config) -> None:
+def _check_cut(setting: Setting, network: Network) -> None:
     """Refuse what no LoRA could be trained on."""
-    if request.cut is None:
+    if setting.cut is None:
         return
-    check_cut(config, request.cut)
-    if not leaves_attention(config, request.cut) and set(request.settings.targets) <= set(ATTENTION):
-        deepest = max(cut for cut in range(request.cut) if leaves_attention(config, cut))
-        raise HollowError(f"Cut {request.cut} leaves no attention to put a LoRA on. Choose a cut from 0 to {deepest}.")
-
-
-def _setting(request: Request) -> Setting:
-    """The request as its memory is planned for."""
-    planned = {name: getattr(request, name) for name in _PLANNED}
-    return Setting(resolution=request.images[0].picture.width, training=request.settings, **planned)
+    network.check_cut(setting.cut)
+    if not network.leaves_attention(setting.cut) and set(setting.training.targets) <= set(ATTENTION):
+        deepest = [cut for cut in network.cuts() if network.leaves_attention(cut)][-1]
+        raise HollowError(f"Cut {setting.cut} leaves no attention to put a LoRA on. Choose a cut from 0 to {deepest}.")
 
 
 def _prompt(request: Request, image: TrainingImage | None) -> str:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from safetensors import safe_open
 from tiny_pipelines import tiny_pipeline
 from tiny_training import OutOfMemoryAt
 
-from hollow_core.data.images import load_images
+from hollow_core.data.images import TrainingImage, load_images
 from hollow_core.errors import HollowError
+from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel, load
 from hollow_core.personalize import Request, personalize
 from hollow_core.progress import Progress
@@ -38,11 +40,16 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def ask(photos: Path, **changes: object) -> Request:
-    settings = TrainSettings(rank=2, steps=6, save_every=2)
+def ask(photos: Path, *, images: list[TrainingImage] | None = None, thumbnail: bool = False, **setting: Any) -> Request:
+    images = load_images(photos, 128) if images is None else images
+    training = TrainSettings(rank=2, steps=6, save_every=2)
     return Request(
-        **{"images": load_images(photos, 128), "class_word": "dog", "samples": 12, "settings": settings} | changes
+        images, "dog", setting=Setting(**{"samples": 12, "training": training} | setting), thumbnail=thumbnail
     )
+
+
+def changed(request: Request, **setting: Any) -> Request:
+    return replace(request, setting=replace(request.setting, **setting))
 
 
 def content(file: Path) -> dict[str, torch.Tensor]:
@@ -105,12 +112,12 @@ def test_out_of_memory_is_told_with_what_to_change_and_so_it_goes_on(
 ) -> None:
     request = ask(photos, cut=1, class_images=2)
     expected = content(personalize(lambda: load(model_folder), request, tmp_path / "whole").file)
-    checkpointing = replace(request.settings, gradient_checkpointing=True)
+    checkpointing = replace(request.setting.training, gradient_checkpointing=True)
     drawn = 2 * 30  # calls for the pictures of the class
     for stage, calls, lever, change in (
         ("encode", 40, "streaming", {"streaming": True}),
         ("precompute", drawn + 10, "a streamed middle", {"stream_middle": True}),
-        ("train", drawn + 12 + 4, "gradient checkpointing", {"settings": checkpointing}),
+        ("train", drawn + 12 + 4, "gradient checkpointing", {"training": checkpointing}),
     ):
 
         def load_onto_a_full_device(calls: int = calls) -> BaseModel:
@@ -123,7 +130,7 @@ def test_out_of_memory_is_told_with_what_to_change_and_so_it_goes_on(
             personalize(load_onto_a_full_device, request, tmp_path / stage)
         assert (tmp_path / stage / "checkpoint.safetensors").exists() == (stage == "train")
         assert len(list((tmp_path / stage / "class").iterdir())) == (1 if stage == "encode" else 2)
-        taken = replace(request, **change)
+        taken = changed(request, **change)
         found = content(personalize(lambda: load(model_folder), taken, tmp_path / stage).file)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -159,9 +166,13 @@ def test_what_the_request_tells_is_refused_before_the_model_loads(tmp_path: Path
     fused = TrainSettings(fused_backward=True, max_grad_norm=float("inf"))
     for refused, said in [
         (ask(photos, images=[], class_images=2), "no pictures to learn from"),
-        (ask(photos, class_images=2, settings=fused), "there are pictures of the class too"),
-        (ask(photos, low_resolution=128, settings=TrainSettings(strategy="selective")), "not below the pictures' 128"),
-        (ask(photos, low_resolution=60, settings=TrainSettings(strategy="selective")), "60 is no multiple of 8"),
+        (ask(photos, class_images=2, training=fused), "there are pictures of the class too"),
+        (ask(photos, low_resolution=128, training=TrainSettings(strategy="selective")), "not below the pictures' 128"),
+        (ask(photos, low_resolution=60, training=TrainSettings(strategy="selective")), "60 is no multiple of 8"),
+        (
+            ask(photos, resolution=512),
+            "are 128 pixels square, but the setting's resolution is 512",
+        ),
         (ask(photos, samples=1, class_images=2), "1 records are too few. Ask for at least 2"),
     ]:
         with pytest.raises(HollowError, match=said):
@@ -278,7 +289,7 @@ def test_small_and_away_the_road_is_walked_with_one_base_and_streaming_changes_n
         request = ask(photos, class_images=1, samples=4, base_bits=bits)
         resident = personalize(lambda: load(model_folder), request, tmp_path / f"{bits}")
         streamed = personalize(
-            lambda: load(model_folder), replace(request, streaming=True), tmp_path / f"{bits} streamed"
+            lambda: load(model_folder), changed(request, streaming=True), tmp_path / f"{bits} streamed"
         )
         assert resident.store.id == streamed.store.id
         files[bits] = content(resident.file)

@@ -12,11 +12,17 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from tiny_unets import make_tiny_conditioning
 
+from hollow_core.nets.schedule import NoiseSchedule
 from hollow_core.training.precompute import Example
 
 
-def tiny_schedule(prediction_type: str = "epsilon", **changes: object) -> DDPMScheduler:
+def tiny_schedule(prediction_type: str = "epsilon", **changes: object) -> NoiseSchedule:
     """Stable Diffusion's noise schedule."""
+    return NoiseSchedule.from_scheduler(tiny_scheduler(prediction_type, **changes))
+
+
+def tiny_scheduler(prediction_type: str = "epsilon", **changes: object) -> DDPMScheduler:
+    """The same as diffusers has it."""
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     return DDPMScheduler(**betas, prediction_type=prediction_type, **changes)
 

@@ -7,14 +7,15 @@ from itertools import islice
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from hollow_core.demo import language, pretrain
 from hollow_core.errors import HollowError
 from hollow_core.models.base_model import BaseModel, encode_prompt
 from hollow_core.nets.conditioning import Conditioning
-from hollow_core.nets.unet import hollow
+from hollow_core.nets.schedule import NoiseSchedule
+from hollow_core.nets.unet import UNet, hollow
 from hollow_core.nets.unet_layers import exit_shape
 from hollow_core.training.settings import TrainSettings
 from hollow_core.training.steps import backpropagate, part_loss
@@ -29,7 +30,7 @@ class Diverged(HollowError):
     """A training ended with numbers that are none."""
 
 
-def finetune(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, settings: TrainSettings) -> list[float]:
+def finetune(unet: UNet2DConditionModel, schedule: NoiseSchedule, store: Store, settings: TrainSettings) -> list[float]:
     """Full fine-tuning on the records on which a LoRA would train, with its settings but for the learning rate; the
     loss of each step. Raises Diverged where one is not finite."""
     unet.requires_grad_(True)
@@ -38,7 +39,7 @@ def finetune(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, 
     )
     losses = []
     for choice in islice(steps_ahead(store, schedule, settings), settings.steps):
-        losses.append(backpropagate(partial(part_loss, unet, schedule, store), [choice.weighted]))
+        losses.append(backpropagate(partial(part_loss, UNet(unet), schedule, store), [choice.weighted]))
         if not math.isfinite(losses[-1]):
             raise Diverged(f"Full fine-tuning ended with a non-finite loss at step {len(losses)}.")
         nn.utils.clip_grad_norm_(unet.parameters(), settings.max_grad_norm)
@@ -115,4 +116,4 @@ def _drawn(
     timesteps = torch.randint(1000, (batch,), generator=generator)
     noise = torch.randn(clean.shape, generator=generator)
     prompts = Conditioning.batch([encode_prompt(base, text) for text in texts])
-    return base.schedule.add_noise(clean, noise, timesteps), timesteps, prompts.encoder_hidden_states
+    return base.scheduler.add_noise(clean, noise, timesteps), timesteps, prompts.encoder_hidden_states

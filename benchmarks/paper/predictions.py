@@ -10,11 +10,13 @@ from benchmarks import held_out
 from benchmarks.memory import inference
 from hollow_core.demo import pretrain, run
 from hollow_core.lora.layers import add_lora, lora_parameters
-from hollow_core.memory.cost import cuts_table, inputs
+from hollow_core.memory.cost import cuts_table
 from hollow_core.memory.dry_run import DryRun
 from hollow_core.memory.planner import GIB, Planner
 from hollow_core.memory.setting import Setting
+from hollow_core.models.base_model import outline
 from hollow_core.models.layouts import layout_config
+from hollow_core.nets.unet import UNet
 from hollow_core.training.settings import TrainSettings
 
 from .baselines import pruned
@@ -54,7 +56,8 @@ def predictions(out: Path) -> Predicted:
 
 
 def _predict() -> Predicted:
-    planner, sd21 = Planner("sd21"), cuts_table(layout_config("sd21"))
+    side = pretrain.new_unet().config.sample_size
+    planner, sd21 = Planner("sd21"), cuts_table(outline("sd21").network, 64, 64)
     flops, worthwhile = sd21[run.CUT]["flops"], planner.cuts()
     hollowed, lora = (
         planner.step_flops(Setting(cut, 512, training=TrainSettings(rank=128))) for cut in (run.CUT, None)
@@ -71,7 +74,7 @@ def _predict() -> Predicted:
         ],
         "removed": {
             name: [row["removed_percent"] for row in table]
-            for name, table in (("sd21", sd21), ("embedded", cuts_table(pretrain.new_unet().config)))
+            for name, table in (("sd21", sd21), ("embedded", cuts_table(outline(str(run.MODEL)).network, side, side)))
         },
     }
 
@@ -92,7 +95,7 @@ def _peak(unet: UNet2DConditionModel, rank: int | None) -> int:
     if rank is not None:
         add_lora(unet, rank, generator=torch.Generator())
     parameters = list(unet.parameters()) if rank is None else lora_parameters(unet)
-    latents, prompt = inputs(unet.config)
+    latents, prompt = UNet(unet).inputs(64, 64)
     with DryRun() as dry:
         dry.hold("weights", unet)
         optimizer = torch.optim.AdamW(parameters)

@@ -15,8 +15,9 @@ from hollow_core.files import read_json, read_safetensors, write_json, write_saf
 from hollow_core.lora import file as lora_file
 from hollow_core.lora.file import LoraFile
 from hollow_core.lora.metadata import recipe_for
+from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel, encode_prompt
-from hollow_core.nets.unet import hollow
+from hollow_core.nets.network import Network
 from hollow_core.personalize import LORA_FILE, Request, class_prompts, make_examples
 from hollow_core.sampling.prior import class_latents
 from hollow_core.sampling.sample import SampleSettings
@@ -101,7 +102,7 @@ def run_trial(trial: Trial, extent: Extent) -> None:
         seed=trial.seed,
     )
     store = precompute(
-        base.unet,
+        base.network,
         base.schedule,
         _examples(trial, base),
         trial.out / "stores" / f"subject-{trial.subject}-seed-{trial.seed}",
@@ -116,12 +117,12 @@ def run_trial(trial: Trial, extent: Extent) -> None:
     elif way.method in ("pruned", "pruned, distilled"):
         assert way.cut is not None
         base.unet = _pruned(trial.out, way, base, extent)
-        _trained(trial, base.unet, base, store, settings)
+        _trained(trial, base.network, base, store, settings)
         rows = {ONE: held_out.scores(base, subject, None)}  # the LoRA is in it
     else:
-        unet = base.unet if way.cut is None else hollow(base.unet, way.cut)
-        result = _trained(trial, unet, base, store, settings)
-        recipe = recipe_for(way.cut, run.IDENTIFIER, way.kind_of(subject), base.schedule.config.prediction_type)
+        network = base.network if way.cut is None else base.network.hollow(way.cut, range(1000))
+        result = _trained(trial, network, base, store, settings)
+        recipe = recipe_for(way.cut, run.IDENTIFIER, way.kind_of(subject), base.schedule.prediction.name)
         file = trial.folder / LORA_FILE
         lora_file.save(
             file, result.state, base.unet.config, alpha=settings.lora_alpha, layout=base.layout, recipe=recipe
@@ -135,9 +136,9 @@ def run_trial(trial: Trial, extent: Extent) -> None:
             path.unlink()
 
 
-def _trained(trial: Trial, unet: Any, base: BaseModel, store: Store, settings: TrainSettings) -> TrainResult:
+def _trained(trial: Trial, network: Network, base: BaseModel, store: Store, settings: TrainSettings) -> TrainResult:
     """Raises Diverged where it did: what is left is of an earlier step."""
-    result = train(unet, base.schedule, store, settings, folder=trial.folder)
+    result = train(network, base.schedule, store, settings, folder=trial.folder)
     if result.stopped != "finished":
         raise Diverged(f"{trial.folder} ended with a {result.stopped} after {result.steps} steps.")
     return result
@@ -149,7 +150,7 @@ def _examples(trial: Trial, base: BaseModel) -> list[Example]:
     kind = way.kind_of(subject)
     images = held_out.references(trial.folder / "references", subject)
     images = [image._replace(caption=(image.caption or "").replace(subject.kind, kind)) for image in images]
-    request = Request(images, kind, run.IDENTIFIER, way.cut, way.samples, way.class_images)
+    request = Request(images, kind, run.IDENTIFIER, Setting(way.cut, class_images=way.class_images))
     drawn: Sequence[torch.Tensor] = []
     if way.class_images:
         name = f"subject-{trial.subject}-seed-{trial.seed}" + (f"-{way.called}" if way.called else "")

@@ -10,6 +10,7 @@ import typer
 from ..errors import HollowError
 
 if TYPE_CHECKING:
+    from ..memory.setting import Setting
     from ..nets.residency import Bits
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -120,6 +121,45 @@ ClipModel = Annotated[
     str | None,
     typer.Option(help="CLIP's folder, or its name in the hub's cache. (default: openai/clip-vit-base-patch32)"),
 ]
+
+
+def setting_of(
+    *,
+    optimizer: OptimizerKind,
+    lora_precision: LoraPrecision,
+    checkpointing: bool,
+    base_bits: BaseBits | None,
+    stream: bool,
+    stream_middle: bool,
+    tiled_vae: bool,
+    resolution: int | None,
+    samples: int,
+    class_images: int,
+    cut: int = 3,
+    low_resolution: int | None = None,
+    **training: Any,
+) -> "Setting":
+    """What the options say; `training` are those that `TrainSettings` calls by the same name."""
+    from ..memory.setting import Setting
+    from ..training.settings import TrainSettings
+
+    return Setting(
+        cut=None if cut < 0 else cut,
+        resolution=resolution,
+        samples=samples,
+        class_images=class_images,
+        base_bits=bits_of(base_bits),
+        streaming=stream,
+        stream_middle=stream_middle,
+        tiled_vae=tiled_vae,
+        low_resolution=low_resolution,
+        training=TrainSettings(
+            optimizer=optimizer.value,
+            lora_precision=lora_precision.value,
+            gradient_checkpointing=checkpointing,
+            **training,
+        ),
+    )
 
 
 def load_model(path: Path, precision: Precision, prediction_type: Prediction | None) -> Any:

@@ -27,7 +27,7 @@ from .options import (
     StreamMiddle,
     TiledVae,
     Together,
-    bits_of,
+    setting_of,
 )
 from .watch import quiet, watching
 
@@ -45,7 +45,9 @@ def cuts(
     from ..memory.cost import cuts_table
     from ..models.base_model import outline
 
-    rows = cuts_table(outline(model).unet.config)
+    base = outline(model)
+    side = base.resolution // base.pixels
+    rows = cuts_table(base.network, side, side)
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -89,35 +91,30 @@ def plan(
     """What each cut will need: memory, disk and operations, before anything is loaded and without a GPU."""
     quiet()
     from ..memory.planner import Planner, parse_bytes
-    from ..memory.setting import Setting
-    from ..training.settings import TrainSettings
 
-    training = TrainSettings(
-        rank=rank,
-        batch=batch,
-        together=together,
-        gradient_checkpointing=checkpointing,
-        checkpoint_levels=checkpoint_levels,
-        optimizer=optimizer.value,
-        lora_precision=lora_precision.value,
-        fused_backward=fused_backward,
-        max_grad_norm=math.inf if fused_backward else 1.0,
-    )
-    setting = Setting(
+    setting = setting_of(
         resolution=resolution,
         samples=samples,
         class_images=class_images,
-        base_bits=bits_of(base_bits),
-        streaming=stream,
+        base_bits=base_bits,
+        stream=stream,
         stream_middle=stream_middle,
         tiled_vae=tiled_vae,
-        training=training,
+        rank=rank,
+        batch=batch,
+        together=together,
+        checkpointing=checkpointing,
+        checkpoint_levels=checkpoint_levels,
+        optimizer=optimizer,
+        lora_precision=lora_precision,
+        fused_backward=fused_backward,
+        max_grad_norm=math.inf if fused_backward else 1.0,
     )
     precisions: list[Any] = [each.value for each in precision or []]
     if budget is None:
         planner = Planner(model)
         settings = [
-            replace(setting, cut=None if k < 0 else k, training=replace(training, precision=each))
+            replace(setting, cut=None if k < 0 else k, training=replace(setting.training, precision=each))
             for each in precisions or ["fp32"]
             for k in cut or [-1, *planner.cuts()]
         ]

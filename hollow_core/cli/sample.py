@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -57,39 +58,33 @@ def sample(
     quiet()
     from ..files import write_png
     from ..lora import file as lora_file
-    from ..memory.setting import Setting
     from ..models.base_model import keep_small
-    from ..sampling.sample import SampleSettings, portions
-    from ..sampling.sample import sample as draw
+    from ..sampling.sample import SampleSettings, encode, portions, recipe_on
 
     to = device_of(device)
     base = load_model(model, precision, prediction_type)
     size = (height or base.resolution, width or base.resolution)
     settings = SampleSettings(steps, guidance, negative, strength, refresh, size, together)
     file = lora_file.load(lora, base.unet)
-    keep_small(base, Setting(base_bits=bits_of(base_bits), streaming=stream, tiled_vae=tiled_vae), to)
+    keep_small(base, to, base_bits=bits_of(base_bits), streaming=stream, tiled_vae=tiled_vae)
     prompts = [text for text in prompt for _ in range(images)]
     seeds = [seed + number for _ in prompt for number in range(images)]
     files = [out / f"{number:03}-seed{each}.png" for number, each in enumerate(seeds)]
     with watching() as watch, _memory_told():
-        for few in portions(len(files), together):
-
-            def progress(done: int, _: int, first: int = few.start) -> None:
-                watch("sample", Progress(first + done, len(files), 0.0))
-
-            drawn = draw(
-                base,
-                prompts[few],
-                seeds[few],
-                settings,
-                lora=file,
-                single_path=single_path,
-                generics=None if generic is None else [generic] * len(prompts[few]),
-                device=to,
-                progress=progress,
-            )
-            for path, picture in zip(files[few], drawn, strict=True):
-                write_png(path, picture)
+        generics = None if generic is None else [generic] * len(prompts)
+        texts = encode(base, prompts, settings, recipe_on(file, single_path), generics, to)
+        drawn = portions(
+            base,
+            texts,
+            seeds,
+            settings,
+            lora=file,
+            single_path=single_path,
+            device=to,
+            progress=lambda done, of: watch("sample", Progress(done, of, 0.0)),
+        )
+        for path, picture in zip(files, chain.from_iterable(drawn), strict=True):
+            write_png(path, picture)
     if as_json:
         print(json.dumps([{"file": str(file), "prompt": text, "seed": seed} for file, text, seed in zip(files, prompts, seeds, strict=True)]))  # fmt: skip
     console.print(Text(f"{len(files)} pictures are in {out}."), soft_wrap=True)

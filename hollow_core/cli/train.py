@@ -26,9 +26,9 @@ from .options import (
     StreamMiddle,
     TiledVae,
     Together,
-    bits_of,
     device_of,
     load_model,
+    setting_of,
 )
 from .watch import quiet, stopping, watching
 
@@ -86,18 +86,25 @@ def train(
     from ..memory.meter import free_bytes
     from ..memory.planner import Planner
     from ..memory.remedy import check_fits
-    from ..memory.setting import Setting
-    from ..personalize import personalize, request_for
+    from ..personalize import Request, personalize
     from ..training.selective import count_by_time
-    from ..training.settings import TrainSettings
 
     personal_prompt(identifier, subject)  # refuse bad words before anything is loaded
-    settings = TrainSettings(
+    setting = setting_of(
+        cut=cut,
+        resolution=resolution,
+        samples=samples,
+        class_images=class_images,
+        base_bits=base_bits,
+        stream=stream,
+        stream_middle=stream_middle,
+        tiled_vae=tiled_vae,
+        low_resolution=low_resolution,
         rank=rank,
         alpha=alpha,
         steps=steps,
         learning_rate=learning_rate,
-        optimizer=optimizer.value,
+        optimizer=optimizer,
         max_grad_norm=max_grad_norm,
         fused_backward=fused_backward,
         batch=batch,
@@ -105,8 +112,8 @@ def train(
         prior_weight=prior_weight,
         snr_gamma=snr_gamma,
         precision=precision.value,
-        lora_precision=lora_precision.value,
-        gradient_checkpointing=checkpointing,
+        lora_precision=lora_precision,
+        checkpointing=checkpointing,
         checkpoint_levels=checkpoint_levels,
         seed=seed,
         save_every=save_every,
@@ -117,18 +124,6 @@ def train(
         zo_queries=zo_queries,
         zo_timesteps=zo_timesteps,
     )
-    setting = Setting(
-        cut=None if cut < 0 else cut,
-        resolution=resolution,
-        samples=samples,
-        class_images=class_images,
-        base_bits=bits_of(base_bits),
-        streaming=stream,
-        stream_middle=stream_middle,
-        tiled_vae=tiled_vae,
-        training=settings,
-        low_resolution=low_resolution,
-    )
     chosen = device_of(device)
     if chosen.startswith("cuda"):  # main memory can be swapped; a GPU's is there or it is not
         planner = Planner(str(model))
@@ -136,13 +131,7 @@ def train(
         check_fits(planner, setting, free_bytes(torch.device(chosen)), planner.road, going_on=going_on)
     loaded = [load_model(model, precision, prediction_type)]  # its pop hands over the only reference
     side = loaded[0].resolution if resolution is None else resolution
-    request = request_for(
-        setting,
-        load_images(images, side),
-        subject,
-        identifier=identifier,
-        thumbnail=thumbnail,
-    )
+    request = Request(load_images(images, side), subject, identifier, setting, thumbnail=thumbnail)
     with watching() as watch, stopping() as stop:
         outcome = personalize(loaded.pop, request, out, device=chosen, progress=watch, stop=stop)
     stopped = outcome.result.stopped if outcome.result is not None else "stop"

@@ -52,8 +52,8 @@ def middle_matters(base: BaseModel, pictures: int = 512, batch: int = 64) -> dic
         # one time step for a whole batch, so that a neighbour's activation is of the same noise level
         timestep = torch.tensor([(2 * number + 1) * 500 // batches]).expand(batch)
         noise = torch.randn(clean.shape, generator=generator)
-        noisy = base.schedule.add_noise(clean, noise, timestep)
-        target = base.schedule.get_velocity(clean, noise, timestep)
+        noisy = base.scheduler.add_noise(clean, noise, timestep)
+        target = base.scheduler.get_velocity(clean, noise, timestep)
         told = Conditioning(states).kwargs()
         exit_activation = path_to_exit(noisy, timestep, **told).sample
         for name, handed in {

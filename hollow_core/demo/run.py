@@ -17,8 +17,9 @@ from ..lora import file as lora_file
 from ..lora.file import LoraFile
 from ..lora.layers import ALL_LAYERS
 from ..memory.meter import Meter
+from ..memory.setting import Setting
 from ..models.base_model import BaseModel, load
-from ..nets.unet_layers import removed_fraction
+from ..nets.network import removed_fraction
 from ..personalize import LORA_FILE, Request, personalize
 from ..progress import Progress
 from ..sampling.sample import SampleSettings, sample
@@ -107,7 +108,7 @@ def run(
         "sampling": asdict(SAMPLING),
         "plain_stages": [asdict(stage) for stage in plain.meter.stages],
         "hollowed_stages": [asdict(stage) for stage in hollowed.meter.stages],
-        "removed_percent": round(100 * removed_fraction(base.unet, CUT), 2),
+        "removed_percent": round(100 * removed_fraction(base.network, CUT), 2),
         "records": len(hollowed.store.records),
         "stored_bytes": hollowed.store.size_bytes,
         "rows": {
@@ -138,11 +139,8 @@ def train(
         load_images(references, world.SIZE),
         subject.kind,
         IDENTIFIER,
-        cut,
-        samples=SAMPLES,
-        class_images=CLASS_IMAGES,
-        class_folder=class_folder,
-        settings=settings,
+        Setting(cut, samples=SAMPLES, class_images=CLASS_IMAGES, training=settings),
+        class_folder,
     )
     outcome = personalize(model, request, folder, progress=watch)
     if outcome.file is None or outcome.result is None or outcome.store is None or outcome.result.stopped != "finished":

@@ -26,7 +26,7 @@ from ..memory.setting import Setting
 from ..models.base_model import BaseModel, visiting
 from ..personalize import Request, personalize
 from ..progress import Progress, Stop
-from ..sampling.sample import SampleSettings, portions, sample
+from ..sampling.sample import SampleSettings, encode, portions, recipe_on
 from ..training.settings import TrainSettings
 from .datasets import Subject
 from .scores import Score, Scorers, mean, score
@@ -134,7 +134,7 @@ def run_job(
 ) -> bool:
     """Do what is left of a job; False where `stop` ended it before its end.
 
-    Raises HollowError as `personalize` and `sample` do, and where training diverged.
+    Raises HollowError as `personalize` and `sampling.sample` do, and where training diverged.
     """
     if job.result.exists():
         return True
@@ -147,11 +147,8 @@ def run_job(
             load_images(job.subject.folder, side),
             job.subject.class_word,
             protocol.identifier,
-            job.method.cut,
-            samples=protocol.samples,
-            class_images=protocol.class_images,
-            class_folder=job.out / "class" / job.subject.class_word,
-            settings=training,
+            Setting(job.method.cut, samples=protocol.samples, class_images=protocol.class_images, training=training),
+            job.out / "class" / job.subject.class_word,
         )
         work = job.folder / "work"
         outcome = personalize(loaded.pop, request, work, device=device, progress=progress, stop=stop)
@@ -211,16 +208,15 @@ def _draw(
     pictures = _pictures(job, protocol)
     todo = [picture for picture in pictures if not picture[0].exists()]
     file = lora_file.load(job.folder / "lora.safetensors", model.unet)
-    for few in portions(len(todo), protocol.sampling.together):
-        if stop is not None and stop():
-            return False
-        paths, prompts, seeds = zip(*todo[few], strict=True)
-        drawn = sample(model, prompts, seeds, protocol.sampling, lora=file, device=device)
-        for path, picture in zip(paths, drawn, strict=True):
-            write_png(path, picture)
+    texts = encode(model, [prompt for _, prompt, _ in todo], protocol.sampling, recipe_on(file), device=device)
+    seeds, paths, done = [seed for *_, seed in todo], iter([path for path, *_ in todo]), len(pictures) - len(todo)
+    for portion in portions(model, texts, seeds, protocol.sampling, lora=file, device=device, stop=stop):
+        for picture in portion:
+            write_png(next(paths), picture)
+        done += len(portion)
         if progress is not None:
-            progress("sample", Progress(len(pictures) - len(todo) + few.start + len(paths), len(pictures), 0.0))
-    return True
+            progress("sample", Progress(done, len(pictures), 0.0))
+    return done == len(pictures)
 
 
 def _pictures(job: Job, protocol: Protocol) -> list[tuple[Path, str, int]]:

@@ -25,23 +25,6 @@ from .delta import LoraLayer
 from .dialects import Lora
 from .metadata import Recipe, describe, describe_converted, layout_of, network, recipe_of, thumbnail
 
-__all__ = [
-    "LoraFile",
-    "Recipe",
-    "Written",
-    "alpha_of",
-    "convert",
-    "describe",
-    "layout_of",
-    "load",
-    "read",
-    "recipe_of",
-    "save",
-    "to_kohya",
-    "write",
-    "write_dialect",
-]
-
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PEFT_HEAD = {"peft_type": "LORA", "base_model_name_or_path": None, "inference_mode": True, "bias": "none"}
 _ADVICE = "Lower the learning rate and train again, or write fp32."
@@ -148,23 +131,27 @@ def write_dialect(
         if path.suffix == ".safetensors":
             raise HollowError(f"A peft LoRA is a folder, not {path.name}. Give a name without .safetensors.")
         file, described = path / _PEFT_FILE, described | {"format": "pt"}
-    write(file, tensors, described)
+    written, told = write(file, tensors, described)
     if dialect == "peft":  # the small file last: where the disk is full, the old pair stays whole
         write_json(path / _PEFT_CONFIG, _PEFT_HEAD | dialects.adapter_config(lora.layers))
-    again, _ = read(path, config)
+    again = dialects.parse(written, config, _adapters(file, told), source=str(path))
     if again.left_out or again.layers.keys() != lora.layers.keys() or again.text.keys() != lora.text.keys():
         raise HollowError(f"{path} does not read back as it was written. Check the disk and save again.")
     return Written(path, dialect, len(again.layers), len(again.text), _largest_change(again))
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors as they are, and read them back to compare. Raises HollowError as `write_dialect` does."""
+def write(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Write tensors as they are, and read them back to compare: what was read, and its metadata. Raises HollowError as
+    `write_dialect` does."""
     if path.suffix != ".safetensors":
         raise HollowError(f"The name {path.name!r} does not end in .safetensors. Choose one that does.")
     write_safetensors(path, tensors, metadata)
-    written, _ = read_safetensors(path)
+    written, told = read_safetensors(path)
     if written.keys() != tensors.keys() or any(not torch.equal(written[key], tensors[key]) for key in tensors):
         raise HollowError(f"{path} does not read back as it was written. Check the disk and save again.")
+    return written, told
 
 
 def read(path: Path, config: Config | None = None) -> tuple[Lora, dict[str, str]]:

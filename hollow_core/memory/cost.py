@@ -1,27 +1,24 @@
 """What each cut costs: parameters, bytes and operations, counted on tensors that hold no data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..lora.layers import add_lora
 from ..nets.conditioning import Conditioning
-from ..nets.unet import hollow
-from ..nets.unet_layers import Config, Layer, exit_shape, hollowed_layers, layers, max_cut, removed_fraction
+from ..nets.network import Network, Stored, removed_fraction
 
 PAPER_RANK = 128
 """The rank at which a training step is counted: that of the paper's main experiments."""
 
-_TOKENS = 77  # the length of CLIP's prompts
 _TIMESTEP = 0  # any
 
 
-def cuts_table(config: Config) -> list[dict[str, Any]]:
-    """One JSON-ready row for every cut of a U-Net, at batch 1 and the size of image that the config names.
+def cuts_table(network: Network, height: int, width: int) -> list[dict[str, Any]]:
+    """One JSON-ready row for every cut of a whole network on the meta device, for latents of height × width.
 
     - `k`: the cut
     - `blocks`: the hollowed layers by the paper's names
@@ -34,64 +31,47 @@ def cuts_table(config: Config) -> list[dict[str, Any]]:
       `training_step` forward and backward with a LoRA of rank 128 on the attention. (The paper's table 3 takes
       twice the forward for the backward; here frozen weights need no gradients. Where a cut leaves no
       attention to train, the step is the forward alone.)
-
-    Raises HollowError for a U-Net that cannot be cut.
     """
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-        sample, prompt = inputs(config)
-    total = unet.num_parameters()
-    removed = [removed_fraction(unet, cut) for cut in range(max_cut(config) + 1)]
+    latents, prompt = network.inputs(height, width)
+    latents, prompt = latents.to("meta"), prompt.to("meta")
+    removed = [removed_fraction(network, cut) for cut in network.cuts()]
+    total = sum(parameter.numel() for parameter in network.module.parameters())
     with torch.no_grad():
-        counts = _flops(unet, sample, prompt)
+        counts = _flops(network, latents, prompt, {})
     full = counts[""]
-    add_lora(unet, PAPER_RANK, generator=torch.Generator())
+    add_lora(network.module, PAPER_RANK, generator=torch.Generator())
     table = []
-    for cut, fraction in enumerate(removed):
-        hollowed_here = hollowed_layers(config, cut)
-        behind = [layer for layer in layers(config) if layer.side == "up" and layer not in hollowed_here]
-        shape = exit_shape(config, cut, *sample.shape[-2:])
-        activation = torch.empty(1, *shape, device="meta")
-        hollowed = hollow(unet, cut, timesteps=[_TIMESTEP])
+    for cut, fraction in zip(network.cuts(), removed, strict=True):
+        shapes = network.stored_shapes(cut, height, width)
+        stored = {name: torch.empty(1, *shape, device="meta") for name, shape in shapes.items()}
+        [exit_shape] = shapes.values()
         row = {
             "k": cut,
-            "blocks": [layer.name for layer in hollowed_here],
+            "blocks": network.blocks(cut),
             "removed_percent": round(100 * fraction, 2),
             "parameters": total - round(fraction * total),
-            "exit_shape": list(shape),
-            "record_bytes": 2 * activation.numel(),
+            "exit_shape": list(exit_shape),
+            "record_bytes": 2 * sum(tensor.numel() for tensor in stored.values()),
             "flops": {
                 "full": full,
-                "precompute": full - _of(behind, counts) - counts["conv_out"],
-                "hollowed_forward": full - _of(hollowed_here, counts) - counts["time_embedding"],
-                "training_step": _flops(hollowed, sample, prompt, exit_activation=activation)[""],
+                "precompute": full - _of(network.behind(cut), counts),
+                "hollowed_forward": full - _of(network.removed(cut), counts),
+                "training_step": _flops(network.hollow(cut, [_TIMESTEP]), latents, prompt, stored)[""],
             },
         }
         table.append(row)
     return table
 
 
-def _of(some: list[Layer], counts: Mapping[str, int]) -> int:
-    return sum(counts[path] for layer in some for path in layer.modules)
+def _of(paths: Iterable[str], counts: Mapping[str, int]) -> int:
+    return sum(counts[path] for path in paths)
 
 
-def inputs(config: Config) -> tuple[Tensor, Conditioning]:
-    """Latents (1, channels, height, width) and a prompt, of the sizes that `config` names; content undefined."""
-    size = config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    sample = torch.empty(1, config["in_channels"], height, width)
-    prompt = torch.empty(1, _TOKENS, config["cross_attention_dim"])
-    if config.get("addition_embed_type") is None:
-        return sample, Conditioning(prompt)
-    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    return sample, Conditioning(prompt, torch.empty(1, pooled), torch.empty(1, 6))
-
-
-def _flops(unet: UNet2DConditionModel, sample: Tensor, prompt: Conditioning, **kwargs: Tensor) -> dict[str, int]:
+def _flops(network: Network, latents: Tensor, prompt: Conditioning, stored: Stored) -> dict[str, int]:
     """Of a forward pass and, where gradients are on, the backward pass that follows: {module path: operations},
     the whole under ""."""
     with FlopCounterMode(display=False) as counter:
-        out = unet(sample, _TIMESTEP, **prompt.kwargs(), **kwargs).sample
+        out = network.predict(latents, [_TIMESTEP], prompt, stored)
         if out.requires_grad:
             out.sum().backward()
     counts = {path.partition(".")[2]: sum(ops.values()) for path, ops in counter.get_flop_counts().items()}

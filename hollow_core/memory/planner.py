@@ -3,6 +3,7 @@
 Each stage's real code runs once on tensors without data (`dry_run`), so a prediction cannot rot.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,22 +12,16 @@ from itertools import product
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from ..errors import HollowError
 from ..models.base_model import (
-    BaseModel,
     Outlines,
     keep_small,
     outline,
-    without_data,
 )
-from ..models.layouts import layout_name
+from ..nets.network import Cut, removed_fraction
 from ..nets.residency import stream_middle
-from ..nets.unet_layers import Config, check_cut, exit_shape, leaves_attention, max_cut, removed_fraction
-from ..training.precompute import check_samples
 from ..training.settings import DTYPES, Precision, TrainSettings
-from ..training.train import check_unfused
 from .dry_run import Peak
 from .setting import Setting, levels_in_words
 from .stages import STAGES
@@ -42,7 +37,7 @@ class Prediction:
     stages: Mapping[str, Peak]
     """The peak of each stage of `STAGES`."""
     store_bytes: int
-    """Of the exit activations on the disk."""
+    """Of what the base path leaves on the disk."""
     step_flops: int
     """Floating-point operations of a training step, those included that recompute what was not kept."""
 
@@ -94,26 +89,20 @@ class Fit:
 
 
 class Planner:
-    """Predictions for one model: a layout ("sd15", "sd21", "sdxl") or a path, as for `outline`; one that is
-    loaded, by its `outlines`; or the config of a U-Net whose pictures and prompts others encode and draw, with
-    the stages precompute and train alone.
+    """Predictions for one model: a layout ("sd15", "sd21", "sdxl") or a path, as for `outline`, or what gives its
+    outline: `outlines` of one that is loaded. Of one without a VAE, whose pictures and prompts others encode and draw,
+    there are the stages precompute and train alone.
 
     Raises HollowError as `outline` does.
     """
 
-    def __init__(self, model: str | Outlines | Config) -> None:
-        self._outline: Outlines
-        if isinstance(model, str):
-            self._outline = partial(outline, model)
-        else:
-            self._outline = model if callable(model) else partial(_outline_unet, model)
+    def __init__(self, model: str | Outlines) -> None:
+        self._outline: Outlines = partial(outline, model) if isinstance(model, str) else model
         self._runs: dict[tuple[str, Setting], tuple[Peak, int]] = {}  # what was run once
         known = self._outline(torch.float32)
         self.stages = STAGES if known.vae is not None else ("precompute", "train")
         self.road = [stage for stage in ROAD if stage in self.stages]
-        self._unet = known.unet
-        self.config, self.resolution = known.unet.config, known.resolution
-        self._pixels = known.resolution // self.config.sample_size  # a side of a latent
+        self._network, self._pixels, self.resolution = known.network, known.pixels, known.resolution
 
     def predict(self, setting: Setting) -> Prediction:
         """Of every stage. Raises HollowError for a cut, a resolution or a number of records that cannot be."""
@@ -127,24 +116,23 @@ class Planner:
         return self._run("train", setting)[1]
 
     def store_bytes(self, setting: Setting) -> int:
-        """Of the exit activations on the disk. Raises HollowError as `predict` does."""
+        """Of what the base path leaves on the disk. Raises HollowError as `predict` does."""
         side = self._check(setting) // self._pixels
         if setting.cut is None:
             return 0
-        channels, height, width = exit_shape(self.config, setting.cut, side, side)
-        return setting.samples * channels * height * width * setting.store_dtype.itemsize
+        shapes = self._network.stored_shapes(setting.cut, side, side).values()
+        return setting.samples * sum(map(math.prod, shapes)) * setting.store_dtype.itemsize
 
     def peak(self, stage: str, setting: Setting) -> Peak:
         """Of one stage of `STAGES` only. Raises HollowError as `predict` does."""
         self._check(setting)
         return self._run(stage, setting)[0]
 
-    def cuts(self) -> list[int]:
+    def cuts(self) -> list[Cut]:
         """Those worth a look: they leave at least 15 % of the U-Net, as the paper's do, and attention in it."""
+        network = self._network
         return [
-            cut
-            for cut in range(max_cut(self.config) + 1)
-            if leaves_attention(self.config, cut) and removed_fraction(self._unet, cut) <= 0.85
+            cut for cut in network.cuts() if network.leaves_attention(cut) and removed_fraction(network, cut) <= 0.85
         ]
 
     def fit(
@@ -153,7 +141,7 @@ class Planner:
         setting: Setting,
         *,
         precisions: Iterable[Precision] = ("fp32", "bf16"),
-        cuts: Sequence[int | None] | None = None,
+        cuts: Sequence[Cut | None] | None = None,
     ) -> Fit:
         """The least hollowing, and for it the fastest way, whose stages all stay within `budget` bytes.
 
@@ -165,7 +153,7 @@ class Planner:
         other tool can draw with the LoRA. Raises HollowError where nothing fits, saying what the smallest would need.
         """
         self._check(setting)
-        resident = _ways(setting, tuple(precisions), len(self.config["block_out_channels"]))
+        resident = _ways(setting, tuple(precisions), self._network.levels)
         streamed = [replace(resident[-1], streaming=True)]
         cuts = (None, *self.cuts()) if cuts is None else cuts
         for ways, cut in product((resident, streamed), cuts):
@@ -199,13 +187,11 @@ class Planner:
     def _check(self, setting: Setting) -> int:
         """The side of the pictures in pixels."""
         if setting.cut is not None:
-            check_cut(self.config, setting.cut)
+            self._network.check_cut(setting.cut)
         side = self.resolution if setting.resolution is None else setting.resolution
         if side < 1 or side % self._pixels:
             raise HollowError(f"The resolution {side} is no multiple of {self._pixels} pixels. Take 512, 768 or 1024.")
-        if setting.step_records > setting.training.batch:
-            check_unfused(setting.training)
-        check_samples(setting.samples)
+        setting.check()
         return side
 
     def _fits(self, setting: Setting, budget: int) -> bool:
@@ -243,17 +229,11 @@ class Planner:
             # whatever mode the caller is in
             with torch.inference_mode(False), torch.enable_grad():
                 model = self._outline(DTYPES[training.precision])
-                keep_small(model, setting, "meta")
+                keep_small(model, "meta", **setting.kept_small)
                 if setting.stream_middle and not setting.streaming and setting.cut is not None:
-                    stream_middle(model.unet, setting.cut, "meta")
+                    stream_middle(model.network, setting.cut, "meta")
                 self._runs[stage, setting] = STAGES[stage](model, setting)
         return self._runs[stage, setting]
-
-
-def _outline_unet(config: Config, dtype: torch.dtype) -> BaseModel:
-    """As `outline`, but without anything beside the U-Net; a side of a latent is 8 pixels."""
-    (unet,) = without_data([partial(UNet2DConditionModel.from_config, config)], dtype)
-    return BaseModel(unet, None, (), (), DDPMScheduler(), layout_name(config), 8 * config["sample_size"])
 
 
 def parse_bytes(text: str) -> int:

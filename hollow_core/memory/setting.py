@@ -1,18 +1,21 @@
 """One way to go the whole road: every lever."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from ..nets.network import Cut
 from ..nets.residency import Bits
-from ..training.settings import TrainSettings
+from ..training.precompute import check_samples
+from ..training.settings import TrainSettings, check_unfused
 
 
 @dataclass(frozen=True)
 class Setting:
     """One way to go the whole road. The base is loaded in the precision of `training`."""
 
-    cut: int | None = 3
+    cut: Cut | None = 3
     """How much to hollow; None trains an ordinary LoRA on the whole U-Net."""
     resolution: int | None = None
     """Side of the pictures in pixels; None is the model's own."""
@@ -21,7 +24,7 @@ class Setting:
     class_images: int = 0
     """Pictures of the class that the base draws, among what is encoded; with any, a step has twice the records."""
     store_dtype: torch.dtype = torch.float16
-    """How exit activations are kept."""
+    """How records are kept."""
     base_bits: Bits | None = None
     """Bits of a weight of the frozen base; None keeps them in the precision."""
     streaming: bool = False
@@ -35,9 +38,20 @@ class Setting:
     """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others'."""
 
     @property
+    def kept_small(self) -> dict[str, Any]:
+        """What `keep_small` is told."""
+        return {"base_bits": self.base_bits, "streaming": self.streaming, "tiled_vae": self.tiled_vae}
+
+    @property
     def step_records(self) -> int:
         """Records that a training step goes through, those of the class included."""
         return self.training.batch * (2 if self.class_images and self.training.prior_weight > 0 else 1)
+
+    def check(self) -> None:
+        """Raises HollowError for what does not go together, whatever the model."""
+        check_samples(self.samples, 2 if self.class_images else 1)
+        if self.step_records > self.training.batch:
+            check_unfused(self.training)
 
     def __str__(self) -> str:
         training = self.training

@@ -1,13 +1,12 @@
 """Each stage's real code, run once on tensors without data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,15 +16,14 @@ from ..lora.layers import add_lora, lora_parameters
 from ..lora.metadata import recipe_for
 from ..models.base_model import BaseModel, decode_images, encode_images, encode_prompt
 from ..nets.conditioning import Conditioning
+from ..nets.network import Network
 from ..nets.residency import away
-from ..nets.unet import head, hollow
-from ..nets.unet_layers import exit_shape
+from ..nets.schedule import NoiseSchedule
 from ..progress import Progress
 from ..sampling.sample import SampleSettings, draw, encode_guided
-from ..training.precompute import Example, run_to_exit
-from ..training.store import Fingerprint, Record, Store, schedule_id
+from ..training.precompute import Example, run_base
+from ..training.store import Fingerprint, Record, Store
 from ..training.train import train
-from .cost import inputs
 from .dry_run import DryRun, Peak
 from .setting import Setting
 
@@ -60,17 +58,17 @@ def _precompute(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     example = Example(latents, prompt, prompt, "", "")
     with DryRun() as run:
         if setting.cut is not None:
-            base = head(model.unet, setting.cut).eval()
-            _hold(run, base)
+            base = model.network.base(setting.cut)
+            _hold(run, base.module)
             for _ in range(_passes(setting)):
-                run_to_exit(base, model.schedule, _RECORD, example)
+                run_base(base, model.schedule, _RECORD, example)
     return run.peak(), run.flops
 
 
 def _train(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     """The first steps of `train`, with two parts of the records at most: more are no more memory."""
     training = setting.training
-    unet = model.unet if setting.cut is None else hollow(model.unet, setting.cut, range(setting.samples))
+    network = _network(model, setting, range(setting.samples))
     store = OneRecord(model, setting)
     del model
     few = replace(training, batch=min(training.batch, 2 * training.together), save_every=0, zo_timesteps=None)
@@ -80,8 +78,8 @@ def _train(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
             raise _EnoughSteps
 
     with TemporaryDirectory() as folder, DryRun() as run, suppress(_EnoughSteps):
-        _hold(run, unet)
-        train(unet, store.schedule, store, few, folder=folder, progress=stop_there)
+        _hold(run, network.module)
+        train(network, store.schedule, store, few, folder=folder, progress=stop_there)
     return run.peak(), run.flops * training.batch // (few.batch * _passes(setting))
 
 
@@ -91,13 +89,9 @@ def _sample(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     side, training = setting.resolution or model.resolution, setting.training
     settings = SampleSettings(steps=_passes(setting), size=(side, side))
     prompt = personal_prompt("sks", "dog")
-    recipe = recipe_for(setting.cut, "sks", "dog", model.schedule.config.prediction_type)
-    add_lora(
-        model.unet if setting.cut is None else hollow(model.unet, setting.cut, None),
-        training.rank,
-        targets=training.targets,
-        generator=torch.Generator(),
-    )
+    recipe = recipe_for(setting.cut, "sks", "dog", model.schedule.prediction.name)
+    network = _network(model, setting, None)
+    add_lora(network.module, training.rank, targets=training.targets, generator=torch.Generator())
     assert model.vae is not None
     with DryRun() as prompts:
         _hold(prompts, *model.text_encoders)
@@ -122,6 +116,11 @@ STAGES: dict[str, Callable[[BaseModel, Setting], tuple[Peak, int]]] = {
 """What runs each stage, in their order: its peak, and its operations."""
 
 
+def _network(model: BaseModel, setting: Setting, timesteps: Iterable[int] | None) -> Network:
+    """As it is trained."""
+    return model.network if setting.cut is None else model.network.hollow(setting.cut, timesteps)
+
+
 def _in_turn(*runs: DryRun) -> tuple[Peak, int]:
     """Of what happens one after the other."""
     return max((run.peak() for run in runs), key=lambda peak: peak.total), sum(run.flops for run in runs)
@@ -141,9 +140,8 @@ def _passes(setting: Setting) -> int:
 
 def _inputs(model: BaseModel, setting: Setting) -> tuple[Tensor, Conditioning]:
     """Latents and a prompt on the CPU, as a store hands them out."""
-    config = model.unet.config
-    scale = model.resolution // config.sample_size
-    return inputs({**config, "sample_size": (setting.resolution or model.resolution) // scale})
+    side = (setting.resolution or model.resolution) // model.pixels
+    return model.network.inputs(side, side)
 
 
 _RECORD = Record(image=0, kind="image", timestep=0, noise_seed=0)
@@ -159,18 +157,18 @@ class OneRecord(Store):
     missing: list[int] = []  # noqa: RUF012  # a property of Store
 
     def __init__(self, model: BaseModel, setting: Setting) -> None:
-        self.schedule: DDPMScheduler = model.schedule
+        self.schedule: NoiseSchedule = model.schedule
         fingerprint = Fingerprint(
-            "", setting.cut, schedule_id(self.schedule), 1, 0, str(setting.store_dtype), ["image"], [], [], []
+            "", setting.cut, self.schedule.id, 1, 0, str(setting.store_dtype), ["image"], [], [], []
         )
         super().__init__(Path(), fingerprint, [_RECORD])
         self._given = _inputs(model, setting)
         if setting.cut is not None:
-            shape = exit_shape(model.unet.config, setting.cut, *self._given[0].shape[-2:])
-            self._exit_activation = torch.zeros(1, *shape, dtype=setting.store_dtype)
+            shapes = model.network.stored_shapes(setting.cut, *self._given[0].shape[-2:])
+            self._stored = {name: torch.zeros(1, *shape, dtype=setting.store_dtype) for name, shape in shapes.items()}
 
     def record(self, index: int) -> Record:
-        return _RECORD if self.cut is None else _RECORD._replace(exit_activation=self._exit_activation)
+        return _RECORD if self.cut is None else _RECORD._replace(stored=self._stored)
 
     def inputs(self, image: int) -> tuple[Tensor, Conditioning]:
         return self._given

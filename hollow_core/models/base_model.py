@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import (
@@ -27,7 +27,11 @@ from ..data.images import TrainingImage
 from ..errors import HollowError
 from ..files import read_json
 from ..nets.conditioning import Conditioning
+from ..nets.network import Network
 from ..nets.residency import Bits, quantize, stream
+from ..nets.schedule import PREDICTIONS, NoiseSchedule
+from ..nets.unet import UNet
+from ..nets.unet_layers import Config
 from . import layouts
 from .layouts import layout_name
 from .single_file import (
@@ -41,8 +45,6 @@ from .single_file import (
     without_extras,
 )
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-
 
 @dataclass
 class BaseModel:
@@ -53,17 +55,32 @@ class BaseModel:
     text_encoders: tuple[nn.Module, ...]
     """One, or SDXL's two; empty once set free."""
     tokenizers: tuple[CLIPTokenizer, ...]
-    schedule: DDPMScheduler
-    """The noise schedule of training: its prediction type, its betas, zero terminal SNR or not."""
+    scheduler: DDPMScheduler
+    """diffusers' form of the noise schedule: its prediction type, its betas, zero terminal SNR or not."""
     layout: str
     """"sd15", "sd21", "sdxl" or "other"."""
     resolution: int
     """The native side of a picture in pixels."""
 
+    @property
+    def network(self) -> Network:
+        """The U-Net, for what knows no kind of network."""
+        return UNet(self.unet)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule of training. Raises HollowError for a prediction type that is unknown."""
+        return NoiseSchedule.from_scheduler(self.scheduler)
+
+    @property
+    def pixels(self) -> int:
+        """A side of a latent in pixels."""
+        return int(self.resolution // self.unet.config.sample_size)
+
     def pipeline(self) -> Pipeline:
         """A diffusers pipeline of these very parts, with DDIM as sampler; set `.scheduler` for another."""
         sampling: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-        if self.schedule.config.rescale_betas_zero_snr:
+        if self.scheduler.config.rescale_betas_zero_snr:
             # A schedule that ends in pure noise must be sampled from there, which only trailing steps do
             # (Lin et al., "Common Diffusion Noise Schedules and Sample Steps Are Flawed", section 3.3).
             sampling["timestep_spacing"] = "trailing"
@@ -72,7 +89,7 @@ class BaseModel:
             "vae": self.vae,
             "text_encoder": self.text_encoders[0] if self.text_encoders else None,
             "tokenizer": self.tokenizers[0],
-            "scheduler": DDIMScheduler.from_config(self.schedule.config, **sampling),
+            "scheduler": DDIMScheduler.from_config(self.scheduler.config, **sampling),
         }
         if self.layout == "sdxl":
             second = self.text_encoders[1] if self.text_encoders else None
@@ -96,8 +113,8 @@ def load(
     have other sizes than the public models': a diffusers folder with configs and tokenizers.
     Raises HollowError for a path that does not exist, a pickle, a LoRA, and models of any other kind.
     """
-    if prediction_type not in (None, *PREDICTION_TYPES):
-        choices = ", ".join(PREDICTION_TYPES)
+    if prediction_type not in (None, *PREDICTIONS):
+        choices = ", ".join(PREDICTIONS)
         raise HollowError(f"There is no prediction type {prediction_type!r}. Choose one of {choices}.")
     _check_path(path)
     pipeline = _load_folder(path, dtype) if path.is_dir() else load_single_file(path, dtype, config)
@@ -109,7 +126,7 @@ def load(
         vae=pipeline.vae.eval(),
         text_encoders=tuple(encoder.eval() for encoder in encoders if encoder is not None),
         tokenizers=tuple(tokenizer for tokenizer in tokenizers if tokenizer is not None),
-        schedule=DDPMScheduler.from_config(pipeline.scheduler.config, **override),
+        scheduler=DDPMScheduler.from_config(pipeline.scheduler.config, **override),
         layout=layout_name(pipeline.unet.config),
         resolution=pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
     )
@@ -152,7 +169,7 @@ def outline(model: str, dtype: torch.dtype = torch.float32) -> BaseModel:
             CLIPTokenizer.from_pretrained(path if path.exists() else layouts.FOLDER / "tokenizer")
             for path in tokenizers
         ),
-        schedule=DDPMScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json") | schedule),
+        scheduler=DDPMScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json") | schedule),
         layout=layout_name(unet_config),
         resolution=unet_config["sample_size"] * 2 ** (len(vae.config.block_out_channels) - 1),
     )
@@ -163,13 +180,19 @@ def outlines(model: BaseModel) -> Outlines:
     assert model.vae is not None
     makers = [partial(type(part).from_config, part.config) for part in (model.unet, model.vae)]
     makers += [partial(type(part), part.config) for part in model.text_encoders]
-    others = model.tokenizers, model.schedule, model.layout, model.resolution
+    others = model.tokenizers, model.scheduler, model.layout, model.resolution
 
     def give(dtype: torch.dtype) -> BaseModel:
         unet, vae, *encoders = without_data(makers, dtype)
         return BaseModel(unet, vae, tuple(encoders), *others)
 
     return give
+
+
+def outline_unet(config: Config, dtype: torch.dtype) -> BaseModel:
+    """As `outline`, but without anything beside the U-Net; a side of a latent is 8 pixels."""
+    (unet,) = without_data([partial(UNet2DConditionModel.from_config, config)], dtype)
+    return BaseModel(unet, None, (), (), DDPMScheduler(), layout_name(config), 8 * config["sample_size"])
 
 
 def without_data(makers: Sequence[Callable[[], nn.Module]], dtype: torch.dtype) -> list[Any]:
@@ -258,33 +281,26 @@ def visiting(device: torch.device | str | None, *parts: nn.Module | None) -> Ite
             part.to("cpu")
 
 
-class Levers(Protocol):
-    """What takes memory off a base model; a `Request` and a `Setting` have them."""
+def keep_small(
+    model: BaseModel,
+    device: torch.device | str,
+    *,
+    base_bits: Bits | None = None,
+    streaming: bool = False,
+    tiled_vae: bool = False,
+) -> None:
+    """Take memory off a model, for all that is done with it on `device`.
 
-    @property
-    def base_bits(self) -> Bits | None:
-        """Of a weight of the U-Net."""
-        ...
-
-    @property
-    def streaming(self) -> bool:
-        """Whether the weights of U-Net and text encoders stay in main memory, from where they visit the device."""
-        ...
-
-    @property
-    def tiled_vae(self) -> bool:
-        """Whether pictures are encoded and decoded in tiles."""
-        ...
-
-
-def keep_small(model: BaseModel, levers: Levers, device: torch.device | str) -> None:
-    """Pull the levers, for all that is done with `model` on `device`. Raises HollowError as `residency` does."""
-    if levers.base_bits is not None:
-        quantize(model.unet, levers.base_bits)
-    if levers.streaming:
+    `base_bits` are of a weight of the U-Net; `streaming` keeps the weights of U-Net and text encoders in main memory,
+    from where they visit the device; `tiled_vae` has pictures encoded and decoded in tiles. Raises HollowError as
+    `residency` does.
+    """
+    if base_bits is not None:
+        quantize(model.unet, base_bits)
+    if streaming:
         for part in (model.unet, *model.text_encoders):
             stream(part, device)
-    if levers.tiled_vae:
+    if tiled_vae:
         tile_vae(model)
 
 

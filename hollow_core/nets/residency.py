@@ -15,13 +15,13 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
 from ..errors import HollowError
-from ..lora.layers import lora_parameters
-from .unet_layers import hollowed_layers
+from .network import Cut, Network
 
 Bits = Literal[4, 8]
 
@@ -79,10 +79,10 @@ def stream(part: nn.Module, device: torch.device | str, only: Iterable[str] = ("
     part.register_forward_pre_hook(lambda view, _: streamer.begin(view))
 
 
-def stream_middle(unet: UNet2DConditionModel, cut: int, device: torch.device | str) -> None:
+def stream_middle(network: Network, cut: Cut, device: torch.device | str) -> None:
     """`stream` what `cut` hollows: until it is gone it visits `device`, so that precomputing has no more weights
     there than training. Raises HollowError as `stream` does, and for a cut out of range."""
-    stream(unet, device, [path for layer in hollowed_layers(unet.config, cut) for path in layer.modules])
+    stream(network.module, device, network.removed(cut))
 
 
 def away(part: nn.Module) -> list[Tensor]:
@@ -266,7 +266,7 @@ def _frozen(part: nn.Module) -> Iterator[_FrozenLayer]:
 
 def _freeze(part: nn.Module, only: Iterable[str] = ("",)) -> list[_FrozenLayer]:
     """The layers in these modules of `part` that are to be frozen, made so where they are not yet."""
-    if lora_parameters(part):
+    if any(isinstance(module, LoraLayer) for module in part.modules()):
         raise HollowError("This U-Net carries a LoRA already. Quantise and stream it before it gets one.")
     inside = [each for path in only for each in part.get_submodule(path).named_modules(prefix=path)]
     for path, module in inside:

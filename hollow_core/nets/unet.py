@@ -1,4 +1,4 @@
-"""A U-Net without its middle, and the path to its exit. Both are views: they share every layer with the base.
+"""A U-Net as a `Network`: without its middle, and the path to its exit, views that share every layer with the base.
 
 A view is a shallow copy of the U-Net and of those containers whose content differs; all else is the same
 object. So no weight is copied, a submodule keeps the name that it has in the whole U-Net, and LoRA layers put
@@ -7,7 +7,8 @@ in views made afterwards.)
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,147 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..errors import HollowError
-from .unet_layers import exit_shape, hollowed_layers, layers
+from .conditioning import Conditioning
+from .network import Stored
+from .unet_layers import check_cut, exit_shape, hollowed_layers, layers, leaves_attention, max_cut
+
+EXIT_ACTIVATION = ""
+"""What a U-Net's record keeps, its only tensor: so it needs no name, and stands in stores under the record's number."""
+
+TOKENS = 77
+"""The length of CLIP's prompts."""
+
+
+@dataclass(frozen=True)
+class UNet:
+    """A `Network` of the kind of Stable Diffusion 1, 2 and XL. Its cuts are the paper's k."""
+
+    module: UNet2DConditionModel
+    """Whole, or as `hollow` gives it."""
+
+    @property
+    def cut(self) -> int | None:
+        """At which it was hollowed; None while it is whole."""
+        return self.module.cut if isinstance(self.module, HollowedUNet) else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its arithmetic."""
+        return self._weight.dtype
+
+    @property
+    def levels(self) -> int:
+        """Of the U."""
+        return len(self.module.config.block_out_channels)
+
+    def check_inputs(self, name: str, latents: Tensor, prompts: Sequence[Conditioning]) -> None:
+        """Raises HollowError unless latents are (1, channels, height, width), and prompts as wide as they must be."""
+        shape, channels = tuple(latents.shape), self.module.config.in_channels
+        if len(shape) != 4 or shape[:2] != (1, channels):
+            raise HollowError(
+                f"The latents of {name} have shape {shape}, but this U-Net takes "
+                f"(1, {channels}, height, width). Encode one picture at a time with the model's own VAE."
+            )
+        for conditioning in prompts:
+            width, expected = conditioning.encoder_hidden_states.shape[-1], self.module.config.cross_attention_dim
+            if isinstance(expected, int) and width != expected:
+                raise HollowError(
+                    f"The prompts of {name} are {width} wide, but this U-Net takes {expected}. "
+                    "Use the model's own text encoder."
+                )
+
+    def cuts(self) -> range:
+        """From the mid block alone to all but conv_in and the last up layer."""
+        return range(max_cut(self.module.config) + 1)
+
+    def check_cut(self, cut: int) -> None:
+        """Raises HollowError for a cut that it has not."""
+        check_cut(self.module.config, cut)
+
+    def blocks(self, cut: int) -> list[str]:
+        """By the paper's names."""
+        return [layer.name for layer in hollowed_layers(self.module.config, cut)]
+
+    def removed(self, cut: int) -> list[str]:
+        """Paths of modules. The time-embedding MLP counts as removed: the time steps of training are known, so its
+        outputs are precomputed. With it the seven percentages of the paper come out."""
+        hollowed = hollowed_layers(self.module.config, cut)
+        return [*(path for layer in hollowed for path in layer.modules), "time_embedding"]
+
+    def behind(self, cut: int) -> list[str]:
+        """Paths of modules: what remains on the way up."""
+        config, hollowed = self.module.config, hollowed_layers(self.module.config, cut)
+        up = (layer for layer in layers(config) if layer.side == "up" and layer not in hollowed)
+        return [*(path for layer in up for path in layer.modules), "conv_out"]
+
+    def leaves_attention(self, cut: int) -> bool:
+        """Whether there is still attention, where a LoRA usually is."""
+        return leaves_attention(self.module.config, cut)
+
+    def stored_shapes(self, cut: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Of the exit activation, (channels, h, w), for latents of height × width."""
+        return {EXIT_ACTIVATION: exit_shape(self.module.config, cut, height, width)}
+
+    def inputs(self, height: int, width: int) -> tuple[Tensor, Conditioning]:
+        """Latents (1, channels, height, width) and a prompt, with any content."""
+        config = self.module.config
+        latents = torch.empty(1, config.in_channels, height, width)
+        prompt = torch.empty(1, TOKENS, config.cross_attention_dim)
+        if config.addition_embed_type is None:
+            return latents, Conditioning(prompt)
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return latents, Conditioning(prompt, torch.empty(1, pooled), torch.empty(1, 6))
+
+    def base(self, cut: int) -> "UNetBasePath":
+        """Up to the exit. Raises HollowError for a cut out of range."""
+        return UNetBasePath(head(self.module, cut))
+
+    def hollow(self, cut: int, timesteps: Iterable[int] | None) -> "UNet":
+        """As the function `hollow`."""
+        return UNet(hollow(self.module, cut, timesteps))
+
+    def predict(self, noisy: Tensor, timesteps: Sequence[int], conditioning: Conditioning, stored: Stored) -> Tensor:
+        """What it makes of `noisy` latents (batch, channels, height, width); in float32."""
+        device, dtype = self._weight.device, self._weight.dtype
+        # a hollowed U-Net looks time steps up, which needs their numbers
+        steps = torch.tensor(timesteps, device=device if self.cut is None else "cpu")
+        handed_in = {} if self.cut is None else {"exit_activation": stored[EXIT_ACTIVATION]}
+        prediction: Tensor = self.module(
+            noisy.to(device, dtype), steps, **conditioning.to(device, dtype).kwargs(), **handed_in
+        ).sample
+        return prediction.float()
+
+    def checkpoint(self, levels: int | None) -> None:
+        """Let backward passes compute anew what blocks would keep, in so many levels from the outermost; None: all."""
+        unet = self.module
+        unet.enable_gradient_checkpointing()
+        if levels is None:
+            return
+        down, up = list(unet.down_blocks), list(unet.up_blocks)
+        inner = [*down[levels:], unet.mid_block, *up[: len(up) - levels]]
+        for module in (module for block in inner if block is not None for module in block.modules()):
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
+
+    @property
+    def _weight(self) -> Tensor:
+        """Which stays as it is where others are quantised or streamed."""
+        weight: Tensor = self.module.conv_in.weight
+        return weight
+
+
+@dataclass(frozen=True)
+class UNetBasePath:
+    """What `head` gives, as a `BasePath`."""
+
+    module: UNet2DConditionModel
+
+    @torch.no_grad()
+    def __call__(self, noisy: Tensor, timestep: int, conditioning: Conditioning) -> Stored:
+        """The exit activation (1, channels, h, w) for noisy latents (1, channels, height, width)."""
+        weight = self.module.conv_in.weight
+        told = conditioning.to(weight.device, weight.dtype).kwargs()
+        return {EXIT_ACTIVATION: self.module(noisy.to(weight.device, weight.dtype), timestep, **told).sample}
 
 
 class HollowedUNet(UNet2DConditionModel):

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
-from diffusers import UNet2DConditionModel
-
 from ..errors import HollowError
 
 Config = Mapping[str, Any]
@@ -85,18 +83,6 @@ def exit_shape(config: Config, cut: int, height: int, width: int) -> tuple[int, 
     for _ in (layer for layer in remaining if layer.kind == "downsampler"):
         height, width = ((size + padding - 3) // 2 + 1 for size in (height, width))
     return hollowed[-1].channels, height, width
-
-
-def removed_fraction(unet: UNet2DConditionModel, cut: int) -> float:
-    """The share of the U-Net's parameters that training no longer holds, from 0 to 1.
-
-    The time-embedding MLP counts as removed: the time steps of training are known, so its outputs are
-    precomputed. With it the seven percentages of the paper come out.
-    """
-    removed = [path for layer in hollowed_layers(unet.config, cut) for path in layer.modules]
-    sizes = {name: parameter.numel() for name, parameter in unet.named_parameters()}
-    gone = tuple(f"{path}." for path in [*removed, "time_embedding"])
-    return sum(size for name, size in sizes.items() if name.startswith(gone)) / sum(sizes.values())
 
 
 def to_ldm(config: Config, path: str) -> str:

@@ -1,9 +1,9 @@
 """Pictures from a base model with a LoRA: on two paths, as an ordinary LoRA, or without it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -15,6 +15,7 @@ from ..lora.file import LoraFile, Recipe
 from ..lora.layers import load_lora_state, remove_lora, set_strength
 from ..models.base_model import BaseModel, decode_images, encode_prompt, visiting
 from ..nets.conditioning import Conditioning
+from ..progress import Stop
 from .two_path import two_path
 
 AT_A_TIME = 20  # pictures that are drawn before they are written
@@ -50,6 +51,15 @@ class SampleSettings:
             check_resolution(side)
 
 
+class Texts(NamedTuple):
+    """Prompts as the text encoders leave them."""
+
+    guided: list[dict[str, Any]]
+    """As `encode_guided` gives each."""
+    generic: list[Conditioning]
+    """What the base path sees of each; empty where there is one path only."""
+
+
 def sample(
     model: BaseModel,
     prompts: Sequence[str],
@@ -60,44 +70,88 @@ def sample(
     single_path: bool = False,
     generics: Sequence[str] | None = None,
     device: torch.device | str | None = None,
-    progress: Any = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> list[Image.Image]:
     """One picture a prompt and seed.
 
     A LoRA of a hollowed training is used on two paths (Hollowed Net, Sec. 4.3) with each prompt's
     generic form or, if given, its one of `generics`; any other LoRA, or `single_path`, on the ordinary one. Text
-    encoders, U-Net and VAE visit `device` in turn; None leaves them where they are.
+    encoders, U-Net and VAE visit `device` in turn; None leaves them where they are. `progress` is told how many of
+    how many are drawn. Raises HollowError for another number of seeds or generic prompts than of prompts, and for a
+    LoRA that does not fit the model.
     """
-    if len(seeds) != len(prompts):
-        raise HollowError(f"There are {len(prompts)} prompts and {len(seeds)} seeds. Give one seed for each prompt.")
+    texts = encode(model, prompts, settings, recipe_on(lora, single_path), generics, device)
+    drawn = portions(
+        model, texts, seeds, settings, lora=lora, single_path=single_path, device=device, progress=progress
+    )
+    return [picture for portion in drawn for picture in portion]
+
+
+def recipe_on(lora: LoraFile | None, single_path: bool = False) -> Recipe | None:
+    """By which a LoRA is used: None on the ordinary path."""
+    recipe = None if lora is None or single_path else lora.recipe
+    return None if recipe is None or recipe.cut is None else recipe
+
+
+def encode(
+    model: BaseModel,
+    prompts: Sequence[str],
+    settings: SampleSettings = SampleSettings(),
+    recipe: Recipe | None = None,
+    generics: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+) -> Texts:
+    """What `portions` draws of: prompts and, under a `recipe`, their generic forms, or `generics`."""
     if generics is not None and len(generics) != len(prompts):
         raise HollowError(
             f"There are {len(prompts)} prompts and {len(generics)} generic ones. Give one for each prompt."
         )
     size = settings.size or (model.resolution, model.resolution)
-    recipe = None if lora is None or single_path else lora.recipe
     with visiting(device, *model.text_encoders):
-        texts = [encode_guided(model, prompt, settings) for prompt in prompts]
-        bare: list[Conditioning] = []
-        if recipe is not None and recipe.cut is not None:
-            generics = generics or [generic_prompt(prompt, recipe.identifier) for prompt in prompts]
-            bare = [encode_prompt(model, text, size) for text in generics]
-    latents: list[torch.Tensor] = []
-    with _lora(model, lora, settings.strength), visiting(device, model.unet):
-        for first in range(0, len(prompts), settings.together):
-            few = slice(first, first + settings.together)
-            generic = Conditioning.batch(bare[few]) if bare else None
-            latents += draw(model, _batch(texts[few]), seeds[few], settings, recipe, generic).split(1)
-            if progress is not None:
-                progress(len(latents), len(prompts))
-    with visiting(device, model.vae):
-        return decode_images(model, latents)
+        guided = {prompt: encode_guided(model, prompt, settings) for prompt in dict.fromkeys(prompts)}
+        if recipe is None:
+            return Texts([guided[prompt] for prompt in prompts], [])
+        generics = generics or [generic_prompt(prompt, recipe.identifier) for prompt in prompts]
+        generic = {text: encode_prompt(model, text, size) for text in dict.fromkeys(generics)}
+    return Texts([guided[prompt] for prompt in prompts], [generic[text] for text in generics])
 
 
-def portions(number: int, together: int) -> Iterator[slice]:
-    """So many pictures in slices of what to draw before it is written, each of full batches of `together`."""
-    size = together * max(AT_A_TIME // together, 1)
-    return (slice(first, first + size) for first in range(0, number, size))
+def portions(
+    model: BaseModel,
+    texts: Texts,
+    seeds: Sequence[int],
+    settings: SampleSettings = SampleSettings(),
+    *,
+    lora: LoraFile | None = None,
+    single_path: bool = False,
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    stop: Stop | None = None,
+) -> Iterator[list[Image.Image]]:
+    """`sample` of encoded prompts, handing out some twenty pictures whenever they are drawn: to be written, before
+    the next ones are asked for. `stop` is asked before each such portion."""
+    number, recipe = len(texts.guided), recipe_on(lora, single_path)
+    if len(seeds) != number:
+        raise HollowError(f"There are {number} prompts and {len(seeds)} seeds. Give one seed for each prompt.")
+    size = settings.together * max(AT_A_TIME // settings.together, 1)  # full batches
+    with _lora(model, lora, settings.strength):
+        for portion in _slices(0, number, size):
+            if stop is not None and stop():
+                return
+            latents: list[torch.Tensor] = []
+            with visiting(device, model.unet):
+                for few in _slices(portion.start, portion.stop, settings.together):
+                    generic = Conditioning.batch(texts.generic[few]) if recipe is not None else None
+                    latents += draw(model, _batch(texts.guided[few]), seeds[few], settings, recipe, generic).split(1)
+                    if progress is not None:
+                        progress(few.stop, number)
+            with visiting(device, model.vae):
+                pictures = decode_images(model, latents)
+            yield pictures
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
 
 
 @torch.no_grad()
@@ -132,7 +186,7 @@ def draw(
     """Scaled latents (batch, 4, height / 8, width / 8) from what `encode_guided` gives for one prompt or, in a batch,
     for several, each with its seed; by the U-Net alone."""
     pipeline = replace(model, vae=None, text_encoders=()).pipeline()
-    pipeline.vae_scale_factor = model.resolution // model.unet.config.sample_size
+    pipeline.vae_scale_factor = model.pixels
     pipeline.set_progress_bar_config(disable=True)
     height, width = settings.size or (model.resolution, model.resolution)
     paths: Any = nullcontext()
@@ -158,10 +212,10 @@ def _lora(model: BaseModel, lora: LoraFile | None, strength: float) -> Iterator[
         yield
         return
     trained_for = None if lora.recipe is None else lora.recipe.prediction_type
-    if trained_for not in (None, model.schedule.config.prediction_type):
+    if trained_for not in (None, model.schedule.prediction.name):
         raise HollowError(
             f"The LoRA was trained on a model of prediction type {trained_for}, this one is of "
-            f"{model.schedule.config.prediction_type}. Use it with the model it was trained on."
+            f"{model.schedule.prediction.name}. Use it with the model it was trained on."
         )
     load_lora_state(model.unet, lora.state, lora.alpha)
     set_strength(model.unet, strength)

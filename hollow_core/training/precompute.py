@@ -1,4 +1,4 @@
-"""Stage 1: run the base U-Net to the exit and keep what it delivers there (Hollowed Net, Sec. 4.3)."""
+"""Stage 1: run the base path and keep what it leaves for each record (Hollowed Net, Sec. 4.3)."""
 
 import hashlib
 import json
@@ -7,19 +7,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from ..errors import HollowError
 from ..files import digest
 from ..lora.layers import lora_parameters
 from ..nets.conditioning import Conditioning
-from ..nets.unet import head
-from ..nets.unet_layers import check_cut
+from ..nets.network import BasePath, Cut, Network, Stored
+from ..nets.schedule import NoiseSchedule
 from ..progress import Clock, Stop, Watch
-from .store import Fingerprint, Kind, Record, Store, schedule_id, store_id
+from .store import Fingerprint, Kind, Record, Store, store_id
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -32,7 +31,7 @@ class Example:
     "low image" is the first "image" at a lower resolution, and so on; likewise "low prior".
     """
 
-    latents: torch.Tensor  # (1, 4, height, width), scaled as the U-Net expects them
+    latents: torch.Tensor  # (1, channels, height, width), scaled as the network expects them
     personal: Conditioning  # "a photo of a sks dog": what training sees
     generic: Conditioning  # "a photo of a dog": what the base path sees
     personal_prompt: str
@@ -41,12 +40,12 @@ class Example:
 
 
 def precompute(
-    unet: UNet2DConditionModel,
-    schedule: DDPMScheduler,
+    network: Network,
+    schedule: NoiseSchedule,
     examples: Sequence[Example],
     folder: Path | str,
     *,
-    cut: int | None,
+    cut: Cut | None,
     samples: int = 200,
     seed: int = 0,
     dtype: torch.dtype = torch.float16,
@@ -57,8 +56,8 @@ def precompute(
     """Make the records that `train` reads, or those of them that an interrupted run has not made yet.
 
     `samples` is the number of records, half of them (rounded down) for the prior if it has examples; low
-    examples add as many again, see `plan`. Exit activations are kept in `dtype`: float16, bfloat16 or float32.
-    With `cut` None nothing is to be hollowed, and the records, for an ordinary LoRA, have no activation.
+    examples add as many again, see `plan`. What the base path leaves is kept in `dtype`: float16, bfloat16 or float32.
+    With `cut` None nothing is to be hollowed, and of the records, for an ordinary LoRA, nothing is stored.
     `apart` keeps the store in a folder of its own inside `folder`, named by what it is made from, so that other
     inputs never meet it. `progress` is called after each record, `stop` asked before each; a stopped run gives
     back a store with shards missing.
@@ -66,45 +65,43 @@ def precompute(
     Raises HollowError for wrong arguments, for a store in `folder` that is damaged or was made from something
     else, for an activation that overflows, and where the disk is full. What is written by then stays good.
     """
-    _check(unet, schedule, examples, cut=cut, samples=samples, dtype=dtype)
-    fingerprint, inputs = _fingerprint(unet, schedule, examples, cut, samples, seed, dtype)
-    records = plan(fingerprint.kinds, samples, len(schedule.alphas_cumprod), seed)
+    _check(network, schedule, examples, cut=cut, samples=samples, dtype=dtype)
+    fingerprint, inputs = _fingerprint(network, schedule, examples, cut, samples, seed, dtype)
+    records = plan(fingerprint.kinds, samples, len(schedule), seed)
     if apart:
         folder = Path(folder) / store_id(fingerprint, records)[:12]
     store = Store.open_or_create(folder, fingerprint, records, inputs)
     if cut is None:
         return store
 
-    base = head(unet, cut).eval()
+    base = network.base(cut)
+    base.module.eval()
     step = len(records) - sum(len(store.shard(shard)) for shard in store.missing)
     clock = Clock(step, len(records))
     for shard in store.missing:
-        exit_activations = {}
+        stored: dict[int, Stored] = {}
         for index in store.shard(shard):
             if stop is not None and stop():
                 return store
             record = store.records[index]
-            exit_activation = run_to_exit(base, schedule, record, examples[record.image]).to("cpu", dtype)
-            if not exit_activation.isfinite().all():
+            left = run_base(base, schedule, record, examples[record.image])
+            stored[index] = {name: tensor.to("cpu", dtype) for name, tensor in left.items()}
+            if not all(tensor.isfinite().all() for tensor in stored[index].values()):
                 raise HollowError(
                     f"The exit activation at time step {record.timestep} is not finite in {_name(dtype)}. "
                     "Keep the records in bfloat16, or load the model in float32."
                 )
-            exit_activations[index] = exit_activation
             step += 1
             if progress is not None:
                 progress(clock(step))
-        store.write_shard(shard, exit_activations)
+        store.write_shard(shard, stored)
     return store
 
 
-@torch.no_grad()
-def run_to_exit(base: UNet2DConditionModel, schedule: DDPMScheduler, record: Record, example: Example) -> torch.Tensor:
-    """What `base`, a `head`, delivers for a record (1, channels, h, w), under the generic prompt."""
-    weight = base.conv_in.weight
+def run_base(base: BasePath, schedule: NoiseSchedule, record: Record, example: Example) -> Stored:
+    """What the base path leaves for a record, under the generic prompt."""
     noisy, _ = record.noisy(schedule, example.latents)
-    conditioning = example.generic.to(weight.device, weight.dtype)
-    return base(noisy.to(weight.device, weight.dtype), record.timestep, **conditioning.kwargs()).sample
+    return base(noisy, record.timestep, example.generic)
 
 
 def plan(kinds: Sequence[Kind], samples: int, timesteps: int, seed: int) -> list[Record]:
@@ -149,20 +146,20 @@ def check_samples(samples: int, kinds: int = 1) -> None:
         raise HollowError(f"{samples} records are too few. Ask for at least {kinds}; 200 are usual.")
 
 
-def model_id(unet: UNet2DConditionModel) -> str:
-    """A name for a U-Net's config and weights, as they are loaded."""
-    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+def model_id(model: Any) -> str:
+    """A name for the config and the weights of a model of diffusers, as they are loaded."""
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     sha = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(unet.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {digest(tensor)}".encode())
     return sha.hexdigest()[:32]
 
 
 def _fingerprint(
-    unet: UNet2DConditionModel,
-    schedule: DDPMScheduler,
+    network: Network,
+    schedule: NoiseSchedule,
     examples: Sequence[Example],
-    cut: int | None,
+    cut: Cut | None,
     samples: int,
     seed: int,
     dtype: torch.dtype,
@@ -178,9 +175,9 @@ def _fingerprint(
         trained = tensors["personal" if example.kind.endswith("image") else "generic"]
         inputs.update({digest(t): t.detach().cpu().clone() for t in [z, *trained.values()]})
     return Fingerprint(
-        model=model_id(unet),
+        model=model_id(network.module),
         cut=cut,
-        schedule=schedule_id(schedule),
+        schedule=schedule.id,
         samples=samples,
         seed=seed,
         dtype=_name(dtype),
@@ -200,17 +197,17 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _check(
-    unet: UNet2DConditionModel,
-    schedule: DDPMScheduler,
+    network: Network,
+    schedule: NoiseSchedule,
     examples: Sequence[Example],
     *,
-    cut: int | None,
+    cut: Cut | None,
     samples: int,
     dtype: torch.dtype,
 ) -> None:
     if cut is not None:
-        check_cut(unet.config, cut)
-    if lora_parameters(unet):
+        network.check_cut(cut)
+    if lora_parameters(network.module):
         raise HollowError("This U-Net carries a LoRA, but the base path runs without one. Take it out first.")
     if dtype not in DTYPES:
         names = ", ".join(_name(known) for known in DTYPES)
@@ -227,16 +224,11 @@ def _check(
         )
     _check_twins(examples)
     check_samples(samples, len(kinds))
-    prediction = schedule.config.prediction_type
-    if prediction not in ("epsilon", "v_prediction", "sample"):
-        raise HollowError(f"The prediction type {prediction!r} is unknown. Use epsilon, v_prediction or sample.")
-    if prediction == "epsilon" and schedule.alphas_cumprod[-1] < 1e-6:
-        raise HollowError(
-            "A schedule with zero terminal SNR cannot train on epsilon: at its last step the "
-            "latents are nothing but the noise that is asked for. Set the prediction type to v_prediction."
-        )
+    schedule.check()
     for number, example in enumerate(examples):
-        _check_example(unet, number, example)
+        network.check_inputs(f"example {number}", example.latents, [example.personal, example.generic])
+        if not example.latents.isfinite().all():
+            raise HollowError(f"The latents of example {number} are not finite. Encode the picture in float32.")
 
 
 def _check_twins(examples: Sequence[Example]) -> None:
@@ -248,21 +240,3 @@ def _check_twins(examples: Sequence[Example]) -> None:
                     f"A picture's latents at the lower resolution are {small[0]}×{small[1]}, but {large[0]}×{large[1]} "
                     "at full. Make the low ones smaller, half as large for example."
                 )
-
-
-def _check_example(unet: UNet2DConditionModel, number: int, example: Example) -> None:
-    shape, channels = tuple(example.latents.shape), unet.config.in_channels
-    if len(shape) != 4 or shape[:2] != (1, channels):
-        raise HollowError(
-            f"The latents of example {number} have shape {shape}, but this U-Net takes "
-            f"(1, {channels}, height, width). Encode one picture at a time with the model's own VAE."
-        )
-    if not example.latents.isfinite().all():
-        raise HollowError(f"The latents of example {number} are not finite. Encode the picture in float32.")
-    for conditioning in (example.personal, example.generic):
-        width, expected = conditioning.encoder_hidden_states.shape[-1], unet.config.cross_attention_dim
-        if isinstance(expected, int) and width != expected:
-            raise HollowError(
-                f"The prompts of example {number} are {width} wide, but this U-Net takes {expected}. "
-                "Use the model's own text encoder."
-            )

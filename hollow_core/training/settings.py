@@ -151,3 +151,12 @@ class TrainSettings:
         ]:
             if self.fused_backward and not possible:
                 raise HollowError(f"fused_backward does not go with {name} {getattr(self, name)}. {advice}")
+
+
+def check_unfused(settings: TrainSettings) -> None:
+    """Raises HollowError for a fused step, where class pictures are to be trained on."""
+    if settings.fused_backward:
+        raise HollowError(
+            "fused_backward trains on one record a step, but there are pictures of the class too. "
+            "Set prior_weight to 0, or turn fused_backward off."
+        )

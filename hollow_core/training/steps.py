@@ -6,11 +6,11 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from ..nets.conditioning import Conditioning
-from ..nets.unet import HollowedUNet
+from ..nets.network import Network
+from ..nets.schedule import NoiseSchedule
 from .store import Record, Store
 
 Part = Sequence[tuple[int, float]]  # records that pass the U-Net together, each with its weight
@@ -90,73 +90,40 @@ class ZerothOrder:
 
 
 def part_loss(
-    unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, part: Part, *, snr_gamma: float | None = None
+    network: Network, schedule: NoiseSchedule, store: Store, part: Part, *, snr_gamma: float | None = None
 ) -> Tensor:
     """Σ weight · loss over a part of a store's records, a scalar: a `Loss`, once all but the part is given."""
     records = [store.record(index) for index, _ in part]
     inputs = [store.inputs(record.image) for record in records]
-    losses = record_losses(unet, schedule, records, inputs, snr_gamma=snr_gamma)
+    losses = record_losses(network, schedule, records, inputs, snr_gamma=snr_gamma)
     return torch.stack([weight * loss for (_, weight), loss in zip(part, losses, strict=True)]).sum()
 
 
 def record_losses(
-    unet: UNet2DConditionModel,
-    schedule: DDPMScheduler,
+    network: Network,
+    schedule: NoiseSchedule,
     records: Sequence[Record],
     inputs: Sequence[tuple[Tensor, Conditioning]],
     *,
     snr_gamma: float | None = None,
 ) -> list[Tensor]:
     """‖ε − ε_θ(z_t, t, E_T(P))‖² of each record (Hollowed Net, Eq. 1; of a prior record Eq. 2), all of them in one
-    pass of the U-Net.
+    pass of the network.
 
-    `inputs` are each record's latents (1, 4, height, width), all of one size, and prompt, all of as many tokens. A
-    loss is the mean over the latents, in float32; under v-prediction of v in place of ε. `snr_gamma` turns on
-    `min_snr_weight`. The U-Net is hollowed if the records have exit activations.
+    `inputs` are each record's latents (1, channels, height, width), all of one size, and prompt, all of as many
+    tokens. A loss is the mean over the latents, in float32, times `schedule.loss_weight`; what takes ε's place, the
+    schedule's prediction says.
     """
     noised = [record.noisy(schedule, latents) for record, (latents, _) in zip(records, inputs, strict=True)]
-    prompts = Conditioning.batch([conditioning for _, conditioning in inputs])
-    predictions = predict(unet, records, torch.cat([noisy for noisy, _ in noised]), prompts)
+    predictions = network.predict(
+        torch.cat([noisy for noisy, _ in noised]),
+        [record.timestep for record in records],
+        Conditioning.batch([conditioning for _, conditioning in inputs]),
+        {name: torch.cat([record.stored[name] for record in records]) for name in records[0].stored},
+    )
     losses = []
     for record, (latents, _), (_, noise), prediction in zip(records, inputs, noised, predictions.split(1), strict=True):
-        target = training_target(schedule, record.timestep, latents.float(), noise)
+        target = schedule.target(latents.float(), noise, record.timestep)
         loss = F.mse_loss(prediction, target.to(prediction.device))
-        weight = 1.0 if snr_gamma is None else min_snr_weight(schedule, record.timestep, snr_gamma)
-        losses.append(weight * loss)
+        losses.append(schedule.loss_weight(record.timestep, snr_gamma) * loss)
     return losses
-
-
-def predict(unet: UNet2DConditionModel, records: Sequence[Record], noisy: Tensor, conditioning: Conditioning) -> Tensor:
-    """What the U-Net makes of `noisy` latents (batch, 4, height, width) at the records' time steps and exits; in
-    float32."""
-    weight = unet.conv_in.weight
-    exits = [record.exit_activation for record in records if record.exit_activation is not None]
-    # a hollowed U-Net looks time steps up, which needs their numbers
-    timesteps = torch.tensor(
-        [record.timestep for record in records], device="cpu" if isinstance(unet, HollowedUNet) else weight.device
-    )
-    prediction: Tensor = unet(
-        noisy.to(weight.device, weight.dtype),
-        timesteps,
-        **conditioning.to(weight.device, weight.dtype).kwargs(),
-        **({"exit_activation": torch.cat(exits)} if exits else {}),
-    ).sample
-    return prediction.float()
-
-
-def training_target(schedule: DDPMScheduler, timestep: int, latents: Tensor, noise: Tensor) -> Tensor:
-    """What the U-Net is to predict for clean `latents` and their `noise`, both (1, 4, height, width)."""
-    if schedule.config.prediction_type == "v_prediction":
-        return schedule.get_velocity(latents, noise, torch.tensor([timestep]))
-    return noise if schedule.config.prediction_type == "epsilon" else latents
-
-
-def min_snr_weight(schedule: DDPMScheduler, timestep: int, gamma: float) -> float:
-    """The min-SNR-γ weight of a time step (Hang et al. 2023, arXiv 2303.09556, Sec. 3.4).
-
-    min(SNR, γ) for a U-Net that predicts the sample, over SNR for epsilon, over SNR + 1 for v.
-    """
-    alpha_cumprod = schedule.alphas_cumprod[timestep].item()
-    snr = alpha_cumprod / (1 - alpha_cumprod)
-    over = {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[schedule.config.prediction_type]
-    return min(snr, gamma) / over

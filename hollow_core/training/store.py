@@ -2,7 +2,8 @@
 
     store.json                  what the store was made from, and the plan of its records
     inputs.safetensors          latents and prompt embeddings for training, named by a digest of their content
-    records-00000.safetensors   the exit activations of records 0 to 7, and so on
+    records-00000.safetensors   what the base path has left for records 0 to 7, and so on: each tensor under the
+                                record's number, and its name behind it where it has one
 
 Every file appears whole or not at all, and store.json comes before the first shard: whatever a killed run
 has left, the missing shards are what remains to be done.
@@ -11,19 +12,21 @@ has left, the missing shards are what remains to be done.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
-from diffusers import DDPMScheduler
 from safetensors import SafetensorError, safe_open
 
 from ..errors import HollowError
-from ..files import digest, read_json, write_json, write_safetensors
+from ..files import read_json, write_json, write_safetensors
 from ..nets.conditioning import Conditioning
+from ..nets.network import Cut, Stored
+from ..nets.schedule import NoiseSchedule
 
 FORMAT = 1
 SHARD = 8  # records a file: no more than these are lost when a run is killed
@@ -34,25 +37,25 @@ Kind = Literal["image", "prior", "low image", "low prior"]
 
 
 class Record(NamedTuple):
-    """One noisy latent, and what the base path delivers at the exit for it.
+    """One noisy latent, and what the base path has left for it.
 
-    The noise is not kept, its seed is. `exit_activation` (1, channels, height, width) is None until it is
-    read from the shard, and always None in a store without a cut.
+    The noise is not kept, its seed is. `stored` is empty until it is read from the shard, and always in a store
+    without a cut.
     """
 
     image: int  # index among the examples
     kind: Kind
     timestep: int
     noise_seed: int
-    exit_activation: torch.Tensor | None = None
+    stored: Stored = MappingProxyType({})
 
-    def noisy(self, schedule: DDPMScheduler, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """z_t = α_t z + σ_t ε, and ε, for latents z (1, 4, height, width).
+    def noisy(self, schedule: NoiseSchedule, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """z_t = α_t z + σ_t ε, and ε, for latents z (1, channels, height, width).
 
         In float32 and on the CPU, so that both stages see the same on every device.
         """
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self.noise_seed))
-        return schedule.add_noise(latents.float().cpu(), noise, torch.tensor([self.timestep])), noise
+        return schedule.noisy(latents.float().cpu(), noise, self.timestep), noise
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Fingerprint:
     """All that decides what is in a store. Tensors stand as digests, lists have one entry an example."""
 
     model: str
-    cut: int | None  # None: nothing hollowed, so records without activation, for an ordinary LoRA
+    cut: Cut | None  # None: nothing hollowed, so records of which nothing is stored, for an ordinary LoRA
     schedule: str
     samples: int
     seed: int
@@ -77,11 +80,6 @@ class Fingerprint:
             name: f"{name} ({stored[name]} stored, {asked[name]} asked)" for name in ("cut", "samples", "seed", "dtype")
         } | {"model": "model (other weights, or the same in another precision)"}
         return [named.get(name, name) for name in stored if stored[name] != asked[name]]
-
-
-def schedule_id(schedule: DDPMScheduler) -> str:
-    """What training needs of a noise schedule: the kind of target and every ᾱ_t."""
-    return f"{schedule.config.prediction_type} {digest(schedule.alphas_cumprod)}"
 
 
 def store_id(fingerprint: Fingerprint, records: Sequence[Record]) -> str:
@@ -151,7 +149,7 @@ class Store:
         return store
 
     @property
-    def cut(self) -> int | None:
+    def cut(self) -> Cut | None:
         """What the records were made for; None where nothing is hollowed."""
         return self.fingerprint.cut
 
@@ -179,18 +177,19 @@ class Store:
         """Which records are in this shard."""
         return range(shard * SHARD, min((shard + 1) * SHARD, len(self.records)))
 
-    def write_shard(self, shard: int, exit_activations: Mapping[int, torch.Tensor]) -> None:
-        """Keep the exit activations (1, channels, height, width) of all records of a shard, by record."""
-        tensors = {str(index): tensor for index, tensor in exit_activations.items()}
+    def write_shard(self, shard: int, stored: Mapping[int, Stored]) -> None:
+        """Keep what the base path has left for all records of a shard, by record; each has the same names."""
+        tensors = {_key(index, name): tensor for index, each in stored.items() for name, tensor in each.items()}
         write_safetensors(self._shard_path(shard), tensors)
 
     def record(self, index: int) -> Record:
-        """One record with its exit activation; reads no other. Raises HollowError for a damaged file."""
+        """One record with what is stored of it; reads no other. Raises HollowError for a damaged file."""
         record = self.records[index]
         if self.cut is None:
             return record
         with self._open_shard(index // SHARD) as file:
-            return record._replace(exit_activation=file.get_tensor(str(index)))
+            keys = {name: _key(index, name) for name in _names(file.keys())}
+            return record._replace(stored={name: file.get_tensor(key) for name, key in keys.items()})
 
     def inputs(self, image: int) -> tuple[torch.Tensor, Conditioning]:
         """What training needs of an example: scaled latents (1, 4, height, width), and the embedded prompt.
@@ -218,20 +217,33 @@ class Store:
     def _open_inputs(self) -> AbstractContextManager[safe_open]:
         images = range(len(self.fingerprint.kinds))
         embeddings = [name for image in images for name in self._embedding(image).values()]
-        names = {*self.fingerprint.latents, *embeddings}
-        return _open(self._inputs_path, names, f"Delete {self.folder} and precompute anew.")
+        expected = {*self.fingerprint.latents, *embeddings}
+        return _open(self._inputs_path, lambda _: expected, f"Delete {self.folder} and precompute anew.")
 
     def _open_shard(self, shard: int) -> AbstractContextManager[safe_open]:
-        names = {str(index) for index in self.shard(shard)}
-        return _open(self._shard_path(shard), names, "Delete it and precompute again: the rest is kept.")
+        def expected(keys: set[str]) -> set[str]:
+            return {_key(index, name) for index in self.shard(shard) for name in _names(keys) or {""}}
+
+        return _open(self._shard_path(shard), expected, "Delete it and precompute again: the rest is kept.")
+
+
+def _key(index: int, name: str) -> str:
+    """Of a record's tensor in its shard: "7", or "7 residual" if it has a name."""
+    return f"{index} {name}".rstrip()
+
+
+def _names(keys: Iterable[str]) -> set[str]:
+    """Of the tensors that each record of a shard has."""
+    return {key.partition(" ")[2] for key in keys}
 
 
 @contextmanager
-def _open(path: Path, names: set[str], remedy: str) -> Iterator[safe_open]:
-    """A safetensors file of exactly these tensors; only its header is read."""
+def _open(path: Path, expected: Callable[[set[str]], set[str]], remedy: str) -> Iterator[safe_open]:
+    """A safetensors file that holds just the tensors `expected` of one with its keys; only its header is read."""
     try:
         with safe_open(path, "pt") as file:
-            if set(file.keys()) != names:
+            keys = set(file.keys())
+            if keys != expected(keys):
                 raise HollowError(f"{path} does not hold what its store.json says. {remedy}")
             yield file
     except (OSError, SafetensorError) as error:

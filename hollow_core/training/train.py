@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from ..errors import HollowError
 from ..lora.layers import add_lora, load_lora_state, lora_state, named_lora_parameters, snapshot
+from ..nets.network import Network
+from ..nets.schedule import NoiseSchedule
 from ..progress import Clock, Stop, Watch
 from .checkpoint import Checkpoint
 from .optimizer import Optimizer
 from .selective import Choice, Taken, choices, taken
-from .settings import DTYPES, TrainSettings
+from .settings import DTYPES, TrainSettings, check_unfused
 from .steps import Part, Step, ZerothOrder, backpropagate, part_loss
-from .store import Store, schedule_id
+from .store import Store
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -43,8 +44,8 @@ class TrainResult:
 
 
 def train(
-    unet: UNet2DConditionModel,
-    schedule: DDPMScheduler,
+    network: Network,
+    schedule: NoiseSchedule,
     store: Store,
     settings: TrainSettings,
     *,
@@ -52,9 +53,9 @@ def train(
     progress: Watch | None = None,
     stop: Stop | None = None,
 ) -> TrainResult:
-    """Train a fresh LoRA in `unet`, or go on from the checkpoint in `folder`, and leave it in there.
+    """Train a fresh LoRA in `network`, or go on from the checkpoint in `folder`, and leave it in there.
 
-    `unet` is hollowed at the cut of `store` (Hollowed Net, Sec. 4.3) or, for a store without a cut, whole;
+    `network` is hollowed at the cut of `store` (Hollowed Net, Sec. 4.3) or, for a store without a cut, whole;
     drop the base before, nothing here needs it. A step minimises the mean loss of `batch` image records
     (Eq. 1) plus `prior_weight` times that of `batch` prior records (Eq. 2), in the way that the strategy
     chooses; "selective" needs a store with low examples. `progress` is called after each
@@ -62,13 +63,13 @@ def train(
     on a CPU bit by bit, on a GPU but for rounding, as its backward pass is not the same twice; called with more
     `steps`, it goes on, but for "selective", whose schedule ends with the last of them.
 
-    Raises HollowError for a store that is unfinished or does not fit `unet` and `schedule`; for a checkpoint
+    Raises HollowError for a store that is unfinished or does not fit `network` and `schedule`; for a checkpoint
     that is damaged or of other settings, as going on would give a LoRA of neither and a fresh start would
     overwrite what may have taken hours; and for a full disk. Where memory runs out in a pass, torch's
     OutOfMemoryError is passed on, after a checkpoint; in an update, without a new one. Called again with less around,
     or with smaller settings, it goes on.
     """
-    _check(unet, schedule, store, settings)
+    _check(network, schedule, store, settings)
     path = Path(folder) / CHECKPOINT
     made_for = {"store": store.id} | settings.fixed
     begun = Checkpoint.load(path, made_for) if path.exists() else None
@@ -78,16 +79,17 @@ def train(
             "Ask for more, or choose another folder."
         )
 
-    # a LoRA in the frozen U-Net, and its optimizer
-    unet.eval()  # the records, too, were made without dropout
+    # a LoRA in the frozen network, and its optimizer
+    module = network.module
+    module.eval()  # the records, too, were made without dropout
     if settings.gradient_checkpointing:
-        checkpoint_activations(unet, settings.checkpoint_levels)
+        network.checkpoint(settings.checkpoint_levels)
     if begun is None:
         generator = torch.Generator().manual_seed(_seeds(settings)[0])
-        add_lora(unet, settings.rank, settings.lora_alpha, settings.targets, generator=generator)
+        add_lora(module, settings.rank, settings.lora_alpha, settings.targets, generator=generator)
     else:
-        load_lora_state(unet, begun.lora, settings.lora_alpha)
-    named = named_lora_parameters(unet)
+        load_lora_state(module, begun.lora, settings.lora_alpha)
+    named = named_lora_parameters(module)
     parameters = list(named.values())
     for matrix in parameters:
         matrix.data = matrix.data.to(DTYPES[settings.lora_precision])
@@ -106,7 +108,7 @@ def train(
     ahead = steps_ahead(store, schedule, settings)
     trained_on = [record for choice in islice(ahead, len(losses)) for record in taken(store, choice)]
 
-    loss_of = partial(part_loss, unet, schedule, store, snr_gamma=settings.snr_gamma)
+    loss_of = partial(part_loss, network, schedule, store, snr_gamma=settings.snr_gamma)
 
     def save() -> None:
         moments = {way: optimizer.state() for way, optimizer in optimizers.items()}
@@ -164,11 +166,11 @@ def train(
     if stopped in ("finished", "stop"):
         save()
     else:
-        load_lora_state(unet, good, settings.lora_alpha)
-    return TrainResult(lora_state(unet), losses, stopped, trained_on)
+        load_lora_state(module, good, settings.lora_alpha)
+    return TrainResult(lora_state(module), losses, stopped, trained_on)
 
 
-def steps_ahead(store: Store, schedule: DDPMScheduler, settings: TrainSettings) -> Iterator[Choice]:
+def steps_ahead(store: Store, schedule: NoiseSchedule, settings: TrainSettings) -> Iterator[Choice]:
     """What each step of a training does, from the first on and for ever. Raises HollowError as `choices` does."""
     return choices(
         store,
@@ -176,7 +178,7 @@ def steps_ahead(store: Store, schedule: DDPMScheduler, settings: TrainSettings) 
         batch=settings.batch,
         prior_weight=settings.prior_weight,
         steps=settings.steps,
-        timesteps=len(schedule.alphas_cumprod),
+        timesteps=len(schedule),
         probability=settings.bp_low_probability,
         zo_timesteps=settings.zo_timesteps,
         seeds=_seeds(settings)[1:],
@@ -204,40 +206,20 @@ def _parts(store: Store, weighted: Sequence[tuple[int, float]], together: int) -
     return list(parts)
 
 
-def checkpoint_activations(unet: UNet2DConditionModel, levels: int | None = None) -> None:
-    """Let backward passes compute anew what blocks would keep, in so many levels from the outermost; None: in all."""
-    unet.enable_gradient_checkpointing()
-    if levels is None:
-        return
-    inner = [*list(unet.down_blocks)[levels:], unet.mid_block, *list(unet.up_blocks)[: len(unet.up_blocks) - levels]]
-    for module in (module for block in inner if block is not None for module in block.modules()):
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = False
-
-
-def _check(unet: UNet2DConditionModel, schedule: DDPMScheduler, store: Store, settings: TrainSettings) -> None:
-    if (dtype := unet.conv_in.weight.dtype) != DTYPES[settings.precision]:
+def _check(network: Network, schedule: NoiseSchedule, store: Store, settings: TrainSettings) -> None:
+    if (dtype := network.dtype) != DTYPES[settings.precision]:
         raise HollowError(
             f"The U-Net is in {str(dtype).removeprefix('torch.')}, but the precision is {settings.precision}. "
             "Load it in that precision, or ask for another."
         )
     if store.missing:
         raise HollowError(f"The store in {store.folder} is not finished. Run precompute again: it goes on.")
-    if schedule_id(schedule) != store.fingerprint.schedule:
+    if schedule.id != store.fingerprint.schedule:
         raise HollowError(f"The store in {store.folder} was made with another noise schedule. Precompute anew.")
-    if (cut := getattr(unet, "cut", None)) != store.cut:
+    if (cut := network.cut) != store.cut:
         raise HollowError(
             f"The U-Net has cut {cut}, the store in {store.folder} has cut {store.cut} (None: not hollowed). "
             "Hollow the U-Net at the cut of the store."
         )
     if settings.prior_weight > 0 and store.indices("prior"):
         check_unfused(settings)
-
-
-def check_unfused(settings: TrainSettings) -> None:
-    """Raises HollowError for a fused step, where class pictures are to be trained on."""
-    if settings.fused_backward:
-        raise HollowError(
-            "fused_backward trains on one record a step, but there are pictures of the class too. "
-            "Set prior_weight to 0, or turn fused_backward off."
-        )

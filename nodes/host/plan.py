@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import comfy.utils
@@ -125,8 +125,9 @@ def side_of(latents: Sequence[Tensor]) -> int:
 @lru_cache(maxsize=4)
 def _planner(config: str) -> "Planner":
     from ...hollow_core.memory.planner import Planner
+    from ...hollow_core.models.base_model import outline_unet
 
-    return Planner(json.loads(config))
+    return Planner(partial(outline_unet, json.loads(config)))
 
 
 def _precision(model: ModelPatcher) -> "Precision":

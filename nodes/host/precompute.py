@@ -17,7 +17,7 @@ from .files import store_folder
 from .memory import alone_on_device, clear_device, free_bytes
 from .plan import PIXELS, planner_of, setting_of
 from .progress import NodeProgress
-from .unet import frozen_unet, noise_schedule
+from .unet import frozen_network, noise_schedule
 
 
 def precompute(
@@ -40,12 +40,11 @@ def precompute(
 
     `personal` and `generic` hold one prompt for all pictures or one for each, `class_prompts` also one for each batch
     of `class_latents`. The low ones are those of the same pictures at a lower resolution, or none.
-    Raises HollowError as `hollow_core.training.precompute.precompute` does and where it needs more memory than is free, and
-    ComfyUI's exception on Cancel.
+    Raises HollowError as `hollow_core.training.precompute.precompute` does and where it needs more memory than is
+    free, and ComfyUI's exception on Cancel.
     """
     from ...hollow_core.memory.remedy import check_fits, memory_told
     from ...hollow_core.nets.residency import stream_middle
-    from ...hollow_core.nets.unet import head
     from ...hollow_core.training import precompute as stage
 
     if low_class_latents and not class_latents:
@@ -66,12 +65,13 @@ def precompute(
     setting = planner.eased(setting_of(hollowed, [example.latents for example in examples]), free())
     check_fits(planner, setting, free(), ["precompute"])
     device = comfy.model_management.get_torch_device()
-    unet = frozen_unet(hollowed, device)
+    network = frozen_network(hollowed, device)
     if setting.stream_middle:
-        stream_middle(unet, hollowed.cut, device)
-    with memory_told(lambda: planner, "precompute", setting, free), alone_on_device(head(unet, hollowed.cut)):
+        stream_middle(network, hollowed.cut, device)
+    base = network.base(hollowed.cut).module
+    with memory_told(lambda: planner, "precompute", setting, free), alone_on_device(base):
         store = stage.precompute(
-            unet,
+            network,
             schedule,
             examples,
             folder,

@@ -19,7 +19,7 @@ from .memory import alone_on_device, clear_device, free_bytes
 from .plan import planner_of, setting_of, side_of
 from .progress import NodeProgress
 from .train_preview import LossCurve, Preview, beside
-from .unet import frozen_unet, layout, noise_schedule
+from .unet import frozen_network, layout, noise_schedule
 
 if TYPE_CHECKING:
     from ...hollow_core.training.settings import TrainSettings
@@ -38,12 +38,11 @@ def train(
 ) -> tuple[HollowLora, list[float]]:
     """The LoRA and the loss of each step; goes on where the same settings were cancelled.
 
-    Raises HollowError as `hollow_core.training.train.train` does, where the loss stops being finite and where it needs more
-    memory than is free; and ComfyUI's exception on Cancel.
+    Raises HollowError as `hollow_core.training.train.train` does, where the loss stops being finite and where it needs
+    more memory than is free; and ComfyUI's exception on Cancel.
     """
     from ...hollow_core.lora import file as lora_file
     from ...hollow_core.memory.remedy import check_fits, memory_told
-    from ...hollow_core.nets.unet import hollow
     from ...hollow_core.training import train as stage
     from ...hollow_core.training.settings import DTYPES
     from ...hollow_core.training.store import Store
@@ -76,11 +75,11 @@ def train(
             low_resolution=side_of(low) if low else None,
         )
         check_fits(planner, setting, free(), ["train"])
-        base = frozen_unet(hollowed, comfy.model_management.get_torch_device())
-        unet = hollow(base, hollowed.cut, {record.timestep for record in store.records})
+        base = frozen_network(hollowed, comfy.model_management.get_torch_device())
+        network = base.hollow(hollowed.cut, {record.timestep for record in store.records})
         del base  # here the middle leaves memory
-        nn.Module.to(unet, dtype=DTYPES[settings.precision])
-        preview = Preview(hollowed.model, unet, schedule, store) if preview_every else None
+        nn.Module.to(network.module, dtype=DTYPES[settings.precision])
+        preview = Preview(hollowed.model, network, schedule, store) if preview_every else None
         curve, learned = LossCurve(), None
 
         def tell(done: Progress) -> None:
@@ -94,8 +93,8 @@ def train(
             watch.tell(done)
             watch.picture = None
 
-        with memory_told(lambda: planner, "train", setting, free), alone_on_device(unet):
-            result = stage.train(unet, schedule, store, settings, folder=folder, progress=tell, stop=watch.stop)
+        with memory_told(lambda: planner, "train", setting, free), alone_on_device(network.module):
+            result = stage.train(network, schedule, store, settings, folder=folder, progress=tell, stop=watch.stop)
     watch.finish()
     if result.stopped != "finished":
         raise HollowError(
@@ -108,9 +107,9 @@ def train(
         class_word="",
         personal_prompt=activations.personal_prompt,
         generic_prompt=activations.generic_prompt,
-        prediction_type=schedule.config.prediction_type,
+        prediction_type=schedule.prediction.name,
     )
-    state = lora_file.to_kohya(result.state, unet.config, alpha=settings.lora_alpha, layout=family)
+    state = lora_file.to_kohya(result.state, network.module.config, alpha=settings.lora_alpha, layout=family)
     metadata = lora_file.describe("hollow", family, settings.rank, settings.lora_alpha, recipe)
     return HollowLora(state, recipe, metadata), result.losses
 

@@ -1,14 +1,15 @@
 """What the training node shows while it runs: the course of the loss, and what the U-Net has learned so far."""
 
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from comfy.model_patcher import ModelPatcher
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 if TYPE_CHECKING:
+    from ...hollow_core.nets.network import Network
+    from ...hollow_core.nets.schedule import NoiseSchedule
     from ...hollow_core.training.store import Store
 
 SIDE = 256  # of a picture, in pixels
@@ -49,8 +50,8 @@ class LossCurve:
 class Preview:
     """The training record nearest to TIMESTEP, as the U-Net would now denoise it in one step."""
 
-    def __init__(self, model: ModelPatcher, unet: Any, schedule: Any, store: "Store") -> None:
-        self.latent_format, self.unet, self.schedule = model.model.latent_format, unet, schedule
+    def __init__(self, model: ModelPatcher, network: "Network", schedule: "NoiseSchedule", store: "Store") -> None:
+        self.latent_format, self.network, self.schedule = model.model.latent_format, network, schedule
         index = min(store.indices("image"), key=lambda index: abs(store.records[index].timestep - TIMESTEP))
         self.record = store.record(index)
         self.latents, self.conditioning = store.inputs(self.record.image)
@@ -58,11 +59,10 @@ class Preview:
     @torch.no_grad()
     def draw(self) -> Image.Image:
         """SIDE × SIDE, in the colours by which ComfyUI previews latents."""
-        from ...hollow_core.training.steps import predict
-
         noisy, _ = self.record.noisy(self.schedule, self.latents)
-        predicted = predict(self.unet, [self.record], noisy, self.conditioning).cpu()
-        clean = _clean(self.schedule, noisy, predicted, self.record.timestep)
+        timestep = self.record.timestep
+        predicted = self.network.predict(noisy, [timestep], self.conditioning, self.record.stored).cpu()
+        clean = self.schedule.clean(noisy, predicted, timestep)
         factors = torch.tensor(self.latent_format.latent_rgb_factors)
         bias = torch.tensor(self.latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
         colors = torch.einsum("chw,cr->hwr", clean[0], factors) + bias
@@ -78,11 +78,3 @@ def beside(left: Image.Image, right: Image.Image | None) -> Image.Image:
     both.paste(left, (0, 0))
     both.paste(right, (SIDE, 0))
     return both
-
-
-def _clean(schedule: Any, noisy: Tensor, predicted: Tensor, timestep: int) -> Tensor:
-    """z_0 as the prediction has it; `noise_schedule` gives epsilon or v-prediction."""
-    alpha, sigma = schedule.alphas_cumprod[timestep].sqrt(), (1 - schedule.alphas_cumprod[timestep]).sqrt()
-    if schedule.config.prediction_type == "v_prediction":
-        return alpha * noisy - sigma * predicted
-    return (noisy - sigma * predicted) / alpha

@@ -1,6 +1,6 @@
 """ComfyUI's MODEL as a diffusers U-Net with its noise schedule, sharing memory wherever it can."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.lora
 import comfy.model_base
@@ -13,6 +13,10 @@ from torch import Tensor
 
 from ...hollow_core.errors import HollowError
 from ..handles import HollowedModel
+
+if TYPE_CHECKING:
+    from ...hollow_core.nets.schedule import NoiseSchedule
+    from ...hollow_core.nets.unet import UNet
 
 PREFIX = "diffusion_model."
 _SAMPLE_SIZES = {768: 64, 1024: 64}  # by the width of the text; ComfyUI's own is the same for all
@@ -77,16 +81,17 @@ def base_dtype(model: ModelPatcher) -> torch.dtype:
     return dtype
 
 
-def frozen_unet(hollowed: HollowedModel, device: torch.device) -> Any:
+def frozen_network(hollowed: HollowedModel, device: torch.device) -> "UNet":
     """`diffusers_unet`, quantised and streamed to `device` as was chosen, which leaves the MODEL as it is."""
     from ...hollow_core.nets.residency import quantize, stream
+    from ...hollow_core.nets.unet import UNet
 
     unet = diffusers_unet(hollowed.model)
     if hollowed.base_bits is not None:
         quantize(unet, hollowed.base_bits)
     if hollowed.streaming:
         stream(unet, device)
-    return unet
+    return UNet(unet)
 
 
 @torch.no_grad()
@@ -122,12 +127,12 @@ def patched(key: str, patches: list[Any]) -> Tensor:
     return whole
 
 
-def noise_schedule(model: ModelPatcher) -> Any:
-    """The `DDPMScheduler` on which the MODEL samples: epsilon or v-prediction, zero terminal SNR or not.
+def noise_schedule(model: ModelPatcher) -> "NoiseSchedule":
+    """On which the MODEL samples: epsilon or v-prediction, zero terminal SNR or not.
 
     Raises HollowError for a MODEL that samples in another way (EDM, flow).
     """
-    from diffusers import DDPMScheduler
+    from ...hollow_core.nets.schedule import PREDICTIONS, NoiseSchedule
 
     sampling = model.get_model_object("model_sampling")
     kinds = {comfy.model_sampling.V_PREDICTION: "v_prediction", comfy.model_sampling.EPS: "epsilon"}
@@ -144,7 +149,8 @@ def noise_schedule(model: ModelPatcher) -> Any:
     alphas_cumprod = 1 / (sampling.sigmas.double().cpu() ** 2 + 1)
     before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     betas = (1 - alphas_cumprod / before).float()
-    return DDPMScheduler(num_train_timesteps=len(betas), trained_betas=betas.tolist(), prediction_type=kinds[kind])
+    # from the betas and in float32, as a diffusers scheduler has them: stores go by the last digit
+    return NoiseSchedule(PREDICTIONS[kinds[kind]], torch.cumprod(1 - betas, 0))
 
 
 def layout(model: ModelPatcher) -> str:

@@ -19,6 +19,7 @@ from benchmarks.paper.trial import Extent, Trial, base_prompts
 from benchmarks.paper.ways import CALMER, CUTS, FRESH, HOLLOWED, LORA, PRUNED, SAMPLES, WAYS, Wording
 from hollow_core.errors import HollowError
 from hollow_core.files import write_json
+from hollow_core.nets.unet import UNet
 from hollow_core.nets.unet_layers import max_cut
 from hollow_core.training.precompute import precompute
 from hollow_core.training.settings import TrainSettings
@@ -42,16 +43,16 @@ def test_a_pruned_unet_without_its_mid_block_is_diffusers_own() -> None:
 def test_every_cut_can_be_pruned_and_trained(layout: str, tmp_path: Path) -> None:
     for cut in range(max_cut(make_tiny_unet(layout).config)):  # the last leaves no layer on the way down
         unet, schedule = make_tiny_unet(layout), tiny_schedule()
-        store = precompute(unet, schedule, tiny_examples(unet), tmp_path / f"{cut}", cut=None, samples=2)
+        store = precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path / f"{cut}", cut=None, samples=2)
         settings = TrainSettings(rank=2, steps=1, targets=("conv1",))
-        result = train(pruned(unet, cut), schedule, store, settings, folder=tmp_path / f"training {cut}")
+        result = train(UNet(pruned(unet, cut)), schedule, store, settings, folder=tmp_path / f"training {cut}")
         assert all(tensor.isfinite().all() for tensor in result.state.values())
 
 
 def test_full_finetuning_trains_all_weights_and_its_loss_falls(tmp_path: Path) -> None:
     unet, schedule = make_tiny_unet("sd15"), tiny_schedule()
     before = {name: tensor.clone() for name, tensor in unet.named_parameters()}
-    store = precompute(unet, schedule, tiny_examples(unet, priors=1), tmp_path, cut=None, samples=4)
+    store = precompute(UNet(unet), schedule, tiny_examples(unet, priors=1), tmp_path, cut=None, samples=4)
     losses = finetune(unet, schedule, store, TrainSettings(steps=40, batch=1, learning_rate=5e-2))
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     moved = [not torch.equal(tensor, before[name]) for name, tensor in unet.named_parameters()]

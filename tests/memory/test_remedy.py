@@ -3,6 +3,7 @@
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hollow_core.memory import meter
 from hollow_core.memory.planner import GIB, Planner
 from hollow_core.memory.remedy import advice, check_fits, memory_told, needs
 from hollow_core.memory.setting import Setting
+from hollow_core.models.base_model import outline_unet
 from hollow_core.models.layouts import layout_config
 from hollow_core.training.settings import TrainSettings
 
@@ -34,7 +36,7 @@ BOTH = ("precompute", "train")
 
 @pytest.fixture(scope="module")
 def planner() -> Planner:
-    return Planner(CONFIG)
+    return Planner(partial(outline_unet, CONFIG))
 
 
 def with_checkpointing(setting: Setting) -> Setting:
@@ -47,7 +49,7 @@ def test_a_bare_unet_has_the_two_stages_that_run_it(planner: Planner) -> None:
     assert prediction.bytes == needs(planner, BOTH, SETTING)
     assert planner.resolution == 8 * 32
     with torch.inference_mode():  # as a node of ComfyUI is
-        assert Planner(CONFIG).predict(SETTING) == prediction
+        assert Planner(partial(outline_unet, CONFIG)).predict(SETTING) == prediction
     whole = planner.fit(2 * prediction.bytes, SETTING, precisions=["fp32"], cuts=[1])
     assert whole.prediction.setting == SETTING
 

@@ -142,7 +142,7 @@ def test_a_single_file_by_itself(tmp_path: Path, layout: str, monkeypatch: pytes
     assert_is(model, original)
     assert model.layout == layout
     assert model.resolution == (768 if layout == "sd21" else 128)
-    assert model.schedule.config.prediction_type == ("v_prediction" if layout == "sd21" else "epsilon")
+    assert model.schedule.prediction.name == ("v_prediction" if layout == "sd21" else "epsilon")
     # What OpenAI's own tokenizer makes of this sentence; OpenCLIP pads with zeros.
     padding = {"sd15": [49407], "sd21": [0], "sdxl": [49407, 0]}[layout]
     for tokenizer, pad in zip(model.tokenizers, padding, strict=True):
@@ -160,7 +160,7 @@ def test_sd2_is_told_apart_by_a_bias(tmp_path: Path, spread: float, prediction_t
     save_file(tensors, tmp_path / "model.safetensors")
     configs = save_folder(pipeline, tmp_path / "configs")
     model = load(tmp_path / "model.safetensors", config=configs)
-    assert model.schedule.config.prediction_type == prediction_type
+    assert model.schedule.prediction.name == prediction_type
     overridden = load(tmp_path / "model.safetensors", config=configs, prediction_type="sample")
     assert overridden.schedule.config.prediction_type == "sample"
 
@@ -190,7 +190,7 @@ def test_a_folder_tells_its_schedule(tmp_path: Path) -> None:
     zero_snr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     model = load(save_folder(tiny_pipeline("sd21", **zero_snr), tmp_path))
     assert isinstance(model.schedule, DDPMScheduler)
-    assert model.schedule.config.prediction_type == "v_prediction"
+    assert model.schedule.prediction.name == "v_prediction"
     assert float(model.schedule.alphas_cumprod[-1]) < 1e-6
     sampler = model.pipeline().scheduler
     sampler.set_timesteps(10)

@@ -13,7 +13,7 @@ from hollow_core.errors import HollowError
 from hollow_core.lora.layers import ALL_LAYERS, add_lora, lora_parameters, lora_state
 from hollow_core.nets import residency
 from hollow_core.nets.residency import away, quantize, stream, stream_middle
-from hollow_core.nets.unet import head, hollow
+from hollow_core.nets.unet import UNet, head, hollow
 from hollow_core.nets.unet_layers import exit_shape
 from hollow_core.training.precompute import precompute
 from hollow_core.training.settings import DTYPES, TrainSettings
@@ -271,10 +271,10 @@ def test_a_streamed_run_is_the_resident_one_bit_by_bit(tiny_unet, tmp_path, bits
             quantize(unet, bits)
         if streamed:
             stream(unet, "cpu")
-        store = precompute(unet, schedule, tiny_examples(unet), tmp_path / "store", cut=CUT, samples=4)
+        store = precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path / "store", cut=CUT, samples=4)
         assert lora_state(head(unet, CUT)) == {}
         settings = replace(FEW, precision=precision)
-        return train(hollow(unet, CUT), schedule, store, settings, folder=tmp_path / name)
+        return train(UNet(unet).hollow(CUT, range(1000)), schedule, store, settings, folder=tmp_path / name)
 
     resident, streamed = run("resident", False), run("streamed", True)  # on the same store: it fits both
     assert streamed.losses == resident.losses
@@ -286,11 +286,11 @@ def test_a_streamed_middle_changes_no_record_and_leaves_with_the_middle(tiny_une
     for name in ("resident", "visiting"):
         unet = tiny_unet("sd21")
         if name == "visiting":
-            stream_middle(unet, CUT, "cpu")
+            stream_middle(UNet(unet), CUT, "cpu")
             middle = sum(tensor.numel() for tensor in away(unet))
             assert middle == sum(module.weight.numel() for module in _middle(unet))
             assert away(hollow(unet, CUT)) == []
-        store = precompute(unet, schedule, tiny_examples(unet), tmp_path / name, cut=CUT, samples=4)
+        store = precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path / name, cut=CUT, samples=4)
         records[name] = [store.record(index).exit_activation for index in range(4)]
     assert all(map(torch.equal, records["resident"], records["visiting"]))
 
@@ -305,10 +305,10 @@ def _middle(unet):
 
 def test_a_store_of_another_precision_is_refused(tiny_unet, tmp_path):
     unet, schedule = tiny_unet("sd15"), tiny_schedule()
-    precompute(unet, schedule, tiny_examples(unet), tmp_path, cut=CUT, samples=4)
+    precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path, cut=CUT, samples=4)
     quantize(unet, 8)
     with pytest.raises(HollowError, match=r"made from something else: model \(.*another precision\)"):
-        precompute(unet, schedule, tiny_examples(unet), tmp_path, cut=CUT, samples=4)
+        precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path, cut=CUT, samples=4)
 
 
 def test_what_cannot_be_is_refused_in_a_sentence(tiny_unet):

@@ -11,7 +11,7 @@ from tiny_training import BreakAt, Broken, content, tiny_examples, tiny_schedule
 
 from hollow_core.errors import HollowError
 from hollow_core.lora.layers import lora_parameters
-from hollow_core.nets.unet import hollow
+from hollow_core.nets.unet import UNet
 from hollow_core.training.optimizer import Optimizer
 from hollow_core.training.precompute import precompute
 from hollow_core.training.settings import TrainSettings
@@ -27,8 +27,8 @@ def begin(tiny_unet, tmp_path):
     def begin(priors=0):
         unet, schedule = tiny_unet("sd15"), tiny_schedule()
         examples = tiny_examples(unet, 2, priors)
-        store = precompute(unet, schedule, examples, tmp_path / f"store {priors}", cut=CUT, samples=4)
-        return hollow(unet, CUT), schedule, store
+        store = precompute(UNet(unet), schedule, examples, tmp_path / f"store {priors}", cut=CUT, samples=4)
+        return UNet(unet).hollow(CUT, range(1000)), schedule, store
 
     return begin
 
@@ -54,25 +54,25 @@ def test_fused_or_not_may_change_on_the_way(begin, tmp_path):
 
 
 def test_never_more_than_one_gradient_is_there_when_fused(begin, tmp_path, monkeypatch):
-    unet, schedule, store = begin()
+    network, schedule, store = begin()
     there = []
     consume = Optimizer._consume
 
     def watched(self, *arguments):
-        there.append(sum(parameter.grad is not None for parameter in lora_parameters(unet)))
+        there.append(sum(parameter.grad is not None for parameter in lora_parameters(network.module)))
         consume(self, *arguments)
 
     monkeypatch.setattr(Optimizer, "_consume", watched)
-    train(unet, schedule, store, FUSED, folder=tmp_path)
-    assert there == [1] * FUSED.steps * len(lora_parameters(unet))
-    assert not any(parameter._post_accumulate_grad_hooks for parameter in lora_parameters(unet))
+    train(network, schedule, store, FUSED, folder=tmp_path)
+    assert there == [1] * FUSED.steps * len(lora_parameters(network.module))
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in lora_parameters(network.module))
 
 
 def test_a_non_finite_gradient_leaves_the_lora_from_before_it(begin, tmp_path):
-    unet, schedule, store = begin()
-    start = train(unet, schedule, store, FUSED, folder=tmp_path / "start", stop=lambda: True).state
-    unet.conv_out.register_full_backward_hook(lambda module, to_input, _: (to_input[0] * math.inf,))
-    result = train(unet, schedule, store, FUSED, folder=tmp_path / "run")
+    network, schedule, store = begin()
+    start = train(network, schedule, store, FUSED, folder=tmp_path / "start", stop=lambda: True).state
+    network.module.conv_out.register_full_backward_hook(lambda module, to_input, _: (to_input[0] * math.inf,))
+    result = train(network, schedule, store, FUSED, folder=tmp_path / "run")
     assert (result.stopped, result.steps) == ("non-finite gradient", 0)
     assert same(result.state, start)
 

@@ -14,6 +14,7 @@ from tiny_training import BreakAt, Broken, content, full_disk, run_script, tiny_
 
 from hollow_core.errors import HollowError
 from hollow_core.lora.layers import add_lora, remove_lora
+from hollow_core.nets.unet import EXIT_ACTIVATION, UNet
 from hollow_core.nets.unet_layers import max_cut
 from hollow_core.training.precompute import plan, precompute
 from hollow_core.training.store import SHARD, Store
@@ -59,23 +60,25 @@ def test_stored_activation_is_what_the_up_path_of_the_whole_unet_receives(
     up_resnets = [resnet for block in unet.up_blocks for resnet in block.resnets]
     for cut in range(max_cut(unet.config) + 1):
         folder = tmp_path / str(cut)
-        store = precompute(unet, schedule, examples, folder, cut=cut, samples=2, seed=cut, dtype=torch.float32)
+        store = precompute(UNet(unet), schedule, examples, folder, cut=cut, samples=2, seed=cut, dtype=torch.float32)
         received = []
         hook = up_resnets[cut].register_forward_pre_hook(lambda _, args, to=received: to.append(args[0]))
         for record in (store.record(0), store.record(1)):
             noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(record.noise_seed))
-            z, alpha = examples[record.image].latents, schedule.alphas_cumprod[record.timestep]
+            z, alpha = examples[record.image].latents, schedule.numbers[record.timestep]
             with torch.no_grad():
                 noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
                 unet(noisy, record.timestep, **tiny_conditioning(unet, seed=2).kwargs())
-            channels = record.exit_activation.shape[1]  # behind them comes the skip connection
-            torch.testing.assert_close(record.exit_activation, received.pop()[:, :channels], atol=1e-5, rtol=1e-5)
+            channels = record.stored[EXIT_ACTIVATION].shape[1]  # behind them comes the skip connection
+            torch.testing.assert_close(
+                record.stored[EXIT_ACTIVATION], received.pop()[:, :channels], atol=1e-5, rtol=1e-5
+            )
         hook.remove()
 
 
 def test_noise_is_regenerated_and_never_stored(tiny_unet, tmp_path):
     unet, schedule = tiny_unet("sd21"), tiny_schedule()
-    store = precompute(unet, schedule, tiny_examples(unet), tmp_path, cut=3, samples=10)
+    store = precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path, cut=3, samples=10)
     latents, _ = store.inputs(0)
     stored = [tensor for path in tmp_path.glob("*.safetensors") for tensor in load_file(path).values()]
     again = Store.open(tmp_path)
@@ -91,25 +94,27 @@ def test_noise_is_regenerated_and_never_stored(tiny_unet, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_records_are_kept_in_the_dtype_of_choice(tiny_unet, tmp_path, dtype):
     unet, schedule = tiny_unet("sd15"), tiny_schedule()
-    exact = precompute(unet, schedule, tiny_examples(unet), tmp_path / "exact", cut=3, samples=2, dtype=torch.float32)
-    store = precompute(unet, schedule, tiny_examples(unet), tmp_path / "half", cut=3, samples=2, dtype=dtype)
-    assert torch.equal(store.record(1).exit_activation, exact.record(1).exit_activation.to(dtype))
+    exact = precompute(
+        UNet(unet), schedule, tiny_examples(unet), tmp_path / "exact", cut=3, samples=2, dtype=torch.float32
+    )
+    store = precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path / "half", cut=3, samples=2, dtype=dtype)
+    assert torch.equal(store.record(1).stored[EXIT_ACTIVATION], exact.record(1).stored[EXIT_ACTIVATION].to(dtype))
 
 
 def test_pictures_of_different_and_odd_sizes(tiny_unet, tmp_path):
     unet = tiny_unet("sd21")
     small, large = tiny_examples(unet, images=2)
     large = replace(large, latents=torch.randn(1, 4, 13, 10, generator=torch.Generator()))
-    store = precompute(unet, tiny_schedule(), [small, large], tmp_path, cut=3, samples=4)
-    shapes = {record.image: store.record(i).exit_activation.shape[2:] for i, record in enumerate(store.records)}
+    store = precompute(UNet(unet), tiny_schedule(), [small, large], tmp_path, cut=3, samples=4)
+    shapes = {record.image: store.record(i).stored[EXIT_ACTIVATION].shape[2:] for i, record in enumerate(store.records)}
     assert shapes == {0: (2, 2), 1: (4, 3)}
 
 
 def test_without_a_cut_there_are_records_but_no_activations(tiny_unet, tmp_path):
     unet = tiny_unet("sd15")
-    store = precompute(unet, tiny_schedule(), tiny_examples(unet), tmp_path, cut=None, samples=20)
+    store = precompute(UNet(unet), tiny_schedule(), tiny_examples(unet), tmp_path, cut=None, samples=20)
     assert store.missing == []
-    assert store.record(7).exit_activation is None
+    assert not store.record(7).stored
     assert sorted(content(tmp_path)) == ["inputs.safetensors", "store.json"]
 
 
@@ -117,13 +122,13 @@ def test_broken_off_in_every_shard_and_run_again_gives_the_same_bytes(tiny_unet,
     unet, schedule = tiny_unet("sd15"), tiny_schedule()
     examples = tiny_examples(unet, images=3, priors=2)
     samples = 2 * SHARD + 3
-    whole = precompute(unet, schedule, examples, tmp_path / "whole", cut=2, samples=samples)
+    whole = precompute(UNet(unet), schedule, examples, tmp_path / "whole", cut=2, samples=samples)
     for record in (1, SHARD - 1, SHARD, SHARD + 1, 2 * SHARD, samples):
         folder = tmp_path / f"broken at {record}"
         with pytest.raises(Broken):
-            precompute(unet, schedule, examples, folder, cut=2, samples=samples, progress=BreakAt(record))
+            precompute(UNet(unet), schedule, examples, folder, cut=2, samples=samples, progress=BreakAt(record))
         told = []
-        precompute(unet, schedule, examples, folder, cut=2, samples=samples, progress=told.append)
+        precompute(UNet(unet), schedule, examples, folder, cut=2, samples=samples, progress=told.append)
         assert content(folder) == content(whole.folder)
         kept = (record - 1) // SHARD * SHARD  # of the shards that were whole
         assert [progress.step for progress in told] == list(range(kept + 1, samples + 1))
@@ -142,7 +147,7 @@ def die(progress):
         os.kill(os.getpid(), signal.SIGKILL)
 
 unet = make_tiny_unet("sd15")
-precompute(unet, tiny_schedule(), tiny_examples(unet), sys.argv[1], cut=2, samples=20, progress=die)
+precompute(UNet(unet), tiny_schedule(), tiny_examples(unet), sys.argv[1], cut=2, samples=20, progress=die)
 """
 
 
@@ -151,21 +156,21 @@ def test_killed_by_the_system_and_run_again_gives_the_same_bytes(tiny_unet, tmp_
     assert "records-00000.safetensors" in content(tmp_path / "killed")
     unet = tiny_unet("sd15")
     for folder in ("killed", "whole"):
-        precompute(unet, tiny_schedule(), tiny_examples(unet), tmp_path / folder, cut=2, samples=20)
+        precompute(UNet(unet), tiny_schedule(), tiny_examples(unet), tmp_path / folder, cut=2, samples=20)
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("file", range(5))
 def test_dead_before_a_file_has_its_name_and_run_again_gives_the_same_bytes(tiny_unet, tmp_path, monkeypatch, file):
     unet = tiny_unet("sd15")
-    whole = precompute(unet, tiny_schedule(), tiny_examples(unet), tmp_path / "whole", cut=2, samples=20)
+    whole = precompute(UNet(unet), tiny_schedule(), tiny_examples(unet), tmp_path / "whole", cut=2, samples=20)
     break_off, rename = BreakAt(file + 1), os.replace
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *names: break_off(names) or rename(*names))
         with pytest.raises(Broken):
-            precompute(unet, tiny_schedule(), tiny_examples(unet), tmp_path / "dead", cut=2, samples=20)
+            precompute(UNet(unet), tiny_schedule(), tiny_examples(unet), tmp_path / "dead", cut=2, samples=20)
     assert sum(name.endswith(".part") for name in content(tmp_path / "dead")) == 1
-    precompute(unet, tiny_schedule(), tiny_examples(unet), tmp_path / "dead", cut=2, samples=20)
+    precompute(UNet(unet), tiny_schedule(), tiny_examples(unet), tmp_path / "dead", cut=2, samples=20)
     assert content(tmp_path / "dead") == content(whole.folder)
 
 
@@ -183,24 +188,24 @@ def test_stopped_it_gives_back_an_unfinished_store_and_goes_on_later(tiny_unet, 
         stop=lambda: len(told) == 10,
     )
     assert store.missing == [1, 2]
-    assert precompute(unet, schedule, tiny_examples(unet), tmp_path, cut=2, samples=20).missing == []
+    assert precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path, cut=2, samples=20).missing == []
 
 
 def test_a_full_disk_is_told_and_what_was_written_stays_good(tiny_unet, tmp_path):
     unet, schedule, examples = tiny_unet("sd15"), tiny_schedule(), tiny_examples(tiny_unet("sd15"))
-    whole = precompute(unet, schedule, examples, tmp_path / "whole", cut=2, samples=20)
+    whole = precompute(UNet(unet), schedule, examples, tmp_path / "whole", cut=2, samples=20)
     folder = tmp_path / "full"
     with full_disk(), pytest.raises(HollowError, match=r"inputs\.safetensors could not be written \(.*space"):
-        precompute(unet, schedule, examples, folder, cut=2, samples=20)
+        precompute(UNet(unet), schedule, examples, folder, cut=2, samples=20)
     assert content(folder) == {}
 
-    store = precompute(unet, schedule, examples, folder, cut=2, samples=20, stop=lambda: True)
+    store = precompute(UNet(unet), schedule, examples, folder, cut=2, samples=20, stop=lambda: True)
     assert store.missing == [0, 1, 2]
     before = content(folder)
     with full_disk(500), pytest.raises(HollowError, match=r"records-00000\.safetensors could not be written"):
-        precompute(unet, schedule, examples, folder, cut=2, samples=20)
+        precompute(UNet(unet), schedule, examples, folder, cut=2, samples=20)
     assert content(folder) == before
-    precompute(unet, schedule, examples, folder, cut=2, samples=20)
+    precompute(UNet(unet), schedule, examples, folder, cut=2, samples=20)
     assert content(folder) == content(whole.folder)
 
 
@@ -248,9 +253,9 @@ def test_a_store_made_from_something_else_is_refused_by_name(tiny_unet, tmp_path
 
 def test_what_training_does_not_need_may_change(tiny_unet, tmp_path):
     unet = tiny_unet("sd15")
-    store = precompute(unet, tiny_schedule(), tiny_examples(unet), tmp_path, cut=2, samples=4)
+    store = precompute(UNet(unet), tiny_schedule(), tiny_examples(unet), tmp_path, cut=2, samples=4)
     sampler = tiny_schedule(clip_sample=False, timestep_spacing="trailing", steps_offset=1)
-    assert precompute(unet, sampler, tiny_examples(unet), tmp_path, cut=2, samples=4).id == store.id
+    assert precompute(UNet(unet), sampler, tiny_examples(unet), tmp_path, cut=2, samples=4).id == store.id
 
 
 @pytest.mark.parametrize(
@@ -270,7 +275,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(tiny_unet, tmp_p
     unet = tiny_unet("sd15")
     asked = {"schedule": tiny_schedule(), "examples": tiny_examples(unet), "cut": 3} | change
     with pytest.raises(HollowError, match=said):
-        precompute(unet, folder=tmp_path / "store", **asked)
+        precompute(UNet(unet), folder=tmp_path / "store", **asked)
     assert not (tmp_path / "store").exists()
 
 
@@ -289,28 +294,30 @@ def test_wrong_latents_are_refused(tiny_unet, tmp_path, change, said):
     unet = tiny_unet("sd15")
     examples = [replace(tiny_examples(unet)[0], **change)]
     with pytest.raises(HollowError, match=said):
-        precompute(unet, tiny_schedule(), examples, tmp_path, cut=3)
+        precompute(UNet(unet), tiny_schedule(), examples, tmp_path, cut=3)
 
 
 def test_prompts_of_another_models_text_encoder_are_refused(tiny_unet, tmp_path):
     unet, other = tiny_unet("sd15"), tiny_unet("sd21")
     with pytest.raises(HollowError, match="example 0 are 16 wide, but this U-Net takes 12"):
-        precompute(unet, tiny_schedule(), tiny_examples(other), tmp_path, cut=3)
+        precompute(UNet(unet), tiny_schedule(), tiny_examples(other), tmp_path, cut=3)
 
 
 def test_a_unet_with_a_lora_is_refused_until_it_is_taken_out(tiny_unet, tmp_path):
     unet, schedule = tiny_unet("sd15"), tiny_schedule()
-    plain = precompute(unet, schedule, tiny_examples(unet), tmp_path, cut=3, samples=2)
+    plain = precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path, cut=3, samples=2)
     add_lora(unet, 2, generator=torch.Generator())
     with pytest.raises(HollowError, match=r"carries a LoRA, .* Take it out first"):
-        precompute(unet, schedule, tiny_examples(unet), tmp_path, cut=3, samples=2)
+        precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path, cut=3, samples=2)
     remove_lora(unet)
-    assert precompute(unet, schedule, tiny_examples(unet), tmp_path, cut=3, samples=2).id == plain.id
+    assert precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path, cut=3, samples=2).id == plain.id
 
 
 def test_an_activation_too_large_for_fp16_is_refused_and_fits_bf16(tiny_unet, tmp_path):
     unet = tiny_unet("sd15")
     unet.mid_block.resnets[-1].conv2.bias.data += 1e6
     with pytest.raises(HollowError, match=r"is not finite in float16\. Keep the records in bfloat16"):
-        precompute(unet, tiny_schedule(), tiny_examples(unet), tmp_path / "fp16", cut=0, samples=2)
-    precompute(unet, tiny_schedule(), tiny_examples(unet), tmp_path / "bf16", cut=0, samples=2, dtype=torch.bfloat16)
+        precompute(UNet(unet), tiny_schedule(), tiny_examples(unet), tmp_path / "fp16", cut=0, samples=2)
+    precompute(
+        UNet(unet), tiny_schedule(), tiny_examples(unet), tmp_path / "bf16", cut=0, samples=2, dtype=torch.bfloat16
+    )

@@ -13,8 +13,9 @@ from tiny_training import content, tiny_examples, tiny_schedule
 
 from hollow_core.data.images import load_images
 from hollow_core.errors import HollowError
+from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import decode_images, load
-from hollow_core.nets.unet import hollow
+from hollow_core.nets.unet import EXIT_ACTIVATION, UNet
 from hollow_core.personalize import Request, low_examples, make_examples, personalize
 from hollow_core.training.precompute import precompute
 from hollow_core.training.selective import choices, count_by_time, falling, heat_map, taken
@@ -36,8 +37,8 @@ def begin(tiny_unet, tmp_path):
             replace(example, kind=f"low {example.kind}") for example in tiny_examples(unet, 2, priors, size=4) if low
         ]
         folder = tmp_path / f"store {cut} {samples} {priors} {low}"
-        store = precompute(unet, schedule, [*high, *twins], folder, cut=cut, samples=samples)
-        return (unet if cut is None else hollow(unet, cut)), schedule, store
+        store = precompute(UNet(unet), schedule, [*high, *twins], folder, cut=cut, samples=samples)
+        return (UNet(unet) if cut is None else UNet(unet).hollow(cut, range(1000))), schedule, store
 
     return begin
 
@@ -58,9 +59,9 @@ def test_records_of_both_resolutions_are_twins_with_exit_activations_of_their_ow
             big, small = store.record(one), store.record(other)
             assert (big.timestep, big.noise_seed) == (small.timestep, small.noise_seed)
             assert small.image == big.image + 3
-            assert big.exit_activation.shape[2:] == (2, 2)
-            assert small.exit_activation.shape[2:] == (1, 1)
-            assert not torch.equal(big.exit_activation[..., :1, :1], small.exit_activation)
+            assert big.stored[EXIT_ACTIVATION].shape[2:] == (2, 2)
+            assert small.stored[EXIT_ACTIVATION].shape[2:] == (1, 1)
+            assert not torch.equal(big.stored[EXIT_ACTIVATION][..., :1, :1], small.stored[EXIT_ACTIVATION])
 
 
 def test_the_default_falls_with_time_step_and_progress():
@@ -116,29 +117,33 @@ def test_bp_low_takes_the_twins_and_zo_high_the_records_themselves(begin):
 
 @pytest.mark.parametrize("cut", [None, CUT])
 def test_training_runs_backwards_at_the_low_resolution_and_forwards_only_at_full(begin, tmp_path, cut):
-    unet, schedule, store = begin(cut)
+    network, schedule, store = begin(cut)
     passes = []
-    unet.conv_in.register_forward_pre_hook(lambda _, args: passes.append((args[0].shape[-1], torch.is_grad_enabled())))
+    network.module.conv_in.register_forward_pre_hook(
+        lambda _, args: passes.append((args[0].shape[-1], torch.is_grad_enabled()))
+    )
     settings = replace(FEW, strategy="selective", probability=lambda t, s: float(s < 0.5), zo_queries=3)
-    result = train(unet, schedule, store, settings, folder=tmp_path)
+    result = train(network, schedule, store, settings, folder=tmp_path)
     assert passes == [(4, True)] * 3 + [(8, False)] * 3 * 2 * 3
     assert [step.kind for step in result.taken] == ["bp-low"] * 3 + ["zo-high"] * 3
     assert result.stopped == "finished"
 
 
 def test_zo_trains_any_store_at_full_resolution(begin, tmp_path):
-    unet, schedule, store = begin(low=False)
+    network, schedule, store = begin(low=False)
     passes = []
-    unet.conv_in.register_forward_pre_hook(lambda _, args: passes.append((args[0].shape[-1], torch.is_grad_enabled())))
-    result = train(unet, schedule, store, replace(FEW, strategy="zo"), folder=tmp_path)
+    network.module.conv_in.register_forward_pre_hook(
+        lambda _, args: passes.append((args[0].shape[-1], torch.is_grad_enabled()))
+    )
+    result = train(network, schedule, store, replace(FEW, strategy="zo"), folder=tmp_path)
     assert passes == [(8, False)] * 4 * FEW.steps
     assert any(tensor.any() for key, tensor in result.state.items() if "lora_B" in key)
 
 
 def test_zo_learns_a_single_record(begin, tmp_path):
-    unet, schedule, store = begin(samples=1, low=False)
+    network, schedule, store = begin(samples=1, low=False)
     settings = replace(FEW, strategy="zo", steps=40, learning_rate=3e-2, targets=("conv_out",))
-    losses = train(unet, schedule, store, settings, folder=tmp_path).losses
+    losses = train(network, schedule, store, settings, folder=tmp_path).losses
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
@@ -167,40 +172,40 @@ BRIEF = replace(FEW, steps=4, selective_gamma=6.0, zo_queries=1, targets=("attn2
     ],
 )
 def test_stopped_at_any_step_and_gone_on_gives_the_same_lora(begin, tmp_path, settings):
-    unet, schedule, store = begin(priors=2, samples=12)
-    whole = train(unet, schedule, store, settings, folder=tmp_path / "whole")
+    network, schedule, store = begin(priors=2, samples=12)
+    whole = train(network, schedule, store, settings, folder=tmp_path / "whole")
     assert len({step.kind for step in whole.taken}) == (1 if settings.strategy == "zo" else 2)
     for step in range(settings.steps):
         folder, stop = tmp_path / f"stopped at {step}", iter([False] * step + [True])
-        stopped = train(unet, schedule, store, settings, folder=folder, stop=stop.__next__)
+        stopped = train(network, schedule, store, settings, folder=folder, stop=stop.__next__)
         assert stopped.taken == whole.taken[: step * settings.batch]
-        result = train(unet, schedule, store, settings, folder=folder)
+        result = train(network, schedule, store, settings, folder=folder)
         assert all(torch.equal(result.state[key], tensor) for key, tensor in whole.state.items())
         assert (result.losses, result.taken) == (whole.losses, whole.taken)
         assert content(folder) == content(tmp_path / "whole")
-    other = train(unet, schedule, store, replace(settings, seed=1), folder=tmp_path / "other")
+    other = train(network, schedule, store, replace(settings, seed=1), folder=tmp_path / "other")
     assert any(not torch.equal(other.state[key], tensor) for key, tensor in whole.state.items())
 
 
 def test_more_steps_go_on_under_zo_but_would_be_another_schedule_under_selective(begin, tmp_path):
-    unet, schedule, store = begin()
+    network, schedule, store = begin()
     for strategy in ("zo", "selective"):
         settings = replace(FEW, strategy=strategy)
-        train(unet, schedule, store, replace(settings, steps=3), folder=tmp_path / strategy)
+        train(network, schedule, store, replace(settings, steps=3), folder=tmp_path / strategy)
         if strategy == "zo":
-            assert train(unet, schedule, store, settings, folder=tmp_path / strategy).steps == 6
+            assert train(network, schedule, store, settings, folder=tmp_path / strategy).steps == 6
         else:
             with pytest.raises(HollowError, match=r"differs: steps \(3 there, 6 asked\)"):
-                train(unet, schedule, store, settings, folder=tmp_path / strategy)
+                train(network, schedule, store, settings, folder=tmp_path / strategy)
 
 
 def test_another_schedule_is_another_training(begin, tmp_path):
-    unet, schedule, store = begin()
+    network, schedule, store = begin()
     settings = replace(FEW, strategy="selective", probability=lambda t, s: 0.5)
-    train(unet, schedule, store, settings, folder=tmp_path)
-    train(unet, schedule, store, replace(settings, probability=lambda t, s: 1 / 2), folder=tmp_path)  # the same
+    train(network, schedule, store, settings, folder=tmp_path)
+    train(network, schedule, store, replace(settings, probability=lambda t, s: 1 / 2), folder=tmp_path)  # the same
     with pytest.raises(HollowError, match="of a training that differs: probability"):
-        train(unet, schedule, store, replace(settings, probability=lambda t, s: 0.4), folder=tmp_path)
+        train(network, schedule, store, replace(settings, probability=lambda t, s: 0.4), folder=tmp_path)
 
 
 def test_steps_are_counted_by_kind_and_time(begin):
@@ -266,8 +271,9 @@ def sdxl_request(tmp_path):
     (tmp_path / "photos").mkdir()
     for number, color in enumerate(("red", "blue")):
         Image.new("RGB", (150, 130), color).save(tmp_path / "photos" / f"{number}.png")
-    settings = TrainSettings(rank=2, steps=4, strategy="selective", selective_gamma=20.0)
-    request = Request(load_images(tmp_path / "photos", 128), "dog", cut=1, samples=8, class_images=2, settings=settings)
+    training = TrainSettings(rank=2, steps=4, strategy="selective", selective_gamma=20.0)
+    setting = Setting(cut=1, samples=8, class_images=2, training=training)
+    request = Request(load_images(tmp_path / "photos", 128), "dog", setting=setting)
     return (lambda: load(tmp_path / "model")), request
 
 
@@ -284,7 +290,7 @@ def test_sdxl_is_told_the_size_of_each_picture(sdxl_request):
                 assert conditioning.time_ids.tolist() == [[side, side, 0, 0, side, side]]
     for one, other in zip(high, low, strict=True):
         assert (one.personal_prompt, one.generic_prompt) == (other.personal_prompt, other.generic_prompt)
-    picture = low_examples(model, replace(request, low_resolution=32), of_class)[0]
+    picture = low_examples(model, replace(request, setting=replace(request.setting, low_resolution=32)), of_class)[0]
     assert tuple(picture.latents.shape) == (1, 4, 4, 4)
 
 

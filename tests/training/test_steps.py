@@ -4,15 +4,13 @@ from collections import Counter
 
 import pytest
 import torch
-from diffusers.training_utils import compute_snr
 from tiny_training import tiny_examples, tiny_schedule
 
 from hollow_core.lora.layers import add_lora, lora_parameters
-from hollow_core.nets.unet import head, hollow
-from hollow_core.training.precompute import run_to_exit
-from hollow_core.training.steps import backpropagate, min_snr_weight, record_losses, training_target
+from hollow_core.nets.unet import EXIT_ACTIVATION, UNet, hollow
+from hollow_core.training.precompute import run_base
+from hollow_core.training.steps import backpropagate, record_losses
 from hollow_core.training.store import Record
-from hollow_core.training.train import checkpoint_activations
 
 CUT = 2
 
@@ -22,7 +20,7 @@ def seeded(seed=0):
 
 
 def record_loss(unet, schedule, record, latents, personal, **options):
-    return record_losses(unet, schedule, [record], [(latents, personal)], **options)[0]
+    return record_losses(UNet(unet), schedule, [record], [(latents, personal)], **options)[0]
 
 
 def gradients(parameters):
@@ -41,18 +39,18 @@ def problem(tiny_unet):
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=seeded(len(parameter)))
     examples = tiny_examples(unet)
     records = [Record(0, "image", 731, 11), Record(1, "image", 40, 12)]
-    base = head(unet, CUT)
-    records = [r._replace(exit_activation=run_to_exit(base, schedule, r, examples[r.image])) for r in records]
+    base = UNet(unet).base(CUT)
+    records = [r._replace(stored=run_base(base, schedule, r, examples[r.image])) for r in records]
     return unet, schedule, examples, records
 
 
 def test_loss_is_equation_1_on_the_whole_unet_with_the_middle_under_the_generic_prompt(problem):
     unet, schedule, examples, (record, _) = problem
-    z, alpha = examples[0].latents, schedule.alphas_cumprod[record.timestep]
+    z, alpha = examples[0].latents, schedule.numbers[record.timestep]
     noise = torch.randn(z.shape, generator=seeded(record.noise_seed))
     noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
     exit_resnet = [resnet for block in unet.up_blocks for resnet in block.resnets][CUT]
-    channels = record.exit_activation.shape[1]
+    channels = record.stored[EXIT_ACTIVATION].shape[1]
 
     at_exit = []
     hook = exit_resnet.register_forward_pre_hook(lambda _, args: at_exit.append(args[0][:, :channels]))
@@ -66,44 +64,15 @@ def test_loss_is_equation_1_on_the_whole_unet_with_the_middle_under_the_generic_
 
     loss = record_loss(hollow(unet, CUT), schedule, record, z, examples[0].personal)
     assert loss.item() == pytest.approx((noise - predicted).square().mean().item(), rel=1e-5)
-    unhollowed = record_loss(unet, schedule, record._replace(exit_activation=None), z, examples[0].generic)
+    unhollowed = record_loss(unet, schedule, record._replace(stored={}), z, examples[0].generic)
     in_full = unet(noisy, record.timestep, **examples[0].generic.kwargs()).sample
     assert unhollowed.item() == pytest.approx((noise - in_full).square().mean().item(), rel=1e-5)
-
-
-def test_targets_are_the_published_ones():
-    z, noise = torch.randn(2, 1, 4, 8, 8, generator=seeded())
-    for timestep in (0, 500, 999):
-        alpha_cumprod = torch.tensor(1.0)
-        for beta in torch.linspace(0.00085**0.5, 0.012**0.5, 1000)[: timestep + 1] ** 2:
-            alpha_cumprod = alpha_cumprod * (1 - beta)
-        alpha, sigma = alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt()
-        v = training_target(tiny_schedule("v_prediction"), timestep, z, noise)
-        torch.testing.assert_close(v, alpha * noise - sigma * z, atol=1e-4, rtol=1e-4)
-    assert training_target(tiny_schedule("epsilon"), 7, z, noise) is noise
-    assert training_target(tiny_schedule("sample"), 7, z, noise) is z
-
-
-@pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_weights_are_the_published_ones(gamma):
-    timesteps = torch.arange(0, 1000, 37)
-    snr = compute_snr(tiny_schedule(), timesteps)
-    clipped = snr.clamp(max=gamma)
-    for prediction_type, expected in (
-        ("epsilon", clipped / snr),
-        ("v_prediction", clipped / (snr + 1)),
-        ("sample", clipped),
-    ):
-        schedule = tiny_schedule(prediction_type)
-        weights = [min_snr_weight(schedule, timestep, gamma) for timestep in timesteps.tolist()]
-        torch.testing.assert_close(torch.tensor(weights), expected, rtol=1e-4, atol=0)
-    assert min_snr_weight(tiny_schedule(), 999, gamma) == 1  # all but noise: SNR is below γ
 
 
 def test_min_snr_weighs_the_loss_of_a_record(problem):
     unet, schedule, examples, (_, record) = problem
     inputs = hollow(unet, CUT), schedule, record, examples[1].latents, examples[1].personal
-    weight = min_snr_weight(schedule, record.timestep, 5.0)
+    weight = schedule.loss_weight(record.timestep, 5.0)
     assert weight < 0.5
     assert record_loss(*inputs, snr_gamma=5.0).item() == pytest.approx(weight * record_loss(*inputs).item())
 
@@ -114,13 +83,13 @@ def test_v_prediction_at_zero_terminal_snr(problem):
     record = record._replace(timestep=999)
     noisy, noise = record.noisy(schedule, examples[0].latents)
     assert torch.equal(noisy, noise)
-    assert torch.equal(training_target(schedule, 999, examples[0].latents, noise), -examples[0].latents)
+    assert torch.equal(schedule.target(examples[0].latents, noise, 999), -examples[0].latents)
     inputs = hollow(unet, CUT), schedule, record, examples[0].latents, examples[0].personal
     loss = record_loss(*inputs)
     loss.backward()
     assert loss.isfinite()
     assert all(gradient.isfinite().all() for gradient in gradients(lora_parameters(hollow(unet, CUT))))
-    assert min_snr_weight(schedule, 999, 5.0) == 0
+    assert schedule.loss_weight(999, 5.0) == 0
     assert record_loss(*inputs, snr_gamma=5.0).item() == 0
 
 
@@ -142,14 +111,14 @@ def test_accumulated_records_have_the_gradient_of_one_batch(problem):
         noisy,
         torch.tensor([record.timestep for record in records]),
         examples[0].personal.encoder_hidden_states.repeat(2, 1, 1),
-        exit_activation=torch.cat([record.exit_activation for record in records]),
+        exit_activation=torch.cat([record.stored[EXIT_ACTIVATION] for record in records]),
     ).sample
     loss = (predicted - noise).square().mean()
     loss.backward()
     assert accumulated == pytest.approx(loss.item(), rel=1e-5)
     expected = gradients(parameters)
     inputs = [(example.latents, example.personal) for example in examples]
-    sum(record_losses(hollowed, schedule, records, inputs)).backward()
+    sum(record_losses(UNet(hollowed), schedule, records, inputs)).backward()
     for mine, together, batched in zip(one_by_one, gradients(parameters), expected, strict=True):
         torch.testing.assert_close(mine, 4 * batched, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(together, 2 * batched, rtol=1e-4, atol=1e-6)
@@ -167,7 +136,7 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(problem,
     plain = gradients(lora_parameters(hollowed))
     assert sorted(Counter(runs).values()) == [1, 1, 1, 1]
     runs.clear()
-    checkpoint_activations(hollowed, levels)
+    UNet(hollowed).checkpoint(levels)
     record_loss(*inputs).backward()
     assert sorted(Counter(runs).values()) == [inner, inner, 2, 2]
     for mine, expected in zip(gradients(lora_parameters(hollowed)), plain, strict=True):

@@ -9,6 +9,7 @@ from tiny_training import content, tiny_examples, tiny_schedule
 
 from hollow_core.errors import HollowError
 from hollow_core.files import digest
+from hollow_core.nets.unet import EXIT_ACTIVATION, UNet
 from hollow_core.training.precompute import precompute
 from hollow_core.training.store import Store
 
@@ -20,7 +21,7 @@ def make_store(tiny_unet, tmp_path):
     def make() -> Store:
         unet = tiny_unet("sdxl")
         examples = tiny_examples(unet, images=2, priors=1)
-        return precompute(unet, tiny_schedule(), examples, tmp_path / "store", cut=1, samples=20)
+        return precompute(UNet(unet), tiny_schedule(), examples, tmp_path / "store", cut=1, samples=20)
 
     return make
 
@@ -39,7 +40,7 @@ def test_opened_it_is_the_store_that_was_made(make_store):
     assert opened.indices("image") == list(range(10))
     assert opened.indices("prior") == list(range(10, 20))
     for index in range(20):
-        assert torch.equal(opened.record(index).exit_activation, made.record(index).exit_activation)
+        assert torch.equal(opened.record(index).stored[EXIT_ACTIVATION], made.record(index).stored[EXIT_ACTIVATION])
 
 
 def test_training_inputs_are_the_personal_prompt_for_images_and_the_generic_one_for_the_prior(make_store, tiny_unet):
@@ -63,7 +64,7 @@ def test_a_damaged_shard_is_told_and_made_anew_alone(make_store, damage):
     for read in (make_store, lambda: Store.open(store.folder), lambda: store.record(9)):
         with pytest.raises(HollowError, match=said):
             read()
-    assert store.record(7).exit_activation is not None
+    assert store.record(7).stored
     shard.unlink()
     assert make_store().missing == []
     assert content(store.folder) == whole
@@ -126,11 +127,24 @@ def resident_bytes():
 def test_a_record_is_read_without_its_neighbours(make_store):
     store = make_store()
     size = 16 * 2**20
-    store.write_shard(0, {index: torch.full((1, 4, size // 16), float(index)) for index in range(8)})
+    store.write_shard(0, {i: {EXIT_ACTIVATION: torch.full((1, 4, size // 16), float(i))} for i in range(8)})
     before = resident_bytes()
-    exit_activation = store.record(5).exit_activation
+    exit_activation = store.record(5).stored[EXIT_ACTIVATION]
     assert exit_activation.eq(5).all()
     assert resident_bytes() - before < 2 * size
+
+
+def test_a_record_may_hold_several_tensors_by_name(make_store):
+    store = make_store()
+    kept = {i: {"state": torch.full((1, 3), float(i)), "the residual": torch.full((2,), -float(i))} for i in range(8)}
+    store.write_shard(0, kept)
+    opened = Store.open(store.folder)
+    assert opened.record(3).stored.keys() == {"state", "the residual"}
+    assert all(torch.equal(opened.record(i).stored[name], kept[i][name]) for i in kept for name in kept[i])
+    del kept[3]["the residual"]
+    store.write_shard(0, kept)
+    with pytest.raises(HollowError, match=r"records-00000\.safetensors does not hold what its store\.json says"):
+        Store.open(store.folder)
 
 
 def test_digest_tells_dtype_shape_and_bytes_apart():

@@ -23,7 +23,7 @@ from tiny_unets import make_tiny_conditioning
 
 from hollow_core.errors import HollowError
 from hollow_core.lora.layers import ATTENTION, lora_off, lora_parameters, lora_state
-from hollow_core.nets.unet import hollow
+from hollow_core.nets.unet import EXIT_ACTIVATION, UNet, hollow
 from hollow_core.training.precompute import precompute
 from hollow_core.training.settings import DTYPES, TrainSettings
 from hollow_core.training.train import train
@@ -40,8 +40,8 @@ def begin(tiny_unet, tmp_path):
         schedule = tiny_schedule() if schedule is None else schedule
         unet = tiny_unet(layout)
         folder = tmp_path / f"store {layout} {cut} {samples} {priors}"
-        store = precompute(unet, schedule, tiny_examples(unet, images, priors), folder, cut=cut, samples=samples)
-        return (unet if cut is None else hollow(unet, cut)), schedule, store
+        store = precompute(UNet(unet), schedule, tiny_examples(unet, images, priors), folder, cut=cut, samples=samples)
+        return (UNet(unet) if cut is None else UNet(unet).hollow(cut, range(1000))), schedule, store
 
     return begin
 
@@ -67,17 +67,17 @@ def test_loss_falls(begin, tmp_path, cut):
 
 def test_first_loss_is_equation_1_plus_the_weighted_prior_of_equation_2(begin, tiny_unet, tmp_path):
     """With B zero and the prior's prompt on both paths, the prior's loss is that of the whole base U-Net."""
-    hollowed, schedule, store = begin(samples=2, images=1, priors=1)
+    network, schedule, store = begin(samples=2, images=1, priors=1)
     losses = {
         weight: train(
-            hollowed, schedule, store, replace(FEW, steps=1, prior_weight=weight), folder=tmp_path / str(weight)
+            network, schedule, store, replace(FEW, steps=1, prior_weight=weight), folder=tmp_path / str(weight)
         ).losses[0]
         for weight in (0.0, 0.5, 1.0)
     }
     unet, record = tiny_unet("sd15"), store.records[1]
     prior = tiny_examples(unet, images=1, priors=1)[1]
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(record.noise_seed))
-    alpha = schedule.alphas_cumprod[record.timestep]
+    alpha = schedule.numbers[record.timestep]
     noisy = alpha.sqrt() * prior.latents + (1 - alpha).sqrt() * noise
     with torch.no_grad():
         predicted = unet(noisy, record.timestep, **prior.generic.kwargs()).sample
@@ -92,10 +92,10 @@ def test_records_that_pass_together_give_the_losses_of_one_by_one(begin, tmp_pat
     settings = replace(FEW, batch=2, snr_gamma=5.0, strategy=strategy, zo_queries=1)
     losses, passes = {}, []
     for together in (1, 3, 64):
-        unet, schedule, store = begin(layout, cut=cut, samples=8, images=2, priors=2)
-        unet.conv_in.register_forward_hook(lambda *_: passes.append(1))
+        network, schedule, store = begin(layout, cut=cut, samples=8, images=2, priors=2)
+        network.module.conv_in.register_forward_hook(lambda *_: passes.append(1))
         losses[together] = train(
-            unet, schedule, store, replace(settings, together=together), folder=tmp_path / str(together)
+            network, schedule, store, replace(settings, together=together), folder=tmp_path / str(together)
         ).losses
         of_loss = 2 if strategy == "zo" else 1
         assert len(passes) == of_loss * settings.steps * {1: 4, 3: 2, 64: 1}[together]
@@ -108,7 +108,7 @@ def test_records_of_different_sizes_pass_one_after_the_other(tiny_unet, tmp_path
     unet, schedule = tiny_unet("sd15"), tiny_schedule()
     small, large = tiny_examples(unet, 1)[0], tiny_examples(unet, 1, size=16)[0]
     longer = replace(large, personal=make_tiny_conditioning(unet, tokens=10))
-    store = precompute(unet, schedule, [small, large, longer], tmp_path / "store", cut=None, samples=3)
+    store = precompute(UNet(unet), schedule, [small, large, longer], tmp_path / "store", cut=None, samples=3)
     settings = replace(FEW, steps=2, batch=3)
     one_by_one = train(unet, schedule, store, settings, folder=tmp_path / "one").losses
     together = train(unet, schedule, store, replace(settings, together=3), folder=tmp_path / "three").losses
@@ -117,24 +117,24 @@ def test_records_of_different_sizes_pass_one_after_the_other(tiny_unet, tmp_path
 
 @pytest.mark.parametrize("layout", ["sd21", "sdxl"])
 def test_every_layout_trains_on_its_attention(begin, tmp_path, layout):
-    hollowed, schedule, store = begin(layout, cut=1)
-    before = {name: tensor.clone() for name, tensor in hollowed.state_dict().items()}
-    result = train(hollowed, schedule, store, FEW, folder=tmp_path)
+    network, schedule, store = begin(layout, cut=1)
+    before = {name: tensor.clone() for name, tensor in network.module.state_dict().items()}
+    result = train(network, schedule, store, FEW, folder=tmp_path)
     assert finite(result.state)
     assert {key.rsplit(".lora_", 1)[0].split(".attn", 1)[1][2:] for key in result.state} == set(ATTENTION)
     assert all(tensor.any() for key, tensor in result.state.items() if "lora_B" in key)
-    assert same(lora_state(hollowed), result.state)
-    after = {name.replace(".base_layer", ""): tensor for name, tensor in hollowed.state_dict().items()}
+    assert same(lora_state(network.module), result.state)
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in network.module.state_dict().items()}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_zero_terminal_snr_with_v_prediction_trains_at_every_time_step(begin, tmp_path):
     changes = {"num_train_timesteps": 8, "rescale_betas_zero_snr": True}
-    hollowed, schedule, store = begin(schedule=tiny_schedule("v_prediction", **changes), samples=8)
+    network, schedule, store = begin(schedule=tiny_schedule("v_prediction", **changes), samples=8)
     assert [record.timestep for record in store.records] == list(range(8))
     for gamma in (None, 5.0):
         settings = replace(FEW, steps=8, snr_gamma=gamma)
-        result = train(hollowed, schedule, store, settings, folder=tmp_path / str(gamma))
+        result = train(network, schedule, store, settings, folder=tmp_path / str(gamma))
         assert result.stopped == "finished"
         assert all(map(math.isfinite, result.losses))
         assert finite(result.state)
@@ -153,28 +153,28 @@ def test_same_seed_same_lora_and_another_seed_another(begin, tmp_path):
 
 @pytest.mark.parametrize("settings", [FEW, replace(FEW, steps=4, batch=2, precision="fp16")])
 def test_stopped_at_any_step_and_gone_on_gives_the_same_lora(begin, tmp_path, settings):
-    unet, schedule, store = begin(priors=1)
-    unet.to(DTYPES[settings.precision])
-    whole = train(unet, schedule, store, settings, folder=tmp_path / "whole")
+    network, schedule, store = begin(priors=1)
+    network.module.to(DTYPES[settings.precision])
+    whole = train(network, schedule, store, settings, folder=tmp_path / "whole")
     for step in range(settings.steps):
         folder, stop = tmp_path / f"stopped at {step}", iter([False] * step + [True])
-        stopped = train(unet, schedule, store, settings, folder=folder, stop=stop.__next__)
+        stopped = train(network, schedule, store, settings, folder=folder, stop=stop.__next__)
         assert (stopped.stopped, stopped.steps) == ("stop", step)
-        result = train(unet, schedule, store, settings, folder=folder)
+        result = train(network, schedule, store, settings, folder=folder)
         assert same(result.state, whole.state)
         assert result.losses == whole.losses
         assert content(folder) == content(tmp_path / "whole")
 
 
 def test_broken_off_at_any_step_and_gone_on_gives_the_same_lora(begin, tmp_path):
-    unet, schedule, store = begin()
+    network, schedule, store = begin()
     settings = replace(FEW, save_every=2)
-    whole = train(unet, schedule, store, FEW, folder=tmp_path / "whole")
+    whole = train(network, schedule, store, FEW, folder=tmp_path / "whole")
     for step in range(1, settings.steps + 1):
         folder, told = tmp_path / f"broken at {step}", []
         with pytest.raises(Broken):
-            train(unet, schedule, store, settings, folder=folder, progress=BreakAt(step))
-        result = train(unet, schedule, store, settings, folder=folder, progress=told.append)
+            train(network, schedule, store, settings, folder=folder, progress=BreakAt(step))
+        result = train(network, schedule, store, settings, folder=folder, progress=told.append)
         assert same(result.state, whole.state)
         assert told[0].step == min(step // 2 * 2, 4) + 1
         assert content(folder) == content(tmp_path / "whole")
@@ -184,13 +184,13 @@ def test_broken_off_at_any_step_and_gone_on_gives_the_same_lora(begin, tmp_path)
 def test_out_of_memory_at_a_step_and_gone_on_gives_the_same_lora(begin, tmp_path, settings):
     whole = train(*begin(), settings, folder=tmp_path / "whole")
     for call in (1, 6):
-        unet, schedule, store = begin()
-        hook, told = unet.up_blocks[-1].register_forward_hook(OutOfMemoryAt(call)), []
+        network, schedule, store = begin()
+        hook, told = network.module.up_blocks[-1].register_forward_hook(OutOfMemoryAt(call)), []
         with pytest.raises(torch.cuda.OutOfMemoryError):
-            train(unet, schedule, store, settings, folder=tmp_path / str(call), progress=told.append)
+            train(network, schedule, store, settings, folder=tmp_path / str(call), progress=told.append)
         hook.remove()
         goes_on = []
-        result = train(unet, schedule, store, settings, folder=tmp_path / str(call), progress=goes_on.append)
+        result = train(network, schedule, store, settings, folder=tmp_path / str(call), progress=goes_on.append)
         assert [done.step for done in told + goes_on] == [1, 2, 3, 4, 5, 6]  # no step is lost
         assert same(result.state, whole.state)
         assert content(tmp_path / str(call)) == content(tmp_path / "whole")
@@ -199,13 +199,14 @@ def test_out_of_memory_at_a_step_and_gone_on_gives_the_same_lora(begin, tmp_path
 def test_out_of_memory_amid_fused_updates_goes_on_from_the_last_checkpoint(begin, tmp_path):
     settings = replace(FEW, fused_backward=True, max_grad_norm=math.inf, save_every=2)
     whole = train(*begin(), settings, folder=tmp_path / "whole")
-    unet, schedule, store = begin()
-    hook = unet.up_blocks[-1].resnets[-1].register_full_backward_hook(OutOfMemoryAt(4))  # what is behind it is updated
+    network, schedule, store = begin()
+    last = network.module.up_blocks[-1].resnets[-1]
+    hook = last.register_full_backward_hook(OutOfMemoryAt(4))  # what is behind it is updated
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        train(unet, schedule, store, settings, folder=tmp_path / "run")
+        train(network, schedule, store, settings, folder=tmp_path / "run")
     hook.remove()
     told = []
-    result = train(unet, schedule, store, settings, folder=tmp_path / "run", progress=told.append)
+    result = train(network, schedule, store, settings, folder=tmp_path / "run", progress=told.append)
     assert told[0].step == 3
     assert same(result.state, whole.state)
 
@@ -264,15 +265,15 @@ def test_more_steps_go_on_where_fewer_ended(begin, tmp_path):
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused_by_name_but_the_store_serves(begin, tmp_path, change, said):
-    unet, schedule, store = begin()
+    network, schedule, store = begin()
     before = content(store.folder)
-    train(unet, schedule, store, FEW, folder=tmp_path / "run")
+    train(network, schedule, store, FEW, folder=tmp_path / "run")
     checkpoint = content(tmp_path / "run")
-    unet.to(DTYPES[change.get("precision", "fp32")])
+    network.module.to(DTYPES[change.get("precision", "fp32")])
     with pytest.raises(HollowError, match=rf"checkpoint\.safetensors is of a training that differs: .*{said}"):
-        train(unet, schedule, store, replace(FEW, **change), folder=tmp_path / "run")
+        train(network, schedule, store, replace(FEW, **change), folder=tmp_path / "run")
     assert content(tmp_path / "run") == checkpoint
-    train(unet, schedule, store, replace(FEW, **change), folder=tmp_path / "another run")
+    train(network, schedule, store, replace(FEW, **change), folder=tmp_path / "another run")
     assert content(store.folder) == before
 
 
@@ -297,20 +298,20 @@ def test_a_damaged_checkpoint_is_told(begin, tmp_path, spoil, said):
 
 
 def test_a_full_disk_is_told_and_the_last_checkpoint_stays(begin, tmp_path):
-    unet, schedule, store = begin()
-    train(unet, schedule, store, replace(FEW, steps=4), folder=tmp_path / "run")
+    network, schedule, store = begin()
+    train(network, schedule, store, replace(FEW, steps=4), folder=tmp_path / "run")
     before = content(tmp_path / "run")
     with full_disk(2000), pytest.raises(HollowError, match=r"checkpoint\.safetensors could not be written \(.*space"):
-        train(unet, schedule, store, FEW, folder=tmp_path / "run")
+        train(network, schedule, store, FEW, folder=tmp_path / "run")
     assert content(tmp_path / "run") == before
-    train(unet, schedule, store, FEW, folder=tmp_path / "run")
+    train(network, schedule, store, FEW, folder=tmp_path / "run")
 
 
 def test_the_base_is_gone_from_memory_while_training(tiny_unet, tmp_path):
     unet, schedule = tiny_unet("sd21"), tiny_schedule()
-    store = precompute(unet, schedule, tiny_examples(unet), tmp_path / "store", cut=CUT, samples=4)
-    hollowed = hollow(unet, CUT)
-    remaining = {id(parameter) for parameter in hollowed.parameters()}
+    store = precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path / "store", cut=CUT, samples=4)
+    network = UNet(unet).hollow(CUT, range(1000))
+    remaining = {id(parameter) for parameter in network.module.parameters()}
     gone = [weakref.ref(parameter) for parameter in unet.parameters() if id(parameter) not in remaining]
     gone += [weakref.ref(unet), weakref.ref(unet.mid_block), weakref.ref(unet.time_embedding)]
     total = sum(parameter.numel() for parameter in unet.parameters())
@@ -318,41 +319,41 @@ def test_the_base_is_gone_from_memory_while_training(tiny_unet, tmp_path):
     del unet
     gc.collect()
     alive = []
-    train(hollowed, schedule, store, FEW, folder=tmp_path, progress=lambda _: alive.append([r for r in gone if r()]))
+    train(network, schedule, store, FEW, folder=tmp_path, progress=lambda _: alive.append([r for r in gone if r()]))
     assert alive == [[]] * FEW.steps
 
 
 def poison(store, index):
     """Make one stored activation not finite."""
-    exit_activations = {i: store.record(i).exit_activation.clone() for i in store.shard(index // 8)}
-    exit_activations[index][:] = torch.nan
-    store.write_shard(index // 8, exit_activations)
+    stored = {i: store.record(i).stored[EXIT_ACTIVATION].clone() for i in store.shard(index // 8)}
+    stored[index][:] = torch.nan
+    store.write_shard(index // 8, {i: {EXIT_ACTIVATION: tensor} for i, tensor in stored.items()})
 
 
 def test_a_non_finite_loss_stops_with_the_lora_of_the_last_finite_one(begin, tmp_path):
-    unet, schedule, store = begin(samples=8)
+    network, schedule, store = begin(samples=8)
     told = []
     settings = replace(FEW, steps=8, save_every=1)
-    whole = train(unet, schedule, store, settings, folder=tmp_path / "whole", progress=told.append)
+    whole = train(network, schedule, store, settings, folder=tmp_path / "whole", progress=told.append)
     poison(store, 3)
     snapshots = []
     result = train(
-        unet,
+        network,
         schedule,
         store,
         settings,
         folder=tmp_path / "run",
-        progress=lambda _: snapshots.append(lora_state(unet)),
+        progress=lambda _: snapshots.append(lora_state(network.module)),
     )
     assert result.stopped == "non-finite loss"
     assert 0 < result.steps == len(snapshots) < 8
     assert result.losses == whole.losses[: result.steps]
     assert finite(result.state)
-    assert same(result.state, lora_state(unet))
+    assert same(result.state, lora_state(network.module))
     before_last_update = (
         snapshots[-2]
         if result.steps > 1
-        else train(unet, schedule, store, settings, folder=tmp_path / "start", stop=lambda: True).state
+        else train(network, schedule, store, settings, folder=tmp_path / "start", stop=lambda: True).state
     )
     assert same(result.state, before_last_update)
     saved = load_file(tmp_path / "run" / "checkpoint.safetensors")
@@ -360,9 +361,9 @@ def test_a_non_finite_loss_stops_with_the_lora_of_the_last_finite_one(begin, tmp
 
 
 def test_an_exploding_update_leaves_the_lora_from_before_it(begin, tmp_path):
-    unet, schedule, store = begin()
-    start = train(unet, schedule, store, FEW, folder=tmp_path / "start", stop=lambda: True).state
-    result = train(unet, schedule, store, replace(FEW, learning_rate=1e30), folder=tmp_path / "run")
+    network, schedule, store = begin()
+    start = train(network, schedule, store, FEW, folder=tmp_path / "start", stop=lambda: True).state
+    result = train(network, schedule, store, replace(FEW, learning_rate=1e30), folder=tmp_path / "run")
     assert (result.stopped, result.steps) == ("non-finite loss", 1)
     assert same(result.state, start)
     assert content(tmp_path / "run") == {}
@@ -370,22 +371,22 @@ def test_an_exploding_update_leaves_the_lora_from_before_it(begin, tmp_path):
 
 @pytest.mark.parametrize(("precision", "skipped"), [("fp32", 0), ("fp16", 16)])
 def test_a_non_finite_gradient_is_never_applied(begin, tmp_path, precision, skipped):
-    unet, schedule, store = begin()
-    unet.conv_out.register_full_backward_hook(lambda module, to_input, _: (to_input[0] * math.inf,))
-    unet.to(DTYPES[precision])
+    network, schedule, store = begin()
+    network.module.conv_out.register_full_backward_hook(lambda module, to_input, _: (to_input[0] * math.inf,))
+    network.module.to(DTYPES[precision])
     settings = replace(FEW, steps=40, precision=precision)
-    start = train(unet, schedule, store, settings, folder=tmp_path, stop=lambda: True).state
-    result = train(unet, schedule, store, settings, folder=tmp_path)
+    start = train(network, schedule, store, settings, folder=tmp_path, stop=lambda: True).state
+    result = train(network, schedule, store, settings, folder=tmp_path)
     assert (result.stopped, result.steps) == ("non-finite gradient", skipped)  # fp16 scales its loss down first
     assert same(result.state, start)
 
 
 def test_the_gradient_is_clipped_to_its_norm(begin, tmp_path):
-    unet, schedule, store = begin(samples=1)
+    network, schedule, store = begin(samples=1)
 
     def first_gradient(folder, **change):
-        unet.to(DTYPES[change.get("precision", "fp32")])
-        train(unet, schedule, store, replace(FEW, steps=1, **change), folder=folder)
+        network.module.to(DTYPES[change.get("precision", "fp32")])
+        train(network, schedule, store, replace(FEW, steps=1, **change), folder=folder)
         saved = load_file(folder / "checkpoint.safetensors")
         moments = [tensor for name, tensor in saved.items() if name.endswith("exp_avg")]  # (1 - β₁) times it
         return math.sqrt(sum(moment.square().sum().item() for moment in moments)) / (1 - 0.9)
@@ -399,16 +400,16 @@ def test_the_gradient_is_clipped_to_its_norm(begin, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_finite_and_near_to_single(begin, tmp_path, precision):
     exact = train(*begin(), FEW, folder=tmp_path / "fp32")
-    unet, schedule, store = begin()
+    network, schedule, store = begin()
     outputs = []
-    unet.conv_in.register_forward_hook(lambda _module, _args, output: outputs.append(output.dtype))
-    unet.to(DTYPES[precision])
-    result = train(unet, schedule, store, replace(FEW, precision=precision), folder=tmp_path / precision)
+    network.module.conv_in.register_forward_hook(lambda _module, _args, output: outputs.append(output.dtype))
+    network.module.to(DTYPES[precision])
+    result = train(network, schedule, store, replace(FEW, precision=precision), folder=tmp_path / precision)
     assert set(outputs) == {DTYPES[precision]}
     assert result.stopped == "finished"
     assert result.losses == pytest.approx(exact.losses, rel=0.03)
     assert finite(result.state)
-    assert {parameter.dtype for parameter in lora_parameters(unet)} == {torch.float32}
+    assert {parameter.dtype for parameter in lora_parameters(network.module)} == {torch.float32}
     assert any(tensor.any() for key, tensor in result.state.items() if "lora_B" in key)
 
 
@@ -419,7 +420,7 @@ def test_a_base_in_another_precision_is_refused(begin, tmp_path):
 
 def test_a_base_in_half_precision_trains_too(tiny_unet, tmp_path):
     unet, schedule = tiny_unet("sd21").to(torch.bfloat16), tiny_schedule()
-    store = precompute(unet, schedule, tiny_examples(unet), tmp_path, cut=CUT, samples=4, dtype=torch.bfloat16)
+    store = precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path, cut=CUT, samples=4, dtype=torch.bfloat16)
     unet = hollow(unet, CUT)
     result = train(unet, schedule, store, replace(FEW, precision="bf16"), folder=tmp_path / "run")
     assert result.stopped == "finished"
@@ -428,26 +429,26 @@ def test_a_base_in_half_precision_trains_too(tiny_unet, tmp_path):
 
 
 def test_a_batch_is_the_mean_of_its_records_and_each_record_comes_once_an_epoch(begin, tmp_path):
-    unet, schedule, store = begin()
+    network, schedule, store = begin()
     still = replace(FEW, learning_rate=1e-30, steps=8)
-    one = train(unet, schedule, store, still, folder=tmp_path / "one").losses
-    two = train(unet, schedule, store, replace(still, batch=2, steps=4), folder=tmp_path / "two").losses
+    one = train(network, schedule, store, still, folder=tmp_path / "one").losses
+    two = train(network, schedule, store, replace(still, batch=2, steps=4), folder=tmp_path / "two").losses
     assert two == pytest.approx([(a + b) / 2 for a, b in zip(one[::2], one[1::2], strict=True)])
     assert sorted(one[:4]) == pytest.approx(sorted(one[4:]))
     assert len(set(one[:4])) == 4
 
 
 def test_it_tells_how_far_it_is_and_saves_on_the_way(begin, tmp_path):
-    unet, schedule, store = begin()
+    network, schedule, store = begin()
     told, saved = [], []
 
     def progress(done):
         told.append(done)
-        with torch.no_grad(), lora_off(unet):  # looking does not change the outcome
+        with torch.no_grad(), lora_off(network.module):  # looking does not change the outcome
             saved.append((tmp_path / "run" / "checkpoint.safetensors").exists())
 
     settings = replace(FEW, save_every=2)
-    result = train(unet, schedule, store, settings, folder=tmp_path / "run", progress=progress)
+    result = train(network, schedule, store, settings, folder=tmp_path / "run", progress=progress)
     assert [(progress.step, progress.steps) for progress in told] == [(step, 6) for step in range(1, 7)]
     assert [progress.loss for progress in told] == result.losses
     assert told[-1].seconds_left == 0 < told[0].seconds_left
@@ -486,12 +487,12 @@ def test_defaults_are_the_papers():
 
 
 def test_what_does_not_belong_together_is_refused(begin, tiny_unet, tmp_path):
-    unet, schedule, store = begin()
+    network, schedule, store = begin()
     with pytest.raises(HollowError, match=r"U-Net has cut None, the store in .* has cut 3"):
         train(tiny_unet("sd15"), schedule, store, FEW, folder=tmp_path / "run")
     with pytest.raises(HollowError, match="made with another noise schedule"):
-        train(unet, tiny_schedule("v_prediction"), store, FEW, folder=tmp_path / "run")
+        train(network, tiny_schedule("v_prediction"), store, FEW, folder=tmp_path / "run")
     (store.folder / "records-00000.safetensors").unlink()
     with pytest.raises(HollowError, match=r"is not finished\. Run precompute again"):
-        train(unet, schedule, store, FEW, folder=tmp_path / "run")
+        train(network, schedule, store, FEW, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hollow_core.lora.layers import add_lora, lora_parameters
+from hollow_core.nets.unet import UNet
 from hollow_core.training.steps import ZerothOrder, backpropagate, record_losses
 from hollow_core.training.store import Record
 
@@ -30,7 +31,7 @@ def problem(tiny_unet):
         [(index, weight)] = part
         example = examples[index]
         inputs = [(example.latents, example.personal)]
-        return weight * record_losses(unet, schedule, [records[index]], inputs)[0]
+        return weight * record_losses(UNet(unet), schedule, [records[index]], inputs)[0]
 
     return lora_parameters(unet), loss_of
 

@@ -1,0 +1,121 @@
+"""What all above asks of a network that can be hollowed: nothing else there knows what kind it is.
+
+What the base path leaves in a record is a mapping of named tensors (1, …), which the network alone understands.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .conditioning import Conditioning
+
+Cut: TypeAlias = int
+"""How much is hollowed; of a U-Net the paper's k."""
+
+Stored: TypeAlias = Mapping[str, Tensor]
+"""What a record keeps of the base path, by names that are the network's own business."""
+
+
+class BasePath(Protocol):
+    """A network up to the exit of a cut."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What must be on the device while it runs."""
+        ...
+
+    def __call__(self, noisy: Tensor, timestep: int, conditioning: Conditioning) -> Stored:
+        """What to keep for one noisy latent (1, channels, height, width), without gradients."""
+        ...
+
+
+class Network(Protocol):
+    """A frozen network, whole or hollowed."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Its layers; a LoRA goes into this."""
+        ...
+
+    @property
+    def cut(self) -> Cut | None:
+        """At which it was hollowed; None while it is whole."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its arithmetic."""
+        ...
+
+    @property
+    def levels(self) -> int:
+        """How many parts can `checkpoint` by themselves."""
+        ...
+
+    def check_inputs(self, name: str, latents: Tensor, prompts: Sequence[Conditioning]) -> None:
+        """Raises HollowError, which calls them by `name`, for latents or prompts of a size that it does not take."""
+        ...
+
+    def cuts(self) -> Sequence[Cut]:
+        """Every cut that it has, from the least on."""
+        ...
+
+    def check_cut(self, cut: Cut) -> None:
+        """Raises HollowError for a cut that it has not."""
+        ...
+
+    def blocks(self, cut: Cut) -> list[str]:
+        """The names of what a cut takes out, in the order in which it runs."""
+        ...
+
+    def removed(self, cut: Cut) -> list[str]:
+        """The paths of the modules that a cut takes out of training's memory."""
+        ...
+
+    def behind(self, cut: Cut) -> list[str]:
+        """The paths of the modules that the base path does not run."""
+        ...
+
+    def leaves_attention(self, cut: Cut) -> bool:
+        """Whether there is still attention, where a LoRA usually is."""
+        ...
+
+    def stored_shapes(self, cut: Cut, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """What a record keeps, tensor by tensor without the batch, for latents of height × width."""
+        ...
+
+    def inputs(self, height: int, width: int) -> tuple[Tensor, Conditioning]:
+        """Latents (1, channels, height, width) and a prompt of the usual length, with any content."""
+        ...
+
+    def base(self, cut: Cut) -> BasePath:
+        """The network up to the exit; a view, as `hollow` gives. Raises HollowError as `check_cut` does."""
+        ...
+
+    def hollow(self, cut: Cut, timesteps: Iterable[int] | None) -> "Network":
+        """The network without what the cut takes out; nothing is copied, and the rest is freed with the whole.
+
+        `timesteps` are those that will be asked for; None allows any. Raises HollowError as `check_cut` does.
+        """
+        ...
+
+    def predict(self, noisy: Tensor, timesteps: Sequence[int], conditioning: Conditioning, stored: Stored) -> Tensor:
+        """What it predicts of `noisy` latents (batch, channels, height, width), one time step each; in float32.
+
+        `stored` is what the base path has left for them, its tensors (batch, …); empty while the network is whole.
+        """
+        ...
+
+    def checkpoint(self, levels: int | None) -> None:
+        """Let backward passes compute anew what would be kept, in so many of `levels`, those first that keep most;
+        None: in all."""
+        ...
+
+
+def removed_fraction(network: Network, cut: Cut) -> float:
+    """The share of a whole network's parameters that training no longer holds, from 0 to 1."""
+    gone = tuple(f"{path}." for path in network.removed(cut))
+    sizes = {name: parameter.numel() for name, parameter in network.module.named_parameters()}
+    return sum(size for name, size in sizes.items() if name.startswith(gone)) / sum(sizes.values())
