@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..hollow_core.lora.file import Recipe
+    from ..hollow_core.lora.metadata import Recipe
     from ..hollow_core.nets.residency import Bits
 
 

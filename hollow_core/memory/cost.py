@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..lora.layers import add_lora
+from ..lora.layers import add_lora, remove_lora
 from ..nets.conditioning import Conditioning
 from ..nets.network import Network, Stored, removed_fraction
 
@@ -60,6 +60,7 @@ def cuts_table(network: Network, height: int, width: int) -> list[dict[str, Any]
             },
         }
         table.append(row)
+    remove_lora(network.module)
     return table
 
 

@@ -11,8 +11,9 @@ from PIL import Image
 from ..data.images import check_resolution
 from ..data.prompts import generic_prompt
 from ..errors import HollowError
-from ..lora.file import LoraFile, Recipe
+from ..lora.file import LoraFile
 from ..lora.layers import load_lora_state, remove_lora, set_strength
+from ..lora.metadata import Recipe
 from ..models.base_model import BaseModel, decode_images, encode_prompt, visiting
 from ..nets.conditioning import Conditioning
 from ..progress import Stop

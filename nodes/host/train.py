@@ -42,6 +42,7 @@ def train(
     more memory than is free; and ComfyUI's exception on Cancel.
     """
     from ...hollow_core.lora import file as lora_file
+    from ...hollow_core.lora.metadata import Recipe, describe
     from ...hollow_core.memory.remedy import check_fits, memory_told
     from ...hollow_core.training import train as stage
     from ...hollow_core.training.settings import DTYPES
@@ -101,7 +102,7 @@ def train(
             f"Training stopped at step {result.steps} ({result.stopped}). "
             "Lower the learning rate, or choose another precision."
         )
-    recipe = lora_file.Recipe(
+    recipe = Recipe(
         cut=hollowed.cut,
         identifier=activations.identifier,
         class_word="",
@@ -110,7 +111,7 @@ def train(
         prediction_type=schedule.prediction.name,
     )
     state = lora_file.to_kohya(result.state, network.module.config, alpha=settings.lora_alpha, layout=family)
-    metadata = lora_file.describe("hollow", family, settings.rank, settings.lora_alpha, recipe)
+    metadata = describe("hollow", family, settings.rank, settings.lora_alpha, recipe)
     return HollowLora(state, recipe, metadata), result.losses
 
 

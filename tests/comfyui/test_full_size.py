@@ -23,8 +23,8 @@ from torch import Tensor
 from two_path_reference import Reference
 
 from hollow_core.lora import file as lora_file
-from hollow_core.lora.file import Recipe
 from hollow_core.lora.layers import ALL_LAYERS, add_lora, lora_parameters, lora_state
+from hollow_core.lora.metadata import Recipe, describe
 from hollow_core.models.layouts import layout_config
 from hollow_core.nets.unet import hollow
 from hollow_core.nets.unet_layers import to_ldm
@@ -100,7 +100,7 @@ def lora(sd15: ModelPatcher, tmp_path_factory: pytest.TempPathFactory) -> Hollow
             matrix.data.copy_(torch.randn(matrix.shape, generator=generator) / 30)
         recipe = Recipe(3, "sks", "dog", "a photo of a sks dog", "a photo of a dog")
         state = lora_file.to_kohya(lora_state(part), unet.config, alpha=4.0, layout="sd15")
-        return HollowLora(state, recipe, lora_file.describe("lora", "sd15", 4, 4.0, recipe))
+        return HollowLora(state, recipe, describe("lora", "sd15", 4, 4.0, recipe))
 
 
 def prompt(seed: int) -> list[list[Any]]:

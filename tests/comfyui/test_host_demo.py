@@ -21,6 +21,7 @@ from hollow_core.data.images import load_images
 from hollow_core.demo import run, world
 from hollow_core.lora import file as lora_file
 from hollow_core.lora import layers as lora
+from hollow_core.lora.metadata import Recipe
 from hollow_core.models.base_model import BaseModel, encode_images, encode_prompt
 from hollow_core.sampling.sample import SampleSettings, sample
 
@@ -58,14 +59,14 @@ def denoised(model: Any, noisy: torch.Tensor, timestep: int, context: torch.Tens
 
 @torch.no_grad()
 def expected(base: BaseModel, noisy: torch.Tensor, timestep: int, context: torch.Tensor) -> torch.Tensor:
-    alpha = base.schedule.alphas_cumprod[timestep].clamp(min=4.9e-8)  # what ComfyUI calls zero
+    alpha = base.schedule.numbers[timestep].clamp(min=4.9e-8)  # what ComfyUI calls zero
     velocity = base.unet(noisy, timestep, context).sample
     return alpha.sqrt() * noisy - (1 - alpha).sqrt() * velocity
 
 
 def test_the_noise_schedule_is_the_one_of_training(demo: Demo, base: BaseModel) -> None:
     sigmas = demo.model.get_model_object("model_sampling").sigmas
-    torch.testing.assert_close(1 / (sigmas**2 + 1), base.schedule.alphas_cumprod, rtol=0, atol=1e-6)
+    torch.testing.assert_close(1 / (sigmas**2 + 1), base.schedule.numbers, rtol=0, atol=1e-6)
 
 
 def test_the_unet_predicts_what_diffusers_predicts(demo: Demo, base: BaseModel) -> None:
@@ -186,7 +187,7 @@ def test_a_saved_lora_loads_with_nothing_left_over(
     generic = expected(base, noisy, 500, context)
     assert (personal - generic).abs().mean() > 0.01
 
-    recipe = lora_file.Recipe(3, "sks", "cup", PROMPT, "a photo of a cup", "v_prediction")
+    recipe = Recipe(3, "sks", "cup", PROMPT, "a photo of a cup", "v_prediction")
     path = tmp_path / "lora.safetensors"
     lora_file.save(path, state, base.unet.config, alpha=2, layout="other", recipe=recipe)
     weights = comfy.utils.load_torch_file(str(path))

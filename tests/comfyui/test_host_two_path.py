@@ -34,8 +34,8 @@ from tiny_models import POOLED_WIDTH, SIZE, TOKEN_WIDTH, tiny_flux, tiny_model, 
 from two_path_reference import Reference
 
 from hollow_core.lora import file as lora_file
-from hollow_core.lora.file import Recipe
 from hollow_core.lora.layers import ATTENTION, add_lora, lora_parameters, lora_state
+from hollow_core.lora.metadata import Recipe
 from hollow_core.nets.unet import hollow
 
 Conditionings = list[list[Any]]

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from hollow_core.errors import HollowError
 from hollow_core.files import write_safetensors
 from hollow_core.lora import file as lora_file
-from hollow_core.lora.file import LoraFile, Recipe
+from hollow_core.lora.file import LoraFile
 from hollow_core.lora.layers import ATTENTION, add_lora, load_lora_state, lora_parameters, lora_state
+from hollow_core.lora.metadata import Recipe
 from hollow_core.nets.unet import hollow
 
 RECIPE = Recipe(

@@ -7,13 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hollow_core.memory.cost import cuts_table
-from hollow_core.models.layouts import layout_config
-from hollow_core.nets.unet import head, hollow
+from hollow_core.models.base_model import outline
+from hollow_core.nets.unet import UNet, head, hollow
 from hollow_core.nets.unet_layers import max_cut
 
 
 def test_sd21_against_the_paper():
-    table = cuts_table(layout_config("sd21"))
+    table = cuts_table(outline("sd21").network, 64, 64)
     assert [row["k"] for row in table] == list(range(12))
     row = table[3]
     assert row["blocks"] == ["3-3", "4-1", "4-2", "5-1", "5-2", "6-1", "6-2", "6-3", "6-4"]
@@ -31,7 +31,7 @@ def test_sd21_against_the_paper():
 
 def test_forward_operations_are_those_that_really_run(tiny_unet, tiny_conditioning):
     unet = tiny_unet("sdxl", layers_per_block=1, transformer_layers_per_block=1, sample_size=8).to("meta")
-    table = json.loads(json.dumps(cuts_table(unet.config)))
+    table = json.loads(json.dumps(cuts_table(UNet(unet), 8, 8)))
     assert len(table) == max_cut(unet.config) + 1
     sample = torch.empty(1, 4, 8, 8, device="meta")
     prompt = tiny_conditioning(unet, tokens=77).to("meta").kwargs()

@@ -182,16 +182,16 @@ def test_where_a_single_file_tells_its_schedule(
     tensors = original_checkpoint(pipeline, "sdxl") | {key: torch.empty(0) for key in markers}
     save_file(tensors, tmp_path / "model.safetensors", metadata)
     schedule = load(tmp_path / "model.safetensors", config=save_folder(pipeline, tmp_path / "configs")).schedule
-    assert schedule.config.prediction_type == prediction_type
-    assert (float(schedule.alphas_cumprod[-1]) < 1e-6) == ("ztsnr" in markers)
+    assert schedule.prediction.name == prediction_type
+    assert (float(schedule.numbers[-1]) < 1e-6) == ("ztsnr" in markers)
 
 
 def test_a_folder_tells_its_schedule(tmp_path: Path) -> None:
     zero_snr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     model = load(save_folder(tiny_pipeline("sd21", **zero_snr), tmp_path))
-    assert isinstance(model.schedule, DDPMScheduler)
+    assert isinstance(model.scheduler, DDPMScheduler)
     assert model.schedule.prediction.name == "v_prediction"
-    assert float(model.schedule.alphas_cumprod[-1]) < 1e-6
+    assert float(model.schedule.numbers[-1]) < 1e-6
     sampler = model.pipeline().scheduler
     sampler.set_timesteps(10)
     assert int(sampler.timesteps[0]) == 999

@@ -13,7 +13,7 @@ from hollow_core.errors import HollowError
 from hollow_core.lora.layers import ALL_LAYERS, add_lora, lora_parameters, lora_state
 from hollow_core.nets import residency
 from hollow_core.nets.residency import away, quantize, stream, stream_middle
-from hollow_core.nets.unet import UNet, head, hollow
+from hollow_core.nets.unet import EXIT_ACTIVATION, UNet, head, hollow
 from hollow_core.nets.unet_layers import exit_shape
 from hollow_core.training.precompute import precompute
 from hollow_core.training.settings import DTYPES, TrainSettings
@@ -291,7 +291,7 @@ def test_a_streamed_middle_changes_no_record_and_leaves_with_the_middle(tiny_une
             assert middle == sum(module.weight.numel() for module in _middle(unet))
             assert away(hollow(unet, CUT)) == []
         store = precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path / name, cut=CUT, samples=4)
-        records[name] = [store.record(index).exit_activation for index in range(4)]
+        records[name] = [store.record(index).stored[EXIT_ACTIVATION] for index in range(4)]
     assert all(map(torch.equal, records["resident"], records["visiting"]))
 
 

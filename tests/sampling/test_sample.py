@@ -11,8 +11,9 @@ from tiny_pipelines import tiny_pipeline
 
 from hollow_core.demo import run
 from hollow_core.errors import HollowError
-from hollow_core.lora.file import LoraFile, Recipe
+from hollow_core.lora.file import LoraFile
 from hollow_core.lora.layers import add_lora, lora_state, remove_lora
+from hollow_core.lora.metadata import Recipe
 from hollow_core.models.base_model import load
 from hollow_core.nets.unet import hollow
 from hollow_core.sampling.sample import SampleSettings, sample

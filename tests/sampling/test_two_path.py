@@ -21,8 +21,8 @@ from torch import Tensor
 
 from hollow_core.errors import HollowError
 from hollow_core.lora import file as lora_file
-from hollow_core.lora.file import Recipe
 from hollow_core.lora.layers import add_lora, lora_off, lora_parameters, lora_state, remove_lora
+from hollow_core.lora.metadata import Recipe
 from hollow_core.nets.conditioning import Conditioning
 from hollow_core.nets.unet_layers import exit_shape
 from hollow_core.sampling.two_path import two_path

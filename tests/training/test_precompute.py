@@ -140,7 +140,8 @@ KILLED = """
 import os, signal, sys
 from tiny_unets import make_tiny_unet
 from tiny_training import tiny_examples, tiny_schedule
-from hollow_core.precompute import precompute
+from hollow_core.nets.unet import UNet
+from hollow_core.training.precompute import precompute
 
 def die(progress):
     if progress.step == 11:
@@ -178,7 +179,7 @@ def test_stopped_it_gives_back_an_unfinished_store_and_goes_on_later(tiny_unet, 
     unet, schedule = tiny_unet("sd15"), tiny_schedule()
     told = []
     store = precompute(
-        unet,
+        UNet(unet),
         schedule,
         tiny_examples(unet),
         tmp_path,
@@ -216,7 +217,10 @@ def scaled(example, factor):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda asked: asked["unet"].conv_in.bias.data.add_(1), r"model \(other weights, or .* another precision\)"),
+        (
+            lambda asked: asked["network"].module.conv_in.bias.data.add_(1),
+            r"model \(other weights, or .* another precision\)",
+        ),
         (lambda asked: asked.update(cut=3), r"cut \(2 stored, 3 asked\)"),
         (lambda asked: asked.update(cut=None), r"cut \(2 stored, None asked\)"),
         (lambda asked: asked.update(samples=21), r"samples \(20 stored, 21 asked\)"),
@@ -241,7 +245,7 @@ def scaled(example, factor):
 )
 def test_a_store_made_from_something_else_is_refused_by_name(tiny_unet, tmp_path, change, said):
     unet = tiny_unet("sd15")
-    asked = {"unet": unet, "schedule": tiny_schedule(), "examples": tiny_examples(unet), "folder": tmp_path}
+    asked = {"network": UNet(unet), "schedule": tiny_schedule(), "examples": tiny_examples(unet), "folder": tmp_path}
     asked |= {"cut": 2, "samples": 20}
     precompute(**asked)
     before = content(tmp_path)

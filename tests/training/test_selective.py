@@ -255,7 +255,7 @@ def test_a_twin_that_is_missing_is_refused(tiny_unet, tmp_path):
     high, low = tiny_examples(unet, 2, 1), tiny_examples(unet, 1, size=4)
     with pytest.raises(HollowError, match="There are 1 images and 0 class pictures at a lower resolution, but 2 and 1"):
         precompute(
-            unet,
+            UNet(unet),
             tiny_schedule(),
             [*high, replace(low[0], kind="low image")],
             tmp_path,
@@ -312,7 +312,7 @@ def test_class_pictures_are_decoded_as_the_pipeline_does(tmp_path, layout):
 def test_a_low_resolution_that_cannot_be_is_refused(sdxl_request, side, said):
     loader, request = sdxl_request
     with pytest.raises(HollowError, match=said):
-        low_examples(loader(), replace(request, low_resolution=side), [])
+        low_examples(loader(), replace(request, setting=replace(request.setting, low_resolution=side)), [])
 
 
 def test_the_whole_road_draws_its_schedule(sdxl_request, tmp_path):

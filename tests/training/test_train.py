@@ -23,7 +23,7 @@ from tiny_unets import make_tiny_conditioning
 
 from hollow_core.errors import HollowError
 from hollow_core.lora.layers import ATTENTION, lora_off, lora_parameters, lora_state
-from hollow_core.nets.unet import EXIT_ACTIVATION, UNet, hollow
+from hollow_core.nets.unet import EXIT_ACTIVATION, UNet
 from hollow_core.training.precompute import precompute
 from hollow_core.training.settings import DTYPES, TrainSettings
 from hollow_core.training.train import train
@@ -110,8 +110,8 @@ def test_records_of_different_sizes_pass_one_after_the_other(tiny_unet, tmp_path
     longer = replace(large, personal=make_tiny_conditioning(unet, tokens=10))
     store = precompute(UNet(unet), schedule, [small, large, longer], tmp_path / "store", cut=None, samples=3)
     settings = replace(FEW, steps=2, batch=3)
-    one_by_one = train(unet, schedule, store, settings, folder=tmp_path / "one").losses
-    together = train(unet, schedule, store, replace(settings, together=3), folder=tmp_path / "three").losses
+    one_by_one = train(UNet(unet), schedule, store, settings, folder=tmp_path / "one").losses
+    together = train(UNet(unet), schedule, store, replace(settings, together=3), folder=tmp_path / "three").losses
     assert together == one_by_one
 
 
@@ -215,17 +215,18 @@ KILLED = """
 import os, signal, sys
 from tiny_unets import make_tiny_unet
 from tiny_training import tiny_schedule
-from hollow_core.activations import Store
-from hollow_core.hollow import hollow
-from hollow_core.train import TrainSettings, train
+from hollow_core.nets.unet import UNet
+from hollow_core.training.settings import TrainSettings
+from hollow_core.training.store import Store
+from hollow_core.training.train import train
 
 def die(progress):
     if progress.step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 
-unet = hollow(make_tiny_unet("sd15"), 3)
+network = UNet(make_tiny_unet("sd15")).hollow(3, range(1000))
 settings = TrainSettings(rank=2, steps=6, learning_rate=1e-3, save_every=2)
-train(unet, tiny_schedule(), Store.open(sys.argv[1]), settings, folder=sys.argv[2], progress=die)
+train(network, tiny_schedule(), Store.open(sys.argv[1]), settings, folder=sys.argv[2], progress=die)
 """
 
 
@@ -421,11 +422,11 @@ def test_a_base_in_another_precision_is_refused(begin, tmp_path):
 def test_a_base_in_half_precision_trains_too(tiny_unet, tmp_path):
     unet, schedule = tiny_unet("sd21").to(torch.bfloat16), tiny_schedule()
     store = precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path, cut=CUT, samples=4, dtype=torch.bfloat16)
-    unet = hollow(unet, CUT)
-    result = train(unet, schedule, store, replace(FEW, precision="bf16"), folder=tmp_path / "run")
+    network = UNet(unet).hollow(CUT, range(1000))
+    result = train(network, schedule, store, replace(FEW, precision="bf16"), folder=tmp_path / "run")
     assert result.stopped == "finished"
     assert {tensor.dtype for tensor in result.state.values()} == {torch.float32}
-    assert unet.conv_in.weight.dtype == torch.bfloat16
+    assert network.dtype == network.module.conv_in.weight.dtype == torch.bfloat16
 
 
 def test_a_batch_is_the_mean_of_its_records_and_each_record_comes_once_an_epoch(begin, tmp_path):
@@ -489,7 +490,7 @@ def test_defaults_are_the_papers():
 def test_what_does_not_belong_together_is_refused(begin, tiny_unet, tmp_path):
     network, schedule, store = begin()
     with pytest.raises(HollowError, match=r"U-Net has cut None, the store in .* has cut 3"):
-        train(tiny_unet("sd15"), schedule, store, FEW, folder=tmp_path / "run")
+        train(UNet(tiny_unet("sd15")), schedule, store, FEW, folder=tmp_path / "run")
     with pytest.raises(HollowError, match="made with another noise schedule"):
         train(network, tiny_schedule("v_prediction"), store, FEW, folder=tmp_path / "run")
     (store.folder / "records-00000.safetensors").unlink()
