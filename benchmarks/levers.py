@@ -24,8 +24,8 @@ from hollow_core.demo import run, world
 from hollow_core.files import write_json
 from hollow_core.lora import file as lora_file
 from hollow_core.memory.setting import Setting
-from hollow_core.personalize import Request, personalize
 from hollow_core.progress import Progress
+from hollow_core.road import Request, personalize
 
 LEVERS: dict[str, dict[str, dict[str, Any]]] = {
     "fp32": {},

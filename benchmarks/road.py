@@ -27,8 +27,8 @@ from hollow_core.memory.planner import GIB, STAGES, Planner
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel, keep_small, outline
 from hollow_core.models.layouts import LAYOUTS
-from hollow_core.personalize import Request, personalize
 from hollow_core.progress import Progress
+from hollow_core.road import Request, personalize
 from hollow_core.sampling.sample import SampleSettings, sample
 from hollow_core.training.settings import DTYPES, TrainSettings
 

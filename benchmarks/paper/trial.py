@@ -18,7 +18,7 @@ from hollow_core.lora.metadata import recipe_for
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel, encode_prompt
 from hollow_core.nets.network import Network
-from hollow_core.personalize import LORA_FILE, Request, class_prompts, make_examples
+from hollow_core.road import LORA_FILE, Request, class_prompts, make_examples
 from hollow_core.sampling.prior import class_latents
 from hollow_core.sampling.sample import SampleSettings
 from hollow_core.training.precompute import Example, model_id, precompute

@@ -86,7 +86,7 @@ def train(
     from ..memory.meter import free_bytes
     from ..memory.planner import Planner
     from ..memory.remedy import check_fits
-    from ..personalize import Request, personalize
+    from ..road import Request, personalize
     from ..training.selective import count_by_time
 
     personal_prompt(identifier, subject)  # refuse bad words before anything is loaded

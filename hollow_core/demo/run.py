@@ -20,8 +20,8 @@ from ..memory.meter import Meter
 from ..memory.setting import Setting
 from ..models.base_model import BaseModel, load
 from ..nets.network import removed_fraction
-from ..personalize import LORA_FILE, Request, personalize
 from ..progress import Progress
+from ..road import LORA_FILE, Request, personalize
 from ..sampling.sample import SampleSettings, sample
 from ..training.settings import TrainSettings
 from ..training.store import Store

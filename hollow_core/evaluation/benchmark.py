@@ -24,8 +24,8 @@ from ..lora import file as lora_file
 from ..memory.planner import Planner
 from ..memory.setting import Setting
 from ..models.base_model import BaseModel, visiting
-from ..personalize import Request, personalize
 from ..progress import Progress, Stop
+from ..road import Request, personalize
 from ..sampling.sample import SampleSettings, encode, portions, recipe_on
 from ..training.settings import TrainSettings
 from .datasets import Subject

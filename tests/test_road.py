@@ -17,8 +17,8 @@ from hollow_core.data.images import TrainingImage, load_images
 from hollow_core.errors import HollowError
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel, load
-from hollow_core.personalize import Request, personalize
 from hollow_core.progress import Progress
+from hollow_core.road import Request, personalize
 from hollow_core.sampling.prior import class_latents
 from hollow_core.training.precompute import model_id
 from hollow_core.training.settings import TrainSettings
