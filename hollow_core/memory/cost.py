@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..lora.layers import add_lora, remove_lora
+from ..lora.layers import add_lora, named_lora_parameters, remove_lora
 from ..nets.conditioning import Conditioning
-from ..nets.network import Network, Stored, removed_fraction
+from ..nets.network import Cut, Network, Stored, removed_fraction
 
 PAPER_RANK = 128
 """The rank at which a training step is counted: that of the paper's main experiments."""
@@ -40,6 +40,7 @@ def cuts_table(network: Network, height: int, width: int) -> list[dict[str, Any]
         counts = _flops(network, latents, prompt, {})
     full = counts[""]
     add_lora(network.module, PAPER_RANK, generator=torch.Generator())
+    trained = _flops(network, latents, prompt, {})
     table = []
     for cut, fraction in zip(network.cuts(), removed, strict=True):
         shapes = network.stored_shapes(cut, height, width)
@@ -56,12 +57,24 @@ def cuts_table(network: Network, height: int, width: int) -> list[dict[str, Any]
                 "full": full,
                 "precompute": full - _of(network.behind(cut), counts),
                 "hollowed_forward": full - _of(network.removed(cut), counts),
-                "training_step": _flops(network.hollow(cut, [_TIMESTEP]), latents, prompt, stored)[""],
+                "training_step": _of_training(network, cut, trained, latents, prompt, stored),
             },
         }
         table.append(row)
     remove_lora(network.module)
     return table
+
+
+def _of_training(
+    network: Network, cut: Cut, whole: Mapping[str, int], latents: Tensor, prompt: Conditioning, stored: Stored
+) -> int:
+    """Operations of a training step; `whole` are those of the network that is not hollowed, by module."""
+    removed = network.removed(cut)
+    not_before = tuple(f"{path}." for path in (*removed, *network.behind(cut)))
+    if any(not path.startswith(not_before) for path in named_lora_parameters(network.module)):
+        # with a LoRA before the exit, gradients reach all that is behind it, as in the whole
+        return whole[""] - _of(removed, whole)
+    return _flops(network.hollow(cut, [_TIMESTEP]), latents, prompt, stored)[""]
 
 
 def _of(paths: Iterable[str], counts: Mapping[str, int]) -> int:

@@ -162,7 +162,7 @@ def test_sd2_is_told_apart_by_a_bias(tmp_path: Path, spread: float, prediction_t
     model = load(tmp_path / "model.safetensors", config=configs)
     assert model.schedule.prediction.name == prediction_type
     overridden = load(tmp_path / "model.safetensors", config=configs, prediction_type="sample")
-    assert overridden.schedule.config.prediction_type == "sample"
+    assert overridden.schedule.prediction.name == "sample"
 
 
 @pytest.mark.parametrize(
