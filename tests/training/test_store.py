@@ -5,6 +5,7 @@ import resource
 
 import pytest
 import torch
+from safetensors import safe_open
 from tiny_training import content, tiny_examples, tiny_schedule
 
 from hollow_core.errors import HollowError
@@ -132,6 +133,19 @@ def test_a_record_is_read_without_its_neighbours(make_store):
     exit_activation = store.record(5).stored[EXIT_ACTIVATION]
     assert exit_activation.eq(5).all()
     assert resident_bytes() - before < 2 * size
+
+
+def test_the_store_of_a_unet_is_written_as_it_always_was(make_store):
+    """As version 0.1 did: with the number of a record alone. Such stores are on users' disks."""
+    store = make_store()
+    with safe_open(store.folder / "records-00001.safetensors", "pt") as shard:
+        assert {*shard.keys()} == {str(index) for index in range(8, 16)}
+        assert torch.equal(shard.get_tensor("11"), store.record(11).stored[EXIT_ACTIVATION])
+    index = json.loads((store.folder / "store.json").read_text())
+    assert index["format"] == 1
+    assert index["fingerprint"].keys() == {
+        "model", "cut", "schedule", "samples", "seed", "dtype", "kinds", "prompts", "embeddings", "latents"
+    }  # fmt: skip
 
 
 def test_a_record_may_hold_several_tensors_by_name(make_store):
