@@ -35,7 +35,7 @@ def keep_alike(out: Path, settings: dict[str, Any]) -> None:
     """All rows of a folder are made with the same settings, the demo's and these, by the same embedded model. Raises
     HollowError where those there have others."""
     demo = {"training": asdict(run.SETTINGS), "sampling": asdict(SAMPLING), "class pictures": run.CLASS_IMAGES}
-    settings = json.loads(json.dumps({**settings, **demo, "model": model_id(run.model().unet)}))
+    settings = json.loads(json.dumps({**settings, **demo, "model": model_id(run.model().network)}))
     begun: dict[str, Any] = kept(out / "settings.json", lambda: settings | {"made with": _environment()})
     other = [name for name in settings if begun.get(name) != settings[name]]
     if other:

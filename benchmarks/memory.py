@@ -62,7 +62,7 @@ REACH: dict[str, tuple[str, Setting, tuple[str, ...], float]] = {
     "the same, whole road": (
         "sd21",
         replace(SD21, streaming=True, class_images=1, training=SMALL),
-        tuple(STAGES),
+        STAGES,
         0.90,
     ),
     "SDXL k=1, rank 16, bf16, checkpointing": ("sdxl", replace(SDXL, training=SMALL), ("train",), 3.2),
@@ -70,7 +70,7 @@ REACH: dict[str, tuple[str, Setting, tuple[str, ...], float]] = {
     "SDXL, streamed, tiled VAE, whole road": (
         "sdxl",
         replace(SDXL, streaming=True, tiled_vae=True, class_images=1, training=SMALL),
-        tuple(STAGES),
+        STAGES,
         1.5,
     ),
 }

@@ -25,7 +25,7 @@ from hollow_core.data.images import TrainingImage
 from hollow_core.lora import file as lora_file
 from hollow_core.memory.planner import GIB, STAGES, Planner
 from hollow_core.memory.setting import Setting
-from hollow_core.models.base_model import BaseModel, keep_small, outline
+from hollow_core.models.base_model import BaseModel, outline
 from hollow_core.models.layouts import LAYOUTS
 from hollow_core.progress import Progress
 from hollow_core.road import Request, personalize
@@ -118,7 +118,7 @@ def measured(options: argparse.Namespace, setting: Setting) -> dict[str, float]:
 
 def draw_one(model: BaseModel, setting: Setting, lora: lora_file.LoraFile, device: torch.device, side: int) -> None:
     """A picture in two steps, with the base small or away as in training."""
-    keep_small(model, device, **setting.kept_small)
+    setting.keep_small(model, device)
     sample(model, ["a photo of a sks dog"], [0], SampleSettings(steps=2, size=(side, side)), lora=lora, device=device)
 
 

@@ -172,7 +172,7 @@ def base_losses(options: argparse.Namespace) -> dict[str, float]:
 @torch.no_grad()
 def loss(base: BaseModel, store: Store, lora: LoraFile | None, cut: int | None = None, kind: Kind = "image") -> float:
     """The mean loss of all records of a kind: at full size what a training came to, whatever its steps were told."""
-    network = base.network if cut is None else base.network.hollow(cut, None)
+    network = base.network if cut is None else base.network.hollow(cut, range(1000))
     if lora is not None:
         load_lora_state(network.module, lora.state, lora.alpha)
     weighted = [(index, 1.0) for index in store.indices(kind)]

@@ -24,7 +24,6 @@ from .models.base_model import (
     encode_images,
     encode_prompt,
     free_encoders,
-    keep_small,
     outlines,
     visiting,
 )
@@ -55,7 +54,7 @@ class Request:
     identifier: str = "sks"
     """The rare word by which prompts will call it."""
     setting: Setting = field(default_factory=Setting)
-    """Every lever; its resolution is that of the pictures, whether it says so or not."""
+    """Every lever; its resolution, where it names one, is that of the pictures."""
     class_folder: Path | None = None
     """Where runs of one class share the pictures of it, drawn with the seed 0; None draws the run's own, with its
     seed."""
@@ -111,15 +110,15 @@ def personalize(
     with meter.stage("encode"):
         model = load()
         _check_cut(setting, model.network)
-        torch.nn.Module.to(model.unet, DTYPES[training.precision])  # without diffusers' advice
+        torch.nn.Module.to(model.network.module, DTYPES[training.precision])  # without diffusers' advice
         told = partial(
             memory_told,
             cache(partial(Planner, outlines(model))),
             setting=setting,
             free=partial(free_bytes, torch.device(device)),
         )
-        made_by = model_id(model.unet) if setting.class_images else ""
-        keep_small(model, device, **setting.kept_small)
+        made_by = model_id(model.network) if setting.class_images else ""
+        setting.keep_small(model, device)
         with told("encode", going_on=(folder / "store").exists()):
             drawn: list[torch.Tensor] = []
             if setting.class_images:
@@ -161,7 +160,7 @@ def personalize(
     if store.missing:
         return Outcome(None, None, store, meter)
 
-    network, schedule, config, layout = model.network, model.schedule, model.unet.config, model.layout
+    network, schedule, config, layout = model.network, model.schedule, model.network.config, model.layout
     if setting.cut is not None:
         network = network.hollow(setting.cut, {record.timestep for record in store.records})
     del model  # here the middle leaves memory
@@ -274,8 +273,10 @@ def _check_cut(setting: Setting, network: Network) -> None:
         return
     network.check_cut(setting.cut)
     if not network.leaves_attention(setting.cut) and set(setting.training.targets) <= set(ATTENTION):
-        deepest = [cut for cut in network.cuts() if network.leaves_attention(cut)][-1]
-        raise HollowError(f"Cut {setting.cut} leaves no attention to put a LoRA on. Choose a cut from 0 to {deepest}.")
+        least, *_, most = (cut for cut in network.cuts() if network.leaves_attention(cut))
+        raise HollowError(
+            f"Cut {setting.cut} leaves no attention to put a LoRA on. Choose a cut from {least} to {most}."
+        )
 
 
 def _prompt(request: Request, image: TrainingImage | None) -> str:

@@ -198,7 +198,7 @@ def test_class_pictures_of_another_model_are_not_taken(model_folder: Path, photo
     def run(base: Path) -> None:
         model = load(base)
         told.clear()
-        folder, made_by = tmp_path / "class", model_id(model.unet)
+        folder, made_by = tmp_path / "class", model_id(model.network)
         class_latents(model, ["a dog"] * 4, folder, made_by=made_by, resolution=128, steps=1, progress=told.append)
 
     run(model_folder)

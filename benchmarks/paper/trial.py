@@ -155,7 +155,7 @@ def _examples(trial: Trial, base: BaseModel) -> list[Example]:
     if way.class_images:
         name = f"subject-{trial.subject}-seed-{trial.seed}" + (f"-{way.called}" if way.called else "")
         of_class = trial.out / "class" / name
-        made_by = model_id(base.unet)
+        made_by = model_id(base.network)
         prompts = class_prompts(request)
         drawn = class_latents(base, prompts, of_class, made_by=made_by, resolution=world.SIZE, seed=trial.seed)
     examples = make_examples(base, request, drawn)

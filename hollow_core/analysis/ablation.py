@@ -9,7 +9,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
 from ..lora.file import LoraFile
 from ..models.base_model import BaseModel
 from ..nets.unet_layers import Layer, layers
-from ..sampling.sample import SampleSettings, encode, portions, recipe_on
+from ..sampling.sample import SampleSettings, encode, portions
 from .block_weights import factor_of, slot
 from .report import inside
 
@@ -47,12 +47,12 @@ def ablate(
 ) -> Ablation:
     """Draw `prompt` with the LoRA, without it, and with each of its blocks switched off in turn.
 
-    A LoRA of a hollowed training is used on two paths. Raises HollowError as `sampling.sample` does.
+    A LoRA of a hollowed training is used on two paths. Raises HollowError as `encode` and `portions` do.
     """
     modules = {key.rsplit(".lora_", 1)[0] for key in lora.state}
     blocks = [layer for layer in layers(model.unet.config) if any(inside(module, layer) for module in modules)]
     pictures: list[Image.Image] = []
-    texts = encode(model, [prompt], settings, recipe_on(lora), device=device)
+    texts = encode(model, [prompt], settings, lora=lora, device=device)
     for number, changed in enumerate([lora, None, *(_without(lora, block) for block in blocks)], start=1):
         for portion in portions(model, texts, [seed], settings, lora=changed, device=device):
             pictures += portion

@@ -46,8 +46,7 @@ def cuts(
     from ..models.base_model import outline
 
     base = outline(model)
-    side = base.resolution // base.pixels
-    rows = cuts_table(base.network, side, side)
+    rows = cuts_table(base.network, base.latent_side, base.latent_side)
     if as_json:
         print(json.dumps(rows, indent=1))
         return

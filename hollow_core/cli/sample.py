@@ -59,7 +59,7 @@ def sample(
     from ..files import write_png
     from ..lora import file as lora_file
     from ..models.base_model import keep_small
-    from ..sampling.sample import SampleSettings, encode, portions, recipe_on
+    from ..sampling.sample import SampleSettings, encode, portions
 
     to = device_of(device)
     base = load_model(model, precision, prediction_type)
@@ -72,14 +72,13 @@ def sample(
     files = [out / f"{number:03}-seed{each}.png" for number, each in enumerate(seeds)]
     with watching() as watch, _memory_told():
         generics = None if generic is None else [generic] * len(prompts)
-        texts = encode(base, prompts, settings, recipe_on(file, single_path), generics, to)
+        texts = encode(base, prompts, settings, lora=file, single_path=single_path, generics=generics, device=to)
         drawn = portions(
             base,
             texts,
             seeds,
             settings,
             lora=file,
-            single_path=single_path,
             device=to,
             progress=lambda done, of: watch("sample", Progress(done, of, 0.0)),
         )

@@ -26,7 +26,7 @@ from ..memory.setting import Setting
 from ..models.base_model import BaseModel, visiting
 from ..progress import Progress, Stop
 from ..road import Request, personalize
-from ..sampling.sample import SampleSettings, encode, portions, recipe_on
+from ..sampling.sample import SampleSettings, encode, portions
 from ..training.settings import TrainSettings
 from .datasets import Subject
 from .scores import Score, Scorers, mean, score
@@ -134,7 +134,7 @@ def run_job(
 ) -> bool:
     """Do what is left of a job; False where `stop` ended it before its end.
 
-    Raises HollowError as `personalize` and `sampling.sample` do, and where training diverged.
+    Raises HollowError as `personalize`, `encode` and `portions` do, and where training diverged.
     """
     if job.result.exists():
         return True
@@ -207,8 +207,10 @@ def _draw(
     """The pictures that are not there yet; False where `stop` ended it."""
     pictures = _pictures(job, protocol)
     todo = [picture for picture in pictures if not picture[0].exists()]
+    if not todo:
+        return True
     file = lora_file.load(job.folder / "lora.safetensors", model.unet)
-    texts = encode(model, [prompt for _, prompt, _ in todo], protocol.sampling, recipe_on(file), device=device)
+    texts = encode(model, [prompt for _, prompt, _ in todo], protocol.sampling, lora=file, device=device)
     seeds, paths, done = [seed for *_, seed in todo], iter([path for path, *_ in todo]), len(pictures) - len(todo)
     for portion in portions(model, texts, seeds, protocol.sampling, lora=file, device=device, stop=stop):
         for picture in portion:

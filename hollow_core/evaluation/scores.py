@@ -31,7 +31,7 @@ from transformers import CLIPModel, CLIPTokenizer, ViTModel
 from ..data.images import open_picture
 from ..errors import HollowError
 from ..files import read_json, read_safetensors, write_safetensors
-from ..models.layouts import FOLDER
+from ..models import layouts
 from ..models.single_file import quiet
 
 DINO = "facebook/dino-vits16"
@@ -74,7 +74,9 @@ class Scorers:
 
     def __init__(self, dino: ViTModel, clip: CLIPModel, batch: int = 32) -> None:
         self.dino, self.clip, self.batch = dino.eval(), clip.eval(), batch
-        self.tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")  # every CLIP of OpenAI's has this one
+        self.tokenizer = CLIPTokenizer.from_pretrained(
+            layouts.FOLDER / "tokenizer"
+        )  # every CLIP of OpenAI's has this one
 
     def to(self, device: torch.device | str) -> "Scorers":
         """Both models to `device`, in place."""

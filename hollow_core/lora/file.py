@@ -23,7 +23,7 @@ from ..nets.unet_layers import Config
 from . import dialects
 from .delta import LoraLayer
 from .dialects import Lora
-from .metadata import Recipe, describe, describe_converted, layout_of, network, recipe_of, thumbnail
+from .metadata import Recipe, describe, describe_converted, kohya_network, layout_of, recipe_of, thumbnail
 
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PEFT_HEAD = {"peft_type": "LORA", "base_model_name_or_path": None, "inference_mode": True, "bias": "none"}
@@ -123,7 +123,7 @@ def write_dialect(
     tensors = _spell(lora, config, dialect, layout_name(config) == "sdxl", dtype)
     rank = max(len(layer.down) for layer in lora.layers.values())
     alpha = next(iter(lora.layers.values())).alpha
-    described = dict(metadata) | network(rank, alpha if dialect in ("kohya", "comfy") else rank)
+    described = dict(metadata) | kohya_network(rank, alpha if dialect in ("kohya", "comfy") else rank)
     file = path
     if dialect == "diffusers":
         described |= {"format": "pt", "lora_adapter_metadata": json.dumps(_diffusers_adapters(lora))}

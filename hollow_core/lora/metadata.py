@@ -74,7 +74,7 @@ def describe(title: str, layout: str, rank: int, alpha: float, recipe: Recipe) -
     trigger = f"{recipe.identifier} {recipe.class_word}".strip()
     return {
         **_common(title, layout, velocity=recipe.prediction_type == "v_prediction"),
-        **network(rank, alpha),
+        **kohya_network(rank, alpha),
         "ss_tag_frequency": json.dumps({recipe.class_word: {trigger: 1}}),
         "modelspec.trigger_phrase": trigger,
         **{f"hollow.{field}": json.dumps(value) for field, value in recipe._asdict().items()},
@@ -96,7 +96,7 @@ def describe_converted(metadata: Mapping[str, str], title: str, layout: str) -> 
     return _common(title, layout, velocity=told in ("v", "True")) | kept
 
 
-def network(rank: int, alpha: float) -> dict[str, str]:
+def kohya_network(rank: int, alpha: float) -> dict[str, str]:
     """kohya's words for what a file holds."""
     return {
         "ss_network_module": "networks.lora",

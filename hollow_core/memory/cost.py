@@ -19,6 +19,7 @@ _TIMESTEP = 0  # any
 
 def cuts_table(network: Network, height: int, width: int) -> list[dict[str, Any]]:
     """One JSON-ready row for every cut of a whole network on the meta device, for latents of height × width.
+    The network is frozen then, and otherwise as it was.
 
     - `k`: the cut
     - `blocks`: the hollowed layers by the paper's names
@@ -31,6 +32,8 @@ def cuts_table(network: Network, height: int, width: int) -> list[dict[str, Any]
       `training_step` forward and backward with a LoRA of rank 128 on the attention. (The paper's table 3 takes
       twice the forward for the backward; here frozen weights need no gradients. Where a cut leaves no
       attention to train, the step is the forward alone.)
+
+    Raises HollowError for a network that cannot be cut.
     """
     latents, prompt = network.inputs(height, width)
     latents, prompt = latents.to("meta"), prompt.to("meta")
@@ -45,13 +48,12 @@ def cuts_table(network: Network, height: int, width: int) -> list[dict[str, Any]
     for cut, fraction in zip(network.cuts(), removed, strict=True):
         shapes = network.stored_shapes(cut, height, width)
         stored = {name: torch.empty(1, *shape, device="meta") for name, shape in shapes.items()}
-        [exit_shape] = shapes.values()
         row = {
             "k": cut,
             "blocks": network.blocks(cut),
             "removed_percent": round(100 * fraction, 2),
             "parameters": total - round(fraction * total),
-            "exit_shape": list(exit_shape),
+            "exit_shape": list(next(iter(shapes.values()))),
             "record_bytes": 2 * sum(tensor.numel() for tensor in stored.values()),
             "flops": {
                 "full": full,

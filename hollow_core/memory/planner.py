@@ -14,17 +14,13 @@ from typing import Any
 import torch
 
 from ..errors import HollowError
-from ..models.base_model import (
-    Outlines,
-    keep_small,
-    outline,
-)
+from ..models.base_model import Outlines, outline
 from ..nets.network import Cut, removed_fraction
 from ..nets.residency import stream_middle
 from ..training.settings import DTYPES, Precision, TrainSettings
 from .dry_run import Peak
 from .setting import Setting, levels_in_words
-from .stages import STAGES
+from .stages import RUNS, STAGES
 
 GIB = 2**30
 
@@ -76,7 +72,7 @@ class Prediction:
         }
 
 
-ROAD = tuple(STAGES)[:-1]
+ROAD = STAGES[:-1]
 """The stages that make a LoRA; a budget is for these."""
 
 
@@ -102,7 +98,7 @@ class Planner:
         known = self._outline(torch.float32)
         self.stages = STAGES if known.vae is not None else ("precompute", "train")
         self.road = [stage for stage in ROAD if stage in self.stages]
-        self._network, self._pixels, self.resolution = known.network, known.pixels, known.resolution
+        self._network, self._pixels, self.resolution = known.network, known.pixels_per_latent, known.resolution
 
     def predict(self, setting: Setting) -> Prediction:
         """Of every stage. Raises HollowError for a cut, a resolution or a number of records that cannot be."""
@@ -229,10 +225,10 @@ class Planner:
             # whatever mode the caller is in
             with torch.inference_mode(False), torch.enable_grad():
                 model = self._outline(DTYPES[training.precision])
-                keep_small(model, "meta", **setting.kept_small)
+                setting.keep_small(model, "meta")
                 if setting.stream_middle and not setting.streaming and setting.cut is not None:
                     stream_middle(model.network, setting.cut, "meta")
-                self._runs[stage, setting] = STAGES[stage](model, setting)
+                self._runs[stage, setting] = RUNS[stage](model, setting)
         return self._runs[stage, setting]
 
 
@@ -248,7 +244,7 @@ def parse_bytes(text: str) -> int:
 
 
 def _ways(setting: Setting, precisions: tuple[Precision, ...], depth: int) -> list[Setting]:
-    """From the fastest to the smallest, without streaming unless it is asked for; the U has `depth` levels."""
+    """From the fastest to the smallest, without streaming unless it is asked for; `depth` levels can recompute."""
     ways = [replace(setting, training=replace(setting.training, precision=each)) for each in precisions]
     smallest = min(ways, key=lambda way: DTYPES[way.training.precision].itemsize)
     one_by_one = replace(smallest, training=replace(smallest.training, together=1))

@@ -1,10 +1,10 @@
 """One way to go the whole road: every lever."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
+from ..models.base_model import BaseModel, keep_small
 from ..nets.network import Cut
 from ..nets.residency import Bits
 from ..training.precompute import check_samples
@@ -22,7 +22,8 @@ class Setting:
     samples: int = 200
     """Records in the store."""
     class_images: int = 0
-    """Pictures of the class that the base draws, among what is encoded; with any, a step has twice the records."""
+    """Pictures of the class that the base draws for prior preservation; with any, a step has twice the records. 0 does
+    without."""
     store_dtype: torch.dtype = torch.float16
     """How records are kept."""
     base_bits: Bits | None = None
@@ -35,12 +36,12 @@ class Setting:
     """Pictures are encoded and decoded in tiles."""
     training: TrainSettings = field(default_factory=TrainSettings)
     low_resolution: int | None = None
-    """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others'."""
+    """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others', or the
+    next multiple of 8 below."""
 
-    @property
-    def kept_small(self) -> dict[str, Any]:
-        """What `keep_small` is told."""
-        return {"base_bits": self.base_bits, "streaming": self.streaming, "tiled_vae": self.tiled_vae}
+    def keep_small(self, model: BaseModel, device: torch.device | str) -> None:
+        """`models.base_model.keep_small`, as it says."""
+        keep_small(model, device, base_bits=self.base_bits, streaming=self.streaming, tiled_vae=self.tiled_vae)
 
     @property
     def step_records(self) -> int:

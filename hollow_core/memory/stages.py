@@ -47,7 +47,7 @@ def _encode(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
         _hold(guided, *model.text_encoders)
         text = encode_guided(model, prompt, settings)
     with DryRun() as drawing:
-        _hold(drawing, model.unet)
+        _hold(drawing, model.network.module)
         draw(model, text, [0], settings)
     return _in_turn(images, prompts, guided, drawing)
 
@@ -98,8 +98,8 @@ def _sample(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
         text = encode_guided(model, prompt, settings)
         generic = None if setting.cut is None else encode_prompt(model, recipe.generic_prompt, settings.size)
     with DryRun() as drawing:
-        _hold(drawing, model.unet)
-        drawing.name("lora", lora_parameters(model.unet))
+        _hold(drawing, model.network.module)
+        drawing.name("lora", lora_parameters(model.network.module))
         latents = draw(model, text, [0], settings, recipe, generic)
     with DryRun() as picture:
         picture.hold("weights", model.vae)
@@ -107,13 +107,15 @@ def _sample(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     return _in_turn(prompts, drawing, picture)
 
 
-STAGES: dict[str, Callable[[BaseModel, Setting], tuple[Peak, int]]] = {
+RUNS: dict[str, Callable[[BaseModel, Setting], tuple[Peak, int]]] = {
     "encode": _encode,
     "precompute": _precompute,
     "train": _train,
     "sample": _sample,
 }
 """What runs each stage, in their order: its peak, and its operations."""
+
+STAGES = tuple(RUNS)
 
 
 def _network(model: BaseModel, setting: Setting, timesteps: Iterable[int] | None) -> Network:
@@ -140,7 +142,7 @@ def _passes(setting: Setting) -> int:
 
 def _inputs(model: BaseModel, setting: Setting) -> tuple[Tensor, Conditioning]:
     """Latents and a prompt on the CPU, as a store hands them out."""
-    side = (setting.resolution or model.resolution) // model.pixels
+    side = (setting.resolution or model.resolution) // model.pixels_per_latent
     return model.network.inputs(side, side)
 
 

@@ -73,9 +73,14 @@ class BaseModel:
         return NoiseSchedule.from_scheduler(self.scheduler)
 
     @property
-    def pixels(self) -> int:
-        """A side of a latent in pixels."""
-        return int(self.resolution // self.unet.config.sample_size)
+    def latent_side(self) -> int:
+        """The native side of a picture in latents."""
+        return int(self.unet.config.sample_size)
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """To a side."""
+        return self.resolution // self.latent_side
 
     def pipeline(self) -> Pipeline:
         """A diffusers pipeline of these very parts, with DDIM as sampler; set `.scheduler` for another."""
@@ -312,7 +317,7 @@ def tile_vae(model: BaseModel) -> None:
     model.vae.enable_tiling()
     # diffusers' own tiles are as large as the native pictures, which thus would never be tiled
     model.vae.tile_sample_min_size = model.resolution // 2
-    model.vae.tile_latent_min_size = model.unet.config.sample_size // 2
+    model.vae.tile_latent_min_size = model.latent_side // 2
 
 
 def free_encoders(model: BaseModel) -> None:

@@ -4,7 +4,7 @@ What the base path leaves in a record is a mapping of named tensors (1, …), wh
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,11 @@ class Network(Protocol):
     @property
     def cut(self) -> Cut | None:
         """At which it was hollowed; None while it is whole."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Its kind and sizes, ready for JSON but for what begins with an underscore; names it with its weights."""
         ...
 
     @property

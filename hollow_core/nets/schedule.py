@@ -15,7 +15,7 @@ from ..errors import HollowError
 from ..files import digest
 
 
-class Prediction(ABC):
+class PredictionKind(ABC):
     """What a network predicts. The numbers are ᾱ_t, as diffusers' `alphas_cumprod`: α_t = √ᾱ_t, σ_t = √(1 − ᾱ_t)."""
 
     name: ClassVar[str]
@@ -44,7 +44,7 @@ class Prediction(ABC):
         """How large the squared error of a prediction is where that of z is 1."""
 
 
-class Epsilon(Prediction):
+class Epsilon(PredictionKind):
     """The noise ε."""
 
     name = "epsilon"
@@ -60,7 +60,7 @@ class Epsilon(Prediction):
         return snr
 
 
-class Velocity(Prediction):
+class Velocity(PredictionKind):
     """v = α_t ε − σ_t z (Salimans and Ho 2022, arXiv 2202.00512)."""
 
     name = "v_prediction"
@@ -75,7 +75,7 @@ class Velocity(Prediction):
         return snr + 1
 
 
-class Sample(Prediction):
+class Sample(PredictionKind):
     """The clean latents z."""
 
     name = "sample"
@@ -90,14 +90,14 @@ class Sample(Prediction):
         return 1.0
 
 
-PREDICTIONS: dict[str, Prediction] = {kind.name: kind for kind in (Epsilon(), Velocity(), Sample())}
+PREDICTIONS: dict[str, PredictionKind] = {kind.name: kind for kind in (Epsilon(), Velocity(), Sample())}
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """Every time step's number, and what is predicted. Latents and noise are (batch, channels, height, width)."""
 
-    prediction: Prediction
+    prediction: PredictionKind
     numbers: Tensor
     """(time steps,), in float32 on the CPU."""
 

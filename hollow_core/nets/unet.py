@@ -7,9 +7,9 @@ in views made afterwards.)
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -40,6 +40,11 @@ class UNet:
         return self.module.cut if isinstance(self.module, HollowedUNet) else None
 
     @property
+    def config(self) -> Mapping[str, Any]:
+        """As diffusers writes it."""
+        return cast(Mapping[str, Any], self.module.config)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of its arithmetic."""
         return self._weight.dtype
@@ -47,18 +52,18 @@ class UNet:
     @property
     def levels(self) -> int:
         """Of the U."""
-        return len(self.module.config.block_out_channels)
+        return len(self.config["block_out_channels"])
 
     def check_inputs(self, name: str, latents: Tensor, prompts: Sequence[Conditioning]) -> None:
         """Raises HollowError unless latents are (1, channels, height, width), and prompts as wide as they must be."""
-        shape, channels = tuple(latents.shape), self.module.config.in_channels
+        shape, channels = tuple(latents.shape), self.config["in_channels"]
         if len(shape) != 4 or shape[:2] != (1, channels):
             raise HollowError(
                 f"The latents of {name} have shape {shape}, but this U-Net takes "
                 f"(1, {channels}, height, width). Encode one picture at a time with the model's own VAE."
             )
         for conditioning in prompts:
-            width, expected = conditioning.encoder_hidden_states.shape[-1], self.module.config.cross_attention_dim
+            width, expected = conditioning.encoder_hidden_states.shape[-1], self.config["cross_attention_dim"]
             if isinstance(expected, int) and width != expected:
                 raise HollowError(
                     f"The prompts of {name} are {width} wide, but this U-Net takes {expected}. "
@@ -67,35 +72,35 @@ class UNet:
 
     def cuts(self) -> range:
         """From the mid block alone to all but conv_in and the last up layer."""
-        return range(max_cut(self.module.config) + 1)
+        return range(max_cut(self.config) + 1)
 
     def check_cut(self, cut: int) -> None:
         """Raises HollowError for a cut that it has not."""
-        check_cut(self.module.config, cut)
+        check_cut(self.config, cut)
 
     def blocks(self, cut: int) -> list[str]:
         """By the paper's names."""
-        return [layer.name for layer in hollowed_layers(self.module.config, cut)]
+        return [layer.name for layer in hollowed_layers(self.config, cut)]
 
     def removed(self, cut: int) -> list[str]:
         """Paths of modules. The time-embedding MLP counts as removed: the time steps of training are known, so its
         outputs are precomputed. With it the seven percentages of the paper come out."""
-        hollowed = hollowed_layers(self.module.config, cut)
+        hollowed = hollowed_layers(self.config, cut)
         return [*(path for layer in hollowed for path in layer.modules), "time_embedding"]
 
     def behind(self, cut: int) -> list[str]:
         """Paths of modules: what remains on the way up."""
-        config, hollowed = self.module.config, hollowed_layers(self.module.config, cut)
-        up = (layer for layer in layers(config) if layer.side == "up" and layer not in hollowed)
+        hollowed = hollowed_layers(self.config, cut)
+        up = (layer for layer in layers(self.config) if layer.side == "up" and layer not in hollowed)
         return [*(path for layer in up for path in layer.modules), "conv_out"]
 
     def leaves_attention(self, cut: int) -> bool:
         """Whether there is still attention, where a LoRA usually is."""
-        return leaves_attention(self.module.config, cut)
+        return leaves_attention(self.config, cut)
 
     def stored_shapes(self, cut: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
         """Of the exit activation, (channels, h, w), for latents of height × width."""
-        return {EXIT_ACTIVATION: exit_shape(self.module.config, cut, height, width)}
+        return {EXIT_ACTIVATION: exit_shape(self.config, cut, height, width)}
 
     def inputs(self, height: int, width: int) -> tuple[Tensor, Conditioning]:
         """Latents (1, channels, height, width) and a prompt, with any content."""
@@ -116,7 +121,13 @@ class UNet:
         return UNet(hollow(self.module, cut, timesteps))
 
     def predict(self, noisy: Tensor, timesteps: Sequence[int], conditioning: Conditioning, stored: Stored) -> Tensor:
-        """What it makes of `noisy` latents (batch, channels, height, width); in float32."""
+        """What it makes of `noisy` latents (batch, channels, height, width); in float32. Raises HollowError for
+        records that were made for a whole U-Net where this is hollowed, or the other way round."""
+        if stored.keys() != (set() if self.cut is None else {EXIT_ACTIVATION}):
+            raise HollowError(
+                f"The records do not hold what a U-Net of cut {self.cut} needs (None: not hollowed). Precompute them "
+                "for this cut and this kind of model."
+            )
         device, dtype = self._weight.device, self._weight.dtype
         # a hollowed U-Net looks time steps up, which needs their numbers
         steps = torch.tensor(timesteps, device=device if self.cut is None else "cpu")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,8 @@ class Texts(NamedTuple):
     """As `encode_guided` gives each."""
     generic: list[Conditioning]
     """What the base path sees of each; empty where there is one path only."""
+    recipe: Recipe | None
+    """That of the two paths; None where there is one only."""
 
 
 def sample(
@@ -81,40 +84,36 @@ def sample(
     how many are drawn. Raises HollowError for another number of seeds or generic prompts than of prompts, and for a
     LoRA that does not fit the model.
     """
-    texts = encode(model, prompts, settings, recipe_on(lora, single_path), generics, device)
-    drawn = portions(
-        model, texts, seeds, settings, lora=lora, single_path=single_path, device=device, progress=progress
-    )
+    _check_seeds(len(prompts), seeds)
+    texts = encode(model, prompts, settings, lora=lora, single_path=single_path, generics=generics, device=device)
+    drawn = portions(model, texts, seeds, settings, lora=lora, device=device, progress=progress)
     return [picture for portion in drawn for picture in portion]
-
-
-def recipe_on(lora: LoraFile | None, single_path: bool = False) -> Recipe | None:
-    """By which a LoRA is used: None on the ordinary path."""
-    recipe = None if lora is None or single_path else lora.recipe
-    return None if recipe is None or recipe.cut is None else recipe
 
 
 def encode(
     model: BaseModel,
     prompts: Sequence[str],
     settings: SampleSettings = SampleSettings(),
-    recipe: Recipe | None = None,
+    *,
+    lora: LoraFile | None = None,
+    single_path: bool = False,
     generics: Sequence[str] | None = None,
     device: torch.device | str | None = None,
 ) -> Texts:
-    """What `portions` draws of: prompts and, under a `recipe`, their generic forms, or `generics`."""
+    """What `portions` draws of, for the same settings and LoRA; the arguments are those of `sample`."""
     if generics is not None and len(generics) != len(prompts):
         raise HollowError(
             f"There are {len(prompts)} prompts and {len(generics)} generic ones. Give one for each prompt."
         )
+    recipe = None if lora is None or single_path else lora.recipe
     size = settings.size or (model.resolution, model.resolution)
     with visiting(device, *model.text_encoders):
         guided = {prompt: encode_guided(model, prompt, settings) for prompt in dict.fromkeys(prompts)}
-        if recipe is None:
-            return Texts([guided[prompt] for prompt in prompts], [])
+        if recipe is None or recipe.cut is None:
+            return Texts([guided[prompt] for prompt in prompts], [], None)
         generics = generics or [generic_prompt(prompt, recipe.identifier) for prompt in prompts]
         generic = {text: encode_prompt(model, text, size) for text in dict.fromkeys(generics)}
-    return Texts([guided[prompt] for prompt in prompts], [generic[text] for text in generics])
+    return Texts([guided[prompt] for prompt in prompts], [generic[text] for text in generics], recipe)
 
 
 def portions(
@@ -124,31 +123,34 @@ def portions(
     settings: SampleSettings = SampleSettings(),
     *,
     lora: LoraFile | None = None,
-    single_path: bool = False,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], object] | None = None,
     stop: Stop | None = None,
 ) -> Iterator[list[Image.Image]]:
     """`sample` of encoded prompts, handing out some twenty pictures whenever they are drawn: to be written, before
     the next ones are asked for. `stop` is asked before each such portion."""
-    number, recipe = len(texts.guided), recipe_on(lora, single_path)
+    number, recipe = len(texts.guided), None if lora is None else texts.recipe
+    _check_seeds(number, seeds)
+    size = settings.together * max(AT_A_TIME // settings.together, 1)  # full batches
+
+    def draw_portion(portion: slice) -> list[Image.Image]:
+        latents: list[torch.Tensor] = []
+        with _lora(model, lora, settings.strength), visiting(device, model.unet):
+            for few in _slices(portion.start, portion.stop, settings.together):
+                generic = None if recipe is None else Conditioning.batch(texts.generic[few])
+                latents += draw(model, _batch(texts.guided[few]), seeds[few], settings, recipe, generic).split(1)
+                if progress is not None:
+                    progress(few.stop, number)
+        with visiting(device, model.vae):
+            return decode_images(model, latents)
+
+    of_all = _slices(0, number, size)
+    return (draw_portion(portion) for portion in takewhile(lambda _: stop is None or not stop(), of_all))
+
+
+def _check_seeds(number: int, seeds: Sequence[int]) -> None:
     if len(seeds) != number:
         raise HollowError(f"There are {number} prompts and {len(seeds)} seeds. Give one seed for each prompt.")
-    size = settings.together * max(AT_A_TIME // settings.together, 1)  # full batches
-    with _lora(model, lora, settings.strength):
-        for portion in _slices(0, number, size):
-            if stop is not None and stop():
-                return
-            latents: list[torch.Tensor] = []
-            with visiting(device, model.unet):
-                for few in _slices(portion.start, portion.stop, settings.together):
-                    generic = Conditioning.batch(texts.generic[few]) if recipe is not None else None
-                    latents += draw(model, _batch(texts.guided[few]), seeds[few], settings, recipe, generic).split(1)
-                    if progress is not None:
-                        progress(few.stop, number)
-            with visiting(device, model.vae):
-                pictures = decode_images(model, latents)
-            yield pictures
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -184,10 +186,10 @@ def draw(
     recipe: Recipe | None = None,
     generic: Conditioning | None = None,
 ) -> torch.Tensor:
-    """Scaled latents (batch, 4, height / 8, width / 8) from what `encode_guided` gives for one prompt or, in a batch,
-    for several, each with its seed; by the U-Net alone."""
+    """Scaled latents (batch, channels, height / 8, width / 8) from what `encode_guided` gives for one prompt or, in a
+    batch, for several, each with its seed; by the U-Net alone."""
     pipeline = replace(model, vae=None, text_encoders=()).pipeline()
-    pipeline.vae_scale_factor = model.pixels
+    pipeline.vae_scale_factor = model.pixels_per_latent
     pipeline.set_progress_bar_config(disable=True)
     height, width = settings.size or (model.resolution, model.resolution)
     paths: Any = nullcontext()

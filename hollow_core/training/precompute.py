@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
@@ -20,7 +20,7 @@ from ..nets.schedule import NoiseSchedule
 from ..progress import Clock, Stop, Watch
 from .store import Fingerprint, Kind, Record, Store, store_id
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+STORE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,11 +146,11 @@ def check_samples(samples: int, kinds: int = 1) -> None:
         raise HollowError(f"{samples} records are too few. Ask for at least {kinds}; 200 are usual.")
 
 
-def model_id(model: Any) -> str:
-    """A name for the config and the weights of a model of diffusers, as they are loaded."""
-    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+def model_id(network: Network) -> str:
+    """A name for a network's config and weights, as they are loaded."""
+    config = {name: value for name, value in network.config.items() if not name.startswith("_")}
     sha = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(network.module.state_dict().items()):
         sha.update(f"{name} {digest(tensor)}".encode())
     return sha.hexdigest()[:32]
 
@@ -175,7 +175,7 @@ def _fingerprint(
         trained = tensors["personal" if example.kind.endswith("image") else "generic"]
         inputs.update({digest(t): t.detach().cpu().clone() for t in [z, *trained.values()]})
     return Fingerprint(
-        model=model_id(network.module),
+        model=model_id(network),
         cut=cut,
         schedule=schedule.id,
         samples=samples,
@@ -209,8 +209,8 @@ def _check(
         network.check_cut(cut)
     if lora_parameters(network.module):
         raise HollowError("This U-Net carries a LoRA, but the base path runs without one. Take it out first.")
-    if dtype not in DTYPES:
-        names = ", ".join(_name(known) for known in DTYPES)
+    if dtype not in STORE_DTYPES:
+        names = ", ".join(_name(known) for known in STORE_DTYPES)
         raise HollowError(f"Records cannot be kept in {_name(dtype)}. Choose one of {names}.")
     counts = Counter(example.kind for example in examples)
     kinds = counts.keys() & {"image", "prior"}

@@ -192,7 +192,7 @@ class Store:
             return record._replace(stored={name: file.get_tensor(key) for name, key in keys.items()})
 
     def inputs(self, image: int) -> tuple[torch.Tensor, Conditioning]:
-        """What training needs of an example: scaled latents (1, 4, height, width), and the embedded prompt.
+        """What training needs of an example: scaled latents (1, channels, height, width), and the embedded prompt.
 
         That is the personal prompt for an image, the generic one for the prior.
         """
@@ -222,14 +222,15 @@ class Store:
 
     def _open_shard(self, shard: int) -> AbstractContextManager[safe_open]:
         def expected(keys: set[str]) -> set[str]:
-            return {_key(index, name) for index in self.shard(shard) for name in _names(keys) or {""}}
+            names = _names(keys) or {""}  # of an empty file, which is not whole
+            return {_key(index, name) for index in self.shard(shard) for name in names}
 
         return _open(self._shard_path(shard), expected, "Delete it and precompute again: the rest is kept.")
 
 
 def _key(index: int, name: str) -> str:
     """Of a record's tensor in its shard: "7", or "7 residual" if it has a name."""
-    return f"{index} {name}".rstrip()
+    return f"{index} {name}" if name else str(index)
 
 
 def _names(keys: Iterable[str]) -> set[str]:

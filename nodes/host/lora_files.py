@@ -52,7 +52,7 @@ def convert(
     source: str, name: str, dialect: str, zero_pad: bool, model: ModelPatcher | None, *, node_id: str
 ) -> tuple[Path, str]:
     """Where the LoRA was written, and what reading it back found, which the node shows. Raises HollowError as
-    `convert` does."""
+    `lora.file.convert` does."""
     config = None if model is None else unet_config(model)
     path = _target(name, dialect)
     written = lora_file.convert(known_lora(source), path, dialect, config=config, zero_pad=zero_pad)

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from tiny_pipelines import tiny_pipeline
 
 from hollow_core.cli import main
+from hollow_core.cli.options import Prediction
+from hollow_core.nets.schedule import PREDICTIONS
 
 Hollow = Callable[..., "Done"]
 
@@ -73,6 +75,10 @@ def test_cuts_of_a_model_are_a_table(hollow: Hollow, model_folder: Path) -> None
     rows = [line for line in done.stdout.splitlines() if "│" in line]
     assert len(rows) == 12  # cuts 0 to 11
     assert "3-3 … 6-4" in rows[3]
+
+
+def test_predictions_can_be_named_as_the_library_knows_them() -> None:
+    assert [each.value for each in Prediction] == list(PREDICTIONS)
 
 
 def test_train_then_sample(hollow: Hollow, model_folder: Path, photos: Path, tmp_path: Path) -> None:

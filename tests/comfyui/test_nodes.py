@@ -15,8 +15,8 @@ import comfy.lora
 import comfy.model_management
 import folder_paths
 import torch
-from hollow_pack.hollow_core import scores
 from hollow_pack.hollow_core.errors import HollowError
+from hollow_pack.hollow_core.evaluation import scores
 from hollow_pack.nodes import (
     demo_model,
     handles,

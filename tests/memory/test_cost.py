@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hollow_core.memory.cost import cuts_table
+from hollow_core.lora.layers import add_lora, lora_parameters
+from hollow_core.memory.cost import PAPER_RANK, cuts_table
 from hollow_core.models.base_model import outline
+from hollow_core.models.layouts import LAYOUTS
 from hollow_core.nets.unet import UNet, head, hollow
 from hollow_core.nets.unet_layers import max_cut
 
@@ -45,3 +47,21 @@ def test_forward_operations_are_those_that_really_run(tiny_unet, tiny_conditioni
             hollowed(sample, 0, exit_activation=activation, **prompt)
         assert row["flops"]["hollowed_forward"] == counter.get_total_flops()
         assert row["parameters"] == hollowed.num_parameters()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_operations_of_training_are_those_that_really_run_at_every_cut(tiny_unet, tiny_conditioning, layout):
+    unet = tiny_unet(layout).to("meta")
+    table = cuts_table(UNet(unet), 16, 16)
+    assert not lora_parameters(unet)
+    add_lora(unet, PAPER_RANK, generator=torch.Generator())
+    sample = torch.empty(1, 4, 16, 16, device="meta")
+    prompt = tiny_conditioning(unet, tokens=77).to("meta").kwargs()
+    for row in table:
+        activation = torch.empty(1, *row["exit_shape"], device="meta")
+        hollowed = hollow(unet, row["k"], [0])
+        with FlopCounterMode(display=False) as counter:
+            predicted = hollowed(sample, 0, exit_activation=activation, **prompt).sample
+            if predicted.requires_grad:
+                predicted.sum().backward()
+        assert row["flops"]["training_step"] == counter.get_total_flops()

@@ -192,7 +192,7 @@ def test_each_cut_removes_its_share_of_the_weights(
 def test_a_prediction_tells_of_every_stage_and_of_the_disk(folder: Path, table: dict[int | None, Prediction]) -> None:
     for cut, prediction in table.items():
         row = json.loads(json.dumps(prediction.row()))
-        assert tuple(row["stages"]) == tuple(STAGES)
+        assert tuple(row["stages"]) == STAGES
         for peak in row["stages"].values():
             assert peak["total"] == sum(size for kind, size in peak.items() if kind != "total")
         assert row["cut"] == cut
@@ -287,6 +287,8 @@ def test_refusals_are_sentences(tiny: Planner, folder: Path) -> None:
         tiny.predict(Setting(resolution=100))
     with pytest.raises(HollowError, match="0 records are too few"):
         tiny.predict(Setting(samples=0))
+    with pytest.raises(HollowError, match=r"1 records are too few\. Ask for at least 2"):
+        tiny.predict(Setting(samples=1, class_images=4))
     with pytest.raises(HollowError, match=r"'much' is no amount of memory\. Write it as 4GB"):
         parse_bytes("much")
     with pytest.raises(HollowError, match="sd99 does not exist"):

@@ -5,7 +5,7 @@ that is left, and what the last ones add.
 """
 
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from hollow_core.memory.planner import Planner
 from hollow_core.memory.setting import Setting
 from hollow_core.nets.conditioning import Conditioning
 from hollow_core.nets.network import Network, removed_fraction
-from hollow_core.nets.schedule import NoiseSchedule, Prediction
+from hollow_core.nets.schedule import NoiseSchedule, PredictionKind
 from hollow_core.nets.unet import UNet
 from hollow_core.training.precompute import Example, precompute
 from hollow_core.training.settings import TrainSettings
@@ -31,7 +31,7 @@ BLOCKS, WIDTH = 6, 16
 FEW = TrainSettings(rank=2, targets=("to_q",), steps=5, learning_rate=1e-2, save_every=2)
 
 
-class Flow(Prediction):
+class Flow(PredictionKind):
     """Flow matching, a kind of prediction made elsewhere: the numbers are σ_t, and ε − z is predicted."""
 
     name = "flow"
@@ -67,7 +67,6 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.config = {"blocks": BLOCKS}
         self.embed, self.time, self.out = nn.Linear(4, WIDTH), nn.Embedding(1000, WIDTH), nn.Linear(WIDTH, 4)
         self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
 
@@ -84,6 +83,7 @@ class Toy:
 
     module: Any
     cut: int | None = None
+    config = MappingProxyType({"blocks": BLOCKS})
     dtype = torch.float32
     levels = 1
 
@@ -206,7 +206,9 @@ def test_it_is_planned(toy, examples, tmp_path):
     def outline(dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             network = Toy(Transformer().eval().requires_grad_(False))
-        return SimpleNamespace(network=network, schedule=FLOW, pixels=8, resolution=32, vae=None, text_encoders=())
+        return SimpleNamespace(
+            network=network, schedule=FLOW, pixels_per_latent=8, resolution=32, vae=None, text_encoders=()
+        )
 
     planner = Planner(outline)
     assert planner.cuts() == [1, 2]

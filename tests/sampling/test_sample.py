@@ -12,11 +12,12 @@ from tiny_pipelines import tiny_pipeline
 from hollow_core.demo import run
 from hollow_core.errors import HollowError
 from hollow_core.lora.file import LoraFile
-from hollow_core.lora.layers import add_lora, lora_state, remove_lora
+from hollow_core.lora.layers import add_lora, lora_parameters, lora_state, remove_lora
 from hollow_core.lora.metadata import Recipe
 from hollow_core.models.base_model import load
 from hollow_core.nets.unet import hollow
-from hollow_core.sampling.sample import SampleSettings, sample
+from hollow_core.sampling import sample as sampling
+from hollow_core.sampling.sample import SampleSettings, encode, portions, sample
 
 
 @pytest.mark.parametrize("layout", ["sd15", "sdxl"])
@@ -64,6 +65,30 @@ def test_pictures_drawn_together_on_two_paths_are_those_drawn_alone() -> None:
     assert differ(drawn, draw(alone)) == [False] * 3
     assert differ(drawn, draw(together, generics=["a photo of a house in the city"] * 3)) == [True] * 3
     assert differ(drawn, draw(together, single_path=True)) == [True] * 3
+
+
+def test_pictures_come_in_portions_that_leave_the_model_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a command that is broken off keeps what was drawn, and another LoRA may be used meanwhile."""
+    monkeypatch.setattr(sampling, "AT_A_TIME", 2)
+    tiny_pipeline("sd15").save_pretrained(tmp_path)
+    model = load(tmp_path)
+    settings = SampleSettings(steps=1, size=(64, 64))
+    add_lora(model.unet, 2, generator=torch.Generator().manual_seed(0))
+    lora = LoraFile(lora_state(model.unet), 2.0, None, {})
+    remove_lora(model.unet)
+    texts = encode(model, ["a dog"] * 5, settings, lora=lora)
+    asked: list[int] = []
+    drawn = portions(model, texts, range(5), settings, lora=lora, stop=lambda: asked.append(1) or len(asked) > 2)
+    assert len(next(drawn)) == 2
+    assert not lora_parameters(model.unet)
+    assert [len(portion) for portion in drawn] == [2]  # the third time it is stopped
+    expected = sample(model, ["a dog"] * 2, [0, 1], settings, lora=lora)
+    again = next(portions(model, texts, range(5), settings, lora=lora))
+    assert [picture.tobytes() for picture in again] == [picture.tobytes() for picture in expected]
+    with pytest.raises(HollowError, match="There are 5 prompts and 4 seeds"):
+        portions(model, texts, range(4), settings)
 
 
 def test_refusals_are_sentences(tmp_path: Path) -> None:

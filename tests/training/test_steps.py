@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_training import tiny_examples, tiny_schedule
 
+from hollow_core.errors import HollowError
 from hollow_core.lora.layers import add_lora, lora_parameters
 from hollow_core.nets.unet import EXIT_ACTIVATION, UNet, hollow
 from hollow_core.training.precompute import run_base
@@ -67,6 +68,15 @@ def test_loss_is_equation_1_on_the_whole_unet_with_the_middle_under_the_generic_
     unhollowed = record_loss(unet, schedule, record._replace(stored={}), z, examples[0].generic)
     in_full = unet(noisy, record.timestep, **examples[0].generic.kwargs()).sample
     assert unhollowed.item() == pytest.approx((noise - in_full).square().mean().item(), rel=1e-5)
+
+
+def test_records_of_another_cut_are_refused(problem):
+    unet, schedule, examples, (record, _) = problem
+    inputs = schedule, record, examples[0].latents, examples[0].personal
+    with pytest.raises(HollowError, match=r"not hold what a U-Net of cut None needs .* Precompute them for this cut"):
+        record_loss(unet, *inputs)
+    with pytest.raises(HollowError, match="do not hold what a U-Net of cut 2 needs"):
+        record_loss(hollow(unet, CUT), schedule, record._replace(stored={"state": inputs[2]}), *inputs[2:])
 
 
 def test_min_snr_weighs_the_loss_of_a_record(problem):
