@@ -14,7 +14,9 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import latent_preview
+from diffusers import DDPMScheduler
 from hollow_pack.nodes.host.demo import demo_images, demo_model
+from hollow_pack.nodes.host.unet import noise_schedule
 
 import nodes
 from hollow_core.data.images import load_images
@@ -23,6 +25,7 @@ from hollow_core.lora import file as lora_file
 from hollow_core.lora import layers as lora
 from hollow_core.lora.metadata import Recipe
 from hollow_core.models.base_model import BaseModel, encode_images, encode_prompt
+from hollow_core.nets.schedule import NoiseSchedule
 from hollow_core.sampling.sample import SampleSettings, sample
 
 PROMPT = "a photo of a sks cup on the grass"
@@ -67,6 +70,16 @@ def expected(base: BaseModel, noisy: torch.Tensor, timestep: int, context: torch
 def test_the_noise_schedule_is_the_one_of_training(demo: Demo, base: BaseModel) -> None:
     sigmas = demo.model.get_model_object("model_sampling").sigmas
     torch.testing.assert_close(1 / (sigmas**2 + 1), base.schedule.numbers, rtol=0, atol=1e-6)
+
+
+def test_stores_go_by_the_schedule_that_a_diffusers_scheduler_has(demo: Demo) -> None:
+    """To the last bit, as they always did: a store on a user's disk is found again."""
+    schedule = noise_schedule(demo.model)
+    sigmas = demo.model.get_model_object("model_sampling").sigmas.double()
+    cumulated = torch.cat([torch.ones(1).double(), 1 / (sigmas**2 + 1)])
+    betas = (1 - cumulated[1:] / cumulated[:-1]).float().tolist()
+    scheduler = DDPMScheduler(trained_betas=betas, prediction_type="v_prediction")
+    assert schedule.id == NoiseSchedule.from_scheduler(scheduler).id
 
 
 def test_the_unet_predicts_what_diffusers_predicts(demo: Demo, base: BaseModel) -> None:

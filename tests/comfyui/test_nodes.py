@@ -34,7 +34,7 @@ from hollow_pack.nodes import (
 from hollow_pack.nodes.host import files, plan
 from hollow_pack.nodes.host import precompute as host_precompute
 from hollow_pack.nodes.host import train as host_train
-from hollow_pack.nodes.host.unet import frozen_unet
+from hollow_pack.nodes.host.unet import frozen_network
 from PIL import Image
 from safetensors import safe_open
 from tiny_models import tiny_flux
@@ -295,12 +295,12 @@ def test_out_of_memory_is_told_and_run_goes_on(demo: Any, monkeypatch: pytest.Mo
         shutil.rmtree(folder)
 
     def on_a_full_device(*given: Any) -> Any:
-        unet = frozen_unet(*given)
-        unet.down_blocks[0].register_forward_hook(OutOfMemoryAt(2))
-        return unet
+        network = frozen_network(*given)
+        network.module.down_blocks[0].register_forward_hook(OutOfMemoryAt(2))
+        return network
 
     with monkeypatch.context() as patch:
-        patch.setattr(host_train, "frozen_unet", on_a_full_device)
+        patch.setattr(host_train, "frozen_network", on_a_full_device)
         said = r"in the stage train: 0.03 GiB were predicted, .* Take gradient checkpointing: then it is .* goes on"
         with pytest.raises(Exception, match=said):
             train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS)

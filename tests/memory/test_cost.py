@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from hollow_core.lora.layers import add_lora, lora_parameters
 from hollow_core.memory.cost import PAPER_RANK, cuts_table
 from hollow_core.models.base_model import outline
-from hollow_core.models.layouts import LAYOUTS
 from hollow_core.nets.unet import UNet, head, hollow
 from hollow_core.nets.unet_layers import max_cut
 
@@ -31,10 +30,13 @@ def test_sd21_against_the_paper():
     }
 
 
-def test_forward_operations_are_those_that_really_run(tiny_unet, tiny_conditioning):
-    unet = tiny_unet("sdxl", layers_per_block=1, transformer_layers_per_block=1, sample_size=8).to("meta")
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+def test_operations_are_those_that_really_run(tiny_unet, tiny_conditioning, layout):
+    """At every cut, with attention left before the exit, behind it, and nowhere."""
+    unet = tiny_unet(layout, layers_per_block=1, transformer_layers_per_block=1, sample_size=8).to("meta")
     table = json.loads(json.dumps(cuts_table(UNet(unet), 8, 8)))
     assert len(table) == max_cut(unet.config) + 1
+    assert not lora_parameters(unet)
     sample = torch.empty(1, 4, 8, 8, device="meta")
     prompt = tiny_conditioning(unet, tokens=77).to("meta").kwargs()
     for row in table:
@@ -47,19 +49,9 @@ def test_forward_operations_are_those_that_really_run(tiny_unet, tiny_conditioni
             hollowed(sample, 0, exit_activation=activation, **prompt)
         assert row["flops"]["hollowed_forward"] == counter.get_total_flops()
         assert row["parameters"] == hollowed.num_parameters()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_operations_of_training_are_those_that_really_run_at_every_cut(tiny_unet, tiny_conditioning, layout):
-    unet = tiny_unet(layout).to("meta")
-    table = cuts_table(UNet(unet), 16, 16)
-    assert not lora_parameters(unet)
     add_lora(unet, PAPER_RANK, generator=torch.Generator())
-    sample = torch.empty(1, 4, 16, 16, device="meta")
-    prompt = tiny_conditioning(unet, tokens=77).to("meta").kwargs()
     for row in table:
-        activation = torch.empty(1, *row["exit_shape"], device="meta")
-        hollowed = hollow(unet, row["k"], [0])
+        activation, hollowed = torch.empty(1, *row["exit_shape"], device="meta"), hollow(unet, row["k"], [0])
         with FlopCounterMode(display=False) as counter:
             predicted = hollowed(sample, 0, exit_activation=activation, **prompt).sample
             if predicted.requires_grad:

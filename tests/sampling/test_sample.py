@@ -67,9 +67,7 @@ def test_pictures_drawn_together_on_two_paths_are_those_drawn_alone() -> None:
     assert differ(drawn, draw(together, single_path=True)) == [True] * 3
 
 
-def test_pictures_come_in_portions_that_leave_the_model_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pictures_come_in_portions_that_leave_the_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a command that is broken off keeps what was drawn, and another LoRA may be used meanwhile."""
     monkeypatch.setattr(sampling, "AT_A_TIME", 2)
     tiny_pipeline("sd15").save_pretrained(tmp_path)
