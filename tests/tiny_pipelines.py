@@ -46,6 +46,21 @@ def tiny_pipeline(layout: str, **scheduler: object) -> Pipeline:
     return pipeline
 
 
+def shallow_pipeline(layout: str) -> Pipeline:
+    """The same with a U-Net of two levels, one with attention: a fourth of the work, for tests of what is around it."""
+    pipeline = tiny_pipeline(layout)
+    shallow = {
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "block_out_channels": [8, 24],
+        "layers_per_block": 1,
+    }
+    if layout == "sd21":
+        shallow["attention_head_dim"] = [1, 3]
+    pipeline.register_modules(unet=make_tiny_unet(layout, **shallow))
+    return pipeline
+
+
 def tiny_vae() -> AutoencoderKL:
     """Eight pixels a latent, as in Stable Diffusion."""
     return AutoencoderKL(

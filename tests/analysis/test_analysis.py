@@ -184,6 +184,7 @@ def test_what_looks_wrong_is_flagged_and_the_rest_measured(tiny_unet: TinyUNet) 
     assert picture([replace(analysis, name="a $name$ of 日本" * 9)]).width > 100
 
 
+@pytest.mark.slow
 def test_two_pictures_have_the_same_colours_for_the_same_change(tiny_unet: TinyUNet) -> None:
     """One LoRA beside another a hundred times as strong, and alone: its block is of the same colour."""
     unet = tiny_unet("sd15")
@@ -225,6 +226,7 @@ def test_a_models_weights_are_read_one_by_one(layout: str, tmp_path: Path) -> No
         base_weights(tmp_path, unet.config)
 
 
+@pytest.mark.slow
 def test_files_of_every_dialect_are_analyzed_alike(tmp_path: Path, tiny_unet: TinyUNet) -> None:
     pipeline = tiny_pipeline("sd15")
     pipeline.save_pretrained(tmp_path / "model")

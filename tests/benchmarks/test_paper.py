@@ -39,6 +39,7 @@ def test_a_pruned_unet_without_its_mid_block_is_diffusers_own() -> None:
         assert not torch.allclose(drawn, unet(latents, 500, prompt).sample, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["sd15", "sdxl"])
 def test_every_cut_can_be_pruned_and_trained(layout: str, tmp_path: Path) -> None:
     for cut in range(max_cut(make_tiny_unet(layout).config)):  # the last leaves no layer on the way down
@@ -49,6 +50,7 @@ def test_every_cut_can_be_pruned_and_trained(layout: str, tmp_path: Path) -> Non
         assert all(tensor.isfinite().all() for tensor in result.state.values())
 
 
+@pytest.mark.slow
 def test_full_finetuning_trains_all_weights_and_its_loss_falls(tmp_path: Path) -> None:
     unet, schedule = make_tiny_unet("sd15"), tiny_schedule()
     before = {name: tensor.clone() for name, tensor in unet.named_parameters()}

@@ -56,6 +56,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_cuts_prints_the_papers_seven_percentages(hollow: Hollow) -> None:
     done = hollow("cuts", "sd21", "--json")
     assert done.status == 0, done.stderr
@@ -69,6 +70,7 @@ def test_cuts_prints_the_papers_seven_percentages(hollow: Hollow) -> None:
     assert set(rows[3]["flops"]) == {"full", "precompute", "hollowed_forward", "training_step"}
 
 
+@pytest.mark.slow
 def test_cuts_of_a_model_are_a_table(hollow: Hollow, model_folder: Path) -> None:
     done = hollow("cuts", model_folder)
     assert done.status == 0, done.stderr
@@ -81,6 +83,7 @@ def test_predictions_can_be_named_as_the_library_knows_them() -> None:
     assert [each.value for each in Prediction] == list(PREDICTIONS)
 
 
+@pytest.mark.slow
 def test_train_then_sample(hollow: Hollow, model_folder: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "my lora"
     train = ["train", model_folder, "--images", photos, "--subject", "dog", "--out", out, "--device", "cpu"]
@@ -129,6 +132,7 @@ def sd15_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_analyze_shows_blocks_and_recommends_a_cut(hollow: Hollow, sd15_lora: Path, tmp_path: Path) -> None:
     chart = tmp_path / "chart.png"
     done = hollow("analyze", sd15_lora, "--out", chart, "--json")
@@ -155,6 +159,7 @@ def middle_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_scale_halves_a_block_and_analyze_compares(
     hollow: Hollow, model_folder: Path, middle_lora: Path, tmp_path: Path
 ) -> None:
@@ -320,6 +325,7 @@ def refusals(folder: Path, photos: Path, model_folder: Path) -> dict[str, tuple[
     }
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_sentence_and_nothing_is_written(
     hollow: Hollow, model_folder: Path, photos: Path, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def test_scorers_know_an_individual_from_another_of_its_class() -> None:
     assert figures["class"] > 0.9
 
 
+@pytest.mark.slow
 def test_the_middle_of_the_model_matters() -> None:
     """Else hollowing would be free, and the demo would prove nothing."""
     figures = gates.middle_matters(load(run.MODEL), pictures=128, batch=32)
@@ -70,6 +71,7 @@ def test_the_middle_of_the_model_matters() -> None:
     assert figures["foreign_exit_raises_loss_percent"] >= 5
 
 
+@pytest.mark.slow
 def test_the_demo_leaves_all_that_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a tenth of everything: what is learned is measured by benchmarks, that it works is seen here."""
     monkeypatch.setattr(run, "SAMPLES", 30)

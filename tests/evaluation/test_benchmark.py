@@ -46,6 +46,7 @@ def stopping_after(asked: int) -> Iterator[bool]:
         yield True
 
 
+@pytest.mark.slow
 def test_a_stopped_job_goes_on_to_the_same_end(
     scorers: tuple[Path, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,6 +73,7 @@ def test_a_stopped_job_goes_on_to_the_same_end(
     assert {path.name for path in job("whole").folder.iterdir()} == {"lora.safetensors", "pictures", "scores.json"}
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_a_table(
     scorers: tuple[Path, Path],
     data: Path,

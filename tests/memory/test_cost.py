@@ -13,6 +13,7 @@ from hollow_core.nets.unet import UNet, head, hollow
 from hollow_core.nets.unet_layers import max_cut
 
 
+@pytest.mark.slow
 def test_sd21_against_the_paper():
     table = cuts_table(outline("sd21").network, 64, 64)
     assert [row["k"] for row in table] == list(range(12))
@@ -30,6 +31,7 @@ def test_sd21_against_the_paper():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["sd15", "sdxl"])
 def test_operations_are_those_that_really_run(tiny_unet, tiny_conditioning, layout):
     """At every cut, with attention left before the exit, behind it, and nowhere."""

@@ -43,6 +43,7 @@ def with_checkpointing(setting: Setting) -> Setting:
     return replace(setting, training=replace(setting.training, gradient_checkpointing=True))
 
 
+@pytest.mark.slow
 def test_a_bare_unet_has_the_two_stages_that_run_it(planner: Planner) -> None:
     prediction = planner.predict(SETTING)
     assert tuple(prediction.stages) == BOTH
@@ -77,6 +78,7 @@ def test_the_lever_that_costs_least_of_those_that_do_is_named(planner: Planner, 
     assert then == pytest.approx(enough / GIB, abs=0.01)
 
 
+@pytest.mark.slow
 def test_records_at_once_are_the_first_to_go(planner: Planner) -> None:
     one, four = (replace(SETTING, training=replace(SETTING.training, batch=4, together=n)) for n in (1, 4))
     assert advice(planner, ["train"], four, needs(planner, ["train"], one)).startswith("Take together 1:")
@@ -141,6 +143,7 @@ def test_running_out_all_the_same_is_told_and_keeps_the_records(planner: Planner
         raise ZeroDivisionError
 
 
+@pytest.mark.slow
 def test_train_on_a_gpu_refuses_before_anything_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,7 @@ def test_a_diffusers_folder(tmp_path: Path, layout: str, variant: str | None) ->
     assert not any(part.training for part in (model.unet, model.vae, *model.text_encoders))
 
 
+@pytest.mark.slow
 def test_a_single_file(tmp_path: Path, layout: str) -> None:
     """The checkpoint's names are those of the original code; diffusers' converter must find every tensor."""
     pipeline = tiny_pipeline(layout)
@@ -121,6 +122,7 @@ TEXT_WIDTHS = {"sd15": 768, "sd21": 1024, "sdxl": 2048}
 SD2_BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
+@pytest.mark.slow
 def test_a_single_file_by_itself(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a word about its kind: known by its text width, with the tokenizers of that kind.
 
@@ -151,6 +153,7 @@ def test_a_single_file_by_itself(tmp_path: Path, layout: str, monkeypatch: pytes
         assert len(tokens) == 77
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spread", "prediction_type"), [(0.03, "epsilon"), (0.3, "v_prediction")])
 def test_sd2_is_told_apart_by_a_bias(tmp_path: Path, spread: float, prediction_type: str) -> None:
     pipeline = tiny_pipeline("sd21")
@@ -165,6 +168,7 @@ def test_sd2_is_told_apart_by_a_bias(tmp_path: Path, spread: float, prediction_t
     assert overridden.schedule.prediction.name == "sample"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metadata", "markers", "prediction_type"),
     [
@@ -401,6 +405,7 @@ def test_the_embedded_models_outline_is_of_its_size() -> None:
     assert outline(str(MODEL)).resolution == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["sd15", "sdxl"])
 def test_a_loaded_model_has_the_outline_of_its_folder(tmp_path: Path, layout: str) -> None:
     folder = save_folder(tiny_pipeline(layout), tmp_path / "model")

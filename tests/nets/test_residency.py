@@ -125,6 +125,7 @@ def test_the_bytes_are_those_of_the_bits(tiny_unet, layout, bits):
     assert sum(buffer.nbytes for buffer in unet.buffers()) == groups * (64 * bits // 8 + 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_gradients_are_those_of_the_dequantised_weights(tiny_unet, tiny_conditioning, layout, bits):
     quantized = tiny_unet(layout)
@@ -173,6 +174,7 @@ def linear_and_convolution_paths(unet):
     return [path for path, module in unet.named_modules() if isinstance(module, residency._FrozenLayer)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "bits"), [("sd15", 4), ("sd21", None), ("sdxl", 8)])
 def test_streaming_changes_not_a_bit(tiny_unet, tiny_conditioning, layout, bits):
     resident, streamed = tiny_unet(layout), tiny_unet(layout)
@@ -194,6 +196,7 @@ def test_streaming_changes_not_a_bit(tiny_unet, tiny_conditioning, layout, bits)
         assert all(torch.equal(tensor, same) for tensor, same in zip(expected, found, strict=True))
 
 
+@pytest.mark.slow
 def test_streaming_changes_not_a_bit_before_anything_is_frozen(tiny_unet, tiny_conditioning):
     """Parameters that still ask for gradients: torch multiplies a batch by them in another way."""
     resident, streamed = tiny_unet("sd21"), tiny_unet("sd21")

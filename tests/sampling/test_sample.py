@@ -42,6 +42,7 @@ def test_a_picture_is_the_pipelines(layout: str, tmp_path: Path) -> None:
             assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_pictures_drawn_together_on_two_paths_are_those_drawn_alone() -> None:
     """By the embedded model, where prompts matter."""
     model = run.model()

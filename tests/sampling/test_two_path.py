@@ -114,6 +114,7 @@ def base_passes(pipeline: Pipeline) -> Iterator[list[float]]:
         hook.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [0, 3, 6])
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_the_same_prompt_at_strength_0_is_the_plain_pipeline(layout: str, cut: int, guidance: float) -> None:
@@ -123,6 +124,7 @@ def test_the_same_prompt_at_strength_0_is_the_plain_pipeline(layout: str, cut: i
         np.testing.assert_allclose(draw(pipeline, GENERIC, guidance_scale=guidance), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [0, 2, 3, 6, 8])
 def test_it_is_what_the_method_defines(layout: str, cut: int) -> None:
     pipeline = pipeline_with_lora(layout)
@@ -145,6 +147,7 @@ def test_odd_latents_without_guidance(layout: str, size: tuple[int, int]) -> Non
         np.testing.assert_allclose(draw(pipeline, **options), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_pictures_one_by_one(layout: str) -> None:
     """Two prompts with their two generic ones, two pictures each, as diffusers lays them out."""
     pipeline = pipeline_with_lora(layout)
@@ -188,6 +191,7 @@ def plain_outputs(unet: UNet2DConditionModel, outputs: list[Tensor]) -> Iterator
         del unet.forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("refresh", "passes"), [(1, 6), (2, 3), (3, 2), (4, 2), (100, 1)])
 def test_refresh_runs_the_base_path_every_nth_step(refresh: int, passes: int) -> None:
     pipeline = pipeline_with_lora("sd15")
@@ -208,6 +212,7 @@ def test_a_second_run_starts_with_an_activation_of_its_own() -> None:
         np.testing.assert_array_equal(draw(pipeline, num_inference_steps=1), expected)
 
 
+@pytest.mark.slow
 def test_a_scheduler_of_second_order_refreshes_at_time_steps_not_calls() -> None:
     """Heun calls the U-Net twice at each inner time step, on different latents."""
     pipeline = pipeline_with_lora("sd15")
@@ -222,6 +227,7 @@ def test_a_scheduler_of_second_order_refreshes_at_time_steps_not_calls() -> None
 COMPATIBLES = sorted(tiny_pipeline("sd15").scheduler.compatibles, key=lambda kind: kind.__name__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COMPATIBLES, ids=lambda kind: kind.__name__)
 def test_every_scheduler(kind: type[SchedulerMixin]) -> None:
     """At strength 0 and the same prompt: the plain pipeline. With the LoRA, and without refresh: finite."""

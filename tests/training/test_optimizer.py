@@ -53,6 +53,7 @@ def test_fused_or_not_may_change_on_the_way(begin, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_never_more_than_one_gradient_is_there_when_fused(begin, tmp_path, monkeypatch):
     network, schedule, store = begin()
     there = []

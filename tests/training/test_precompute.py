@@ -152,6 +152,7 @@ precompute(UNet(unet), tiny_schedule(), tiny_examples(unet), sys.argv[1], cut=2,
 """
 
 
+@pytest.mark.slow
 def test_killed_by_the_system_and_run_again_gives_the_same_bytes(tiny_unet, tmp_path):
     assert run_script(KILLED, tmp_path / "killed") == -signal.SIGKILL
     assert "records-00000.safetensors" in content(tmp_path / "killed")

@@ -140,6 +140,7 @@ def test_zo_trains_any_store_at_full_resolution(begin, tmp_path):
     assert any(tensor.any() for key, tensor in result.state.items() if "lora_B" in key)
 
 
+@pytest.mark.slow
 def test_zo_learns_a_single_record(begin, tmp_path):
     network, schedule, store = begin(samples=1, low=False)
     settings = replace(FEW, strategy="zo", steps=40, learning_rate=3e-2, targets=("conv_out",))
@@ -163,6 +164,7 @@ def test_partial_time_step_sampling_is_for_zeroth_order_steps_alone(begin, strat
 BRIEF = replace(FEW, steps=4, selective_gamma=6.0, zo_queries=1, targets=("attn2.to_q", "attn2.to_v"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -315,6 +317,7 @@ def test_a_low_resolution_that_cannot_be_is_refused(sdxl_request, side, said):
         low_examples(loader(), replace(request, setting=replace(request.setting, low_resolution=side)), [])
 
 
+@pytest.mark.slow
 def test_the_whole_road_draws_its_schedule(sdxl_request, tmp_path):
     loader, request = sdxl_request
     outcome = personalize(loader, request, tmp_path / "out")

@@ -54,6 +54,7 @@ def finite(state):
     return all(tensor.isfinite().all() for tensor in state.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [None, CUT])
 def test_loss_falls(begin, tmp_path, cut):
     targets = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
@@ -86,6 +87,7 @@ def test_first_loss_is_equation_1_plus_the_weighted_prior_of_equation_2(begin, t
     assert losses[1.0] - losses[0.0] == pytest.approx(equation_2, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "cut", "strategy"), [("sd15", None, "bp"), ("sdxl", 1, "bp"), ("sd15", CUT, "zo")])
 def test_records_that_pass_together_give_the_losses_of_one_by_one(begin, tmp_path, layout, cut, strategy):
     """In fewer passes of the U-Net."""
@@ -151,6 +153,7 @@ def test_same_seed_same_lora_and_another_seed_another(begin, tmp_path):
     assert content(tmp_path / "first") == content(tmp_path / "again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [FEW, replace(FEW, steps=4, batch=2, precision="fp16")])
 def test_stopped_at_any_step_and_gone_on_gives_the_same_lora(begin, tmp_path, settings):
     network, schedule, store = begin(priors=1)
@@ -166,6 +169,7 @@ def test_stopped_at_any_step_and_gone_on_gives_the_same_lora(begin, tmp_path, se
         assert content(folder) == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_broken_off_at_any_step_and_gone_on_gives_the_same_lora(begin, tmp_path):
     network, schedule, store = begin()
     settings = replace(FEW, save_every=2)
@@ -180,6 +184,7 @@ def test_broken_off_at_any_step_and_gone_on_gives_the_same_lora(begin, tmp_path)
         assert content(folder) == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [FEW, replace(FEW, strategy="zo")])
 def test_out_of_memory_at_a_step_and_gone_on_gives_the_same_lora(begin, tmp_path, settings):
     whole = train(*begin(), settings, folder=tmp_path / "whole")
@@ -230,6 +235,7 @@ train(network, tiny_schedule(), Store.open(sys.argv[1]), settings, folder=sys.ar
 """
 
 
+@pytest.mark.slow
 def test_killed_by_the_system_and_gone_on_gives_the_same_lora(begin, tmp_path):
     _, _, store = begin()
     assert run_script(KILLED, store.folder, tmp_path / "killed") == -signal.SIGKILL
