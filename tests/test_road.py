@@ -228,6 +228,7 @@ def test_class_pictures_differ_from_the_subjects_by_the_identifier_alone(
     assert of_class == [*generic, generic[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_middle_is_out_of_memory_while_training(
     model_folder: Path, photos: Path, tmp_path: Path, streaming: bool

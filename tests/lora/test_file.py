@@ -80,6 +80,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert float((found[module] - change).norm()) <= 1e-3 * float(change.norm()), module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [ATTENTION, (*LINEAR, *CONVOLUTIONS)], ids=["attention", "all layers"])
 def test_diffusers_loads_it_with_nothing_left_over(
     tmp_path: Path, layout: str, targets: tuple[str, ...], caplog: pytest.LogCaptureFixture

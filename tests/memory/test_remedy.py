@@ -59,6 +59,7 @@ def test_what_fits_is_not_refused(planner: Planner) -> None:
     check_fits(planner, SETTING, needs(planner, BOTH, SETTING), BOTH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lever", "changed"),
     [
@@ -87,6 +88,7 @@ def test_records_at_once_are_the_first_to_go(planner: Planner) -> None:
     assert advice(planner, ["train"], alone, enough).startswith("Take gradient checkpointing:")
 
 
+@pytest.mark.slow
 def test_where_nothing_helps_the_smallest_is_named(planner: Planner) -> None:
     said = r"Even cut \d in fp32, gradient checkpointing, streaming needs 0.0\d GiB: close what else uses the memory"
     with pytest.raises(HollowError, match=said):

@@ -68,6 +68,7 @@ def assert_is(model: BaseModel, pipeline: Pipeline) -> None:
         assert same_weights(model.text_encoders[1], pipeline.text_encoder_2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_a_diffusers_folder(tmp_path: Path, layout: str, variant: str | None) -> None:
     pipeline = tiny_pipeline(layout)
@@ -202,6 +203,7 @@ def test_a_folder_tells_its_schedule(tmp_path: Path) -> None:
     assert sampler.config.prediction_type == "v_prediction"
 
 
+@pytest.mark.slow
 def test_the_pipeline_draws_what_the_original_draws(tmp_path: Path, layout: str) -> None:
     original = tiny_pipeline(layout)
     pipeline = load(save_folder(original, tmp_path)).pipeline()

@@ -265,6 +265,7 @@ def test_what_is_streamed_stays_in_main_memory_and_the_rest_goes(tiny_unet):
     assert {matrix.device.type for matrix in lora_parameters(unet)} == {"meta"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_streamed_run_is_the_resident_one_bit_by_bit(tiny_unet, tmp_path, bits, precision):

@@ -136,6 +136,7 @@ def test_it_is_what_the_method_defines(layout: str, cut: int) -> None:
     assert np.abs(expected - plain).max() > 1e-2  # the base path matters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(120, 72), (64, 200)])
 def test_odd_latents_without_guidance(layout: str, size: tuple[int, int]) -> None:
     pipeline = pipeline_with_lora(layout)
@@ -324,6 +325,7 @@ def test_no_cut_is_the_ordinary_path() -> None:
         np.testing.assert_array_equal(draw(pipeline), expected)
 
 
+@pytest.mark.slow
 def test_a_lora_that_diffusers_loaded(tmp_path: Path, layout: str) -> None:
     """The same file by `load_lora_weights`: off on the base path, scaled on the personal one, and as before."""
     pipeline = pipeline_with_lora(layout)
@@ -340,6 +342,7 @@ def test_a_lora_that_diffusers_loaded(tmp_path: Path, layout: str) -> None:
     assert lora_switches(pipeline.unet) == switches
 
 
+@pytest.mark.slow
 def test_model_offloading_moves_the_unet_in_and_out() -> None:
     """Enabled before, as one does on a small card; here the accelerator is the CPU too."""
     pipeline = pipeline_with_lora("sd15")

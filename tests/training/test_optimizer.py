@@ -37,6 +37,7 @@ def same(state, other):
     return state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fused_does_the_same_bit_by_bit(begin, tmp_path, checkpointing):
     apart = train(*begin(), FEW, folder=tmp_path / "apart")
@@ -46,6 +47,7 @@ def test_fused_does_the_same_bit_by_bit(begin, tmp_path, checkpointing):
     assert content(tmp_path / "fused") == content(tmp_path / "apart")
 
 
+@pytest.mark.slow
 def test_fused_or_not_may_change_on_the_way(begin, tmp_path):
     train(*begin(), replace(FUSED, steps=3), folder=tmp_path / "run")
     assert same(
@@ -78,6 +80,7 @@ def test_a_non_finite_gradient_leaves_the_lora_from_before_it(begin, tmp_path):
     assert same(result.state, start)
 
 
+@pytest.mark.slow
 def test_a_lora_in_bf16_is_near_in_half_the_bytes_and_goes_on(begin, tmp_path):
     settings = replace(FEW, lora_precision="bf16")
     exact = train(*begin(), FEW, folder=tmp_path / "fp32")
@@ -141,6 +144,7 @@ class TestEightBits:
             sizes[name] = sum(part.nbytes for parts in optimizer.state().values() for part in parts.values())
         assert sizes["adamw8bit"] < 0.27 * sizes["adamw"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("fused", [False, True])
     def test_broken_off_and_gone_on_it_ends_with_the_same_lora(self, begin, tmp_path, fused):
         settings = replace(self.EIGHT, fused_backward=fused)

@@ -118,6 +118,7 @@ def test_without_a_cut_there_are_records_but_no_activations(tiny_unet, tmp_path)
     assert sorted(content(tmp_path)) == ["inputs.safetensors", "store.json"]
 
 
+@pytest.mark.slow
 def test_broken_off_in_every_shard_and_run_again_gives_the_same_bytes(tiny_unet, tmp_path):
     unet, schedule = tiny_unet("sd15"), tiny_schedule()
     examples = tiny_examples(unet, images=3, priors=2)
@@ -162,6 +163,7 @@ def test_killed_by_the_system_and_run_again_gives_the_same_bytes(tiny_unet, tmp_
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", range(5))
 def test_dead_before_a_file_has_its_name_and_run_again_gives_the_same_bytes(tiny_unet, tmp_path, monkeypatch, file):
     unet = tiny_unet("sd15")

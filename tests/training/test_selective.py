@@ -148,6 +148,7 @@ def test_zo_learns_a_single_record(begin, tmp_path):
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zo", "selective"])
 def test_partial_time_step_sampling_is_for_zeroth_order_steps_alone(begin, strategy):
     _, _, store = begin(priors=2, samples=80)
@@ -189,6 +190,7 @@ def test_stopped_at_any_step_and_gone_on_gives_the_same_lora(begin, tmp_path, se
     assert any(not torch.equal(other.state[key], tensor) for key, tensor in whole.state.items())
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_under_zo_but_would_be_another_schedule_under_selective(begin, tmp_path):
     network, schedule, store = begin()
     for strategy in ("zo", "selective"):

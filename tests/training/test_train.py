@@ -142,6 +142,7 @@ def test_zero_terminal_snr_with_v_prediction_trains_at_every_time_step(begin, tm
         assert finite(result.state)
 
 
+@pytest.mark.slow
 def test_same_seed_same_lora_and_another_seed_another(begin, tmp_path):
     first, again, other = (
         train(*begin(), replace(FEW, seed=seed), folder=tmp_path / name)
@@ -201,6 +202,7 @@ def test_out_of_memory_at_a_step_and_gone_on_gives_the_same_lora(begin, tmp_path
         assert content(tmp_path / str(call)) == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_out_of_memory_amid_fused_updates_goes_on_from_the_last_checkpoint(begin, tmp_path):
     settings = replace(FEW, fused_backward=True, max_grad_norm=math.inf, save_every=2)
     whole = train(*begin(), settings, folder=tmp_path / "whole")
@@ -247,6 +249,7 @@ def test_killed_by_the_system_and_gone_on_gives_the_same_lora(begin, tmp_path):
     assert result.losses == whole.losses
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_where_fewer_ended(begin, tmp_path):
     train(*begin(), replace(FEW, steps=4), folder=tmp_path / "longer")
     settings = replace(FEW, save_every=1, gradient_checkpointing=True, together=2)  # these, too, are free to change
@@ -262,6 +265,7 @@ def test_more_steps_go_on_where_fewer_ended(begin, tmp_path):
     assert finished.stopped == "finished"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -376,6 +380,7 @@ def test_an_exploding_update_leaves_the_lora_from_before_it(begin, tmp_path):
     assert content(tmp_path / "run") == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "skipped"), [("fp32", 0), ("fp16", 16)])
 def test_a_non_finite_gradient_is_never_applied(begin, tmp_path, precision, skipped):
     network, schedule, store = begin()
@@ -404,6 +409,7 @@ def test_the_gradient_is_clipped_to_its_norm(begin, tmp_path):
     assert scaled == pytest.approx(whole, rel=0.05)  # the scale of the loss is out of it again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_finite_and_near_to_single(begin, tmp_path, precision):
     exact = train(*begin(), FEW, folder=tmp_path / "fp32")
