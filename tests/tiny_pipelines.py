@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-from tiny_unets import make_tiny_unet
+from tiny_unets import make_shallow_unet, make_tiny_unet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from hollow_core.models.layouts import FOLDER
@@ -47,17 +47,9 @@ def tiny_pipeline(layout: str, **scheduler: object) -> Pipeline:
 
 
 def shallow_pipeline(layout: str) -> Pipeline:
-    """The same with a U-Net of two levels, one with attention: a fourth of the work, for tests of what is around it."""
+    """The same with the U-Net of `make_shallow_unet`."""
     pipeline = tiny_pipeline(layout)
-    shallow = {
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-        "block_out_channels": [8, 24],
-        "layers_per_block": 1,
-    }
-    if layout == "sd21":
-        shallow["attention_head_dim"] = [1, 3]
-    pipeline.register_modules(unet=make_tiny_unet(layout, **shallow))
+    pipeline.register_modules(unet=make_shallow_unet(layout))
     return pipeline
 
 

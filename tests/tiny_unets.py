@@ -34,6 +34,20 @@ def make_tiny_unet(layout: str, seed: int = 0, **changes: Any) -> UNet2DConditio
         return UNet2DConditionModel.from_config(config).eval()
 
 
+def make_shallow_unet(layout: str, seed: int = 0, **changes: Any) -> UNet2DConditionModel:
+    """The same with two levels, of which one has attention: for tests of what is around a U-Net, in a fourth of the
+    time. Its cuts are 0 to 3."""
+    shallow = {
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "block_out_channels": [8, 24],
+        "attention_head_dim": [1, 3],
+        "transformer_layers_per_block": 1,
+        "layers_per_block": 1,
+    }
+    return make_tiny_unet(layout, seed, **shallow | changes)
+
+
 def make_tiny_conditioning(unet: UNet2DConditionModel, batch: int = 1, seed: int = 0, tokens: int = 5) -> Conditioning:
     """A random prompt that fits `unet`."""
     generator = torch.Generator().manual_seed(seed)

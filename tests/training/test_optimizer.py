@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_training import BreakAt, Broken, content, tiny_examples, tiny_schedule
+from tiny_unets import make_shallow_unet
 
 from hollow_core.errors import HollowError
 from hollow_core.lora.layers import lora_parameters
@@ -17,15 +18,15 @@ from hollow_core.training.precompute import precompute
 from hollow_core.training.settings import TrainSettings
 from hollow_core.training.train import train
 
-CUT = 3
+CUT = 1
 FEW = TrainSettings(rank=2, steps=6, learning_rate=1e-3, max_grad_norm=math.inf)
 FUSED = replace(FEW, fused_backward=True)
 
 
 @pytest.fixture
-def begin(tiny_unet, tmp_path):
+def begin(tmp_path):
     def begin(priors=0):
-        unet, schedule = tiny_unet("sd15"), tiny_schedule()
+        unet, schedule = make_shallow_unet("sd15"), tiny_schedule()
         examples = tiny_examples(unet, 2, priors)
         store = precompute(UNet(unet), schedule, examples, tmp_path / f"store {priors}", cut=CUT, samples=4)
         return UNet(unet).hollow(CUT, range(1000)), schedule, store

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tiny_pipelines import tiny_pipeline
 from tiny_training import content, tiny_examples, tiny_schedule
+from tiny_unets import make_shallow_unet
 
 from hollow_core.data.images import load_images
 from hollow_core.errors import HollowError
@@ -22,16 +23,16 @@ from hollow_core.training.selective import choices, count_by_time, falling, heat
 from hollow_core.training.settings import TrainSettings
 from hollow_core.training.train import train
 
-CUT = 3
+CUT = 1
 FEW = TrainSettings(rank=2, steps=6, learning_rate=1e-3)
 
 
 @pytest.fixture
-def begin(tiny_unet, tmp_path):
+def begin(tmp_path):
     """Precompute, pictures of 8×8 latents with twins of 4×4, and hollow: unet, schedule, store."""
 
     def begin(cut=CUT, samples=6, priors=0, low=True):
-        unet, schedule = tiny_unet("sd15"), tiny_schedule()
+        unet, schedule = make_shallow_unet("sd15"), tiny_schedule()
         high = tiny_examples(unet, 2, priors)
         twins = [
             replace(example, kind=f"low {example.kind}") for example in tiny_examples(unet, 2, priors, size=4) if low
@@ -59,9 +60,9 @@ def test_records_of_both_resolutions_are_twins_with_exit_activations_of_their_ow
             big, small = store.record(one), store.record(other)
             assert (big.timestep, big.noise_seed) == (small.timestep, small.noise_seed)
             assert small.image == big.image + 3
-            assert big.stored[EXIT_ACTIVATION].shape[2:] == (2, 2)
-            assert small.stored[EXIT_ACTIVATION].shape[2:] == (1, 1)
-            assert not torch.equal(big.stored[EXIT_ACTIVATION][..., :1, :1], small.stored[EXIT_ACTIVATION])
+            assert big.stored[EXIT_ACTIVATION].shape[2:] == (4, 4)
+            assert small.stored[EXIT_ACTIVATION].shape[2:] == (2, 2)
+            assert not torch.equal(big.stored[EXIT_ACTIVATION][..., :2, :2], small.stored[EXIT_ACTIVATION])
 
 
 def test_the_default_falls_with_time_step_and_progress():

@@ -19,7 +19,7 @@ from tiny_training import (
     tiny_examples,
     tiny_schedule,
 )
-from tiny_unets import make_tiny_conditioning
+from tiny_unets import make_shallow_unet, make_tiny_conditioning
 
 from hollow_core.errors import HollowError
 from hollow_core.lora.layers import ATTENTION, lora_off, lora_parameters, lora_state
@@ -28,17 +28,17 @@ from hollow_core.training.precompute import precompute
 from hollow_core.training.settings import DTYPES, TrainSettings
 from hollow_core.training.train import train
 
-CUT = 3
+CUT = 1
 FEW = TrainSettings(rank=2, steps=6, learning_rate=1e-3)
 
 
 @pytest.fixture
-def begin(tiny_unet, tmp_path):
+def begin(tmp_path):
     """Precompute into a store of its own and hollow, for `train`: unet, schedule, store."""
 
     def begin(layout="sd15", schedule=None, cut=CUT, samples=4, priors=0, images=2):
         schedule = tiny_schedule() if schedule is None else schedule
-        unet = tiny_unet(layout)
+        unet = make_shallow_unet(layout)
         folder = tmp_path / f"store {layout} {cut} {samples} {priors}"
         store = precompute(UNet(unet), schedule, tiny_examples(unet, images, priors), folder, cut=cut, samples=samples)
         return (UNet(unet) if cut is None else UNet(unet).hollow(cut, range(1000))), schedule, store
@@ -66,7 +66,7 @@ def test_loss_falls(begin, tmp_path, cut):
     assert last < 0.7 * first
 
 
-def test_first_loss_is_equation_1_plus_the_weighted_prior_of_equation_2(begin, tiny_unet, tmp_path):
+def test_first_loss_is_equation_1_plus_the_weighted_prior_of_equation_2(begin, tmp_path):
     """With B zero and the prior's prompt on both paths, the prior's loss is that of the whole base U-Net."""
     network, schedule, store = begin(samples=2, images=1, priors=1)
     losses = {
@@ -75,7 +75,7 @@ def test_first_loss_is_equation_1_plus_the_weighted_prior_of_equation_2(begin, t
         ).losses[0]
         for weight in (0.0, 0.5, 1.0)
     }
-    unet, record = tiny_unet("sd15"), store.records[1]
+    unet, record = make_shallow_unet("sd15"), store.records[1]
     prior = tiny_examples(unet, images=1, priors=1)[1]
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(record.noise_seed))
     alpha = schedule.numbers[record.timestep]
@@ -220,7 +220,7 @@ def test_out_of_memory_amid_fused_updates_goes_on_from_the_last_checkpoint(begin
 
 KILLED = """
 import os, signal, sys
-from tiny_unets import make_tiny_unet
+from tiny_unets import make_shallow_unet
 from tiny_training import tiny_schedule
 from hollow_core.nets.unet import UNet
 from hollow_core.training.settings import TrainSettings
@@ -231,7 +231,7 @@ def die(progress):
     if progress.step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 
-network = UNet(make_tiny_unet("sd15")).hollow(3, range(1000))
+network = UNet(make_shallow_unet("sd15")).hollow(1, range(1000))
 settings = TrainSettings(rank=2, steps=6, learning_rate=1e-3, save_every=2)
 train(network, tiny_schedule(), Store.open(sys.argv[1]), settings, folder=sys.argv[2], progress=die)
 """
@@ -320,8 +320,8 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(begin, tmp_path):
 
 def test_the_base_is_gone_from_memory_while_training(tiny_unet, tmp_path):
     unet, schedule = tiny_unet("sd21"), tiny_schedule()
-    store = precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path / "store", cut=CUT, samples=4)
-    network = UNet(unet).hollow(CUT, range(1000))
+    store = precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path / "store", cut=3, samples=4)
+    network = UNet(unet).hollow(3, range(1000))
     remaining = {id(parameter) for parameter in network.module.parameters()}
     gone = [weakref.ref(parameter) for parameter in unet.parameters() if id(parameter) not in remaining]
     gone += [weakref.ref(unet), weakref.ref(unet.mid_block), weakref.ref(unet.time_embedding)]
@@ -501,7 +501,7 @@ def test_defaults_are_the_papers():
 
 def test_what_does_not_belong_together_is_refused(begin, tiny_unet, tmp_path):
     network, schedule, store = begin()
-    with pytest.raises(HollowError, match=r"U-Net has cut None, the store in .* has cut 3"):
+    with pytest.raises(HollowError, match=r"U-Net has cut None, the store in .* has cut 1"):
         train(UNet(tiny_unet("sd15")), schedule, store, FEW, folder=tmp_path / "run")
     with pytest.raises(HollowError, match="made with another noise schedule"):
         train(network, tiny_schedule("v_prediction"), store, FEW, folder=tmp_path / "run")
