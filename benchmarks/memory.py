@@ -26,6 +26,7 @@ from hollow_core.memory.planner import GIB, STAGES, Planner
 from hollow_core.memory.setting import Setting
 from hollow_core.memory.stages import OneRecord
 from hollow_core.models.base_model import BaseModel, outline
+from hollow_core.nets.network import at_cut
 from hollow_core.training.settings import TrainSettings
 from hollow_core.training.train import train
 
@@ -153,7 +154,7 @@ def grown(setting: Setting) -> int:
 def train_for_real(model: BaseModel, setting: Setting) -> None:
     """On random weights, of which only those that remain are ever there."""
     store = OneRecord(model, setting)
-    network = model.network if setting.cut is None else model.network.hollow(setting.cut, range(setting.samples))
+    network = at_cut(model.network, setting.cut, range(setting.samples))
     del model
     randomize(network.module, torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:

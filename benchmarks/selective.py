@@ -31,6 +31,7 @@ from hollow_core.memory.planner import GIB, Planner
 from hollow_core.memory.remedy import selective_peak
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel
+from hollow_core.nets.network import at_cut
 from hollow_core.road import Request, personalize
 from hollow_core.training.selective import Probability, Strategy, count_by_time, falling, heat_map
 from hollow_core.training.settings import TrainSettings
@@ -172,7 +173,7 @@ def base_losses(options: argparse.Namespace) -> dict[str, float]:
 @torch.no_grad()
 def loss(base: BaseModel, store: Store, lora: LoraFile | None, cut: int | None = None, kind: Kind = "image") -> float:
     """The mean loss of all records of a kind: at full size what a training came to, whatever its steps were told."""
-    network = base.network if cut is None else base.network.hollow(cut, range(1000))
+    network = at_cut(base.network, cut, range(1000))
     if lora is not None:
         load_lora_state(network.module, lora.state, lora.alpha)
     weighted = [(index, 1.0) for index in store.indices(kind)]

@@ -28,7 +28,7 @@ from .models.base_model import (
     visiting,
 )
 from .nets.conditioning import Conditioning
-from .nets.network import Network
+from .nets.network import Network, at_cut
 from .nets.residency import stream_middle
 from .progress import Progress, Stop, Watch
 from .sampling.prior import class_latents
@@ -160,9 +160,8 @@ def personalize(
     if store.missing:
         return Outcome(None, None, store, meter)
 
-    network, schedule, config, layout = model.network, model.schedule, model.network.config, model.layout
-    if setting.cut is not None:
-        network = network.hollow(setting.cut, {record.timestep for record in store.records})
+    schedule, config, layout = model.schedule, model.network.config, model.layout
+    network = at_cut(model.network, setting.cut, {record.timestep for record in store.records})
     del model  # here the middle leaves memory
     with meter.stage("train"), told("train"):
         network.module.to(device)

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 
 from benchmarks import held_out
 from benchmarks.memory import inference
-from hollow_core.demo import pretrain, run
+from hollow_core.demo import run
 from hollow_core.lora.layers import add_lora, lora_parameters
 from hollow_core.memory.cost import cuts_table
 from hollow_core.memory.dry_run import DryRun
@@ -56,8 +56,11 @@ def predictions(out: Path) -> Predicted:
 
 
 def _predict() -> Predicted:
-    side = pretrain.new_unet().config.sample_size
-    planner, sd21 = Planner("sd21"), cuts_table(outline("sd21").network, 64, 64)
+    planner = Planner("sd21")
+    sd21, embedded = (
+        cuts_table(base.network, base.latent_side, base.latent_side)
+        for base in (outline("sd21"), outline(str(run.MODEL)))
+    )
     flops, worthwhile = sd21[run.CUT]["flops"], planner.cuts()
     hollowed, lora = (
         planner.step_flops(Setting(cut, 512, training=TrainSettings(rank=128))) for cut in (run.CUT, None)
@@ -73,8 +76,7 @@ def _predict() -> Predicted:
             for cut, samples in TABLE_6
         ],
         "removed": {
-            name: [row["removed_percent"] for row in table]
-            for name, table in (("sd21", sd21), ("embedded", cuts_table(outline(str(run.MODEL)).network, side, side)))
+            name: [row["removed_percent"] for row in table] for name, table in (("sd21", sd21), ("embedded", embedded))
         },
     }
 

@@ -17,7 +17,7 @@ from hollow_core.lora.file import LoraFile
 from hollow_core.lora.metadata import recipe_for
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel, encode_prompt
-from hollow_core.nets.network import Network
+from hollow_core.nets.network import Network, at_cut
 from hollow_core.road import LORA_FILE, Request, class_prompts, make_examples
 from hollow_core.sampling.prior import class_latents
 from hollow_core.sampling.sample import SampleSettings
@@ -120,7 +120,7 @@ def run_trial(trial: Trial, extent: Extent) -> None:
         _trained(trial, base.network, base, store, settings)
         rows = {ONE: held_out.scores(base, subject, None)}  # the LoRA is in it
     else:
-        network = base.network if way.cut is None else base.network.hollow(way.cut, range(1000))
+        network = at_cut(base.network, way.cut, range(1000))
         result = _trained(trial, network, base, store, settings)
         recipe = recipe_for(way.cut, run.IDENTIFIER, way.kind_of(subject), base.schedule.prediction.name)
         file = trial.folder / LORA_FILE

@@ -54,8 +54,7 @@ def ablate(
     pictures: list[Image.Image] = []
     texts = encode(model, [prompt], settings, lora=lora, device=device)
     for number, changed in enumerate([lora, None, *(_without(lora, block) for block in blocks)], start=1):
-        for portion in portions(model, texts, [seed], settings, lora=changed, device=device):
-            pictures += portion
+        pictures += next(portions(model, texts, [seed], settings, lora=changed, device=device))
         if progress is not None:
             progress(number, len(blocks) + 2)
     whole, base, *without = pictures

@@ -74,9 +74,8 @@ class Scorers:
 
     def __init__(self, dino: ViTModel, clip: CLIPModel, batch: int = 32) -> None:
         self.dino, self.clip, self.batch = dino.eval(), clip.eval(), batch
-        self.tokenizer = CLIPTokenizer.from_pretrained(
-            layouts.FOLDER / "tokenizer"
-        )  # every CLIP of OpenAI's has this one
+        # every CLIP of OpenAI's has this one
+        self.tokenizer = CLIPTokenizer.from_pretrained(layouts.FOLDER / "tokenizer")
 
     def to(self, device: torch.device | str) -> "Scorers":
         """Both models to `device`, in place."""

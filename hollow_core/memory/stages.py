@@ -1,6 +1,6 @@
 """Each stage's real code, run once on tensors without data."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..lora.layers import add_lora, lora_parameters
 from ..lora.metadata import recipe_for
 from ..models.base_model import BaseModel, decode_images, encode_images, encode_prompt
 from ..nets.conditioning import Conditioning
-from ..nets.network import Network
+from ..nets.network import at_cut
 from ..nets.residency import away
 from ..nets.schedule import NoiseSchedule
 from ..progress import Progress
@@ -68,7 +68,7 @@ def _precompute(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
 def _train(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     """The first steps of `train`, with two parts of the records at most: more are no more memory."""
     training = setting.training
-    network = _network(model, setting, range(setting.samples))
+    network = at_cut(model.network, setting.cut, range(setting.samples))
     store = OneRecord(model, setting)
     del model
     few = replace(training, batch=min(training.batch, 2 * training.together), save_every=0, zo_timesteps=None)
@@ -90,7 +90,7 @@ def _sample(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     settings = SampleSettings(steps=_passes(setting), size=(side, side))
     prompt = personal_prompt("sks", "dog")
     recipe = recipe_for(setting.cut, "sks", "dog", model.schedule.prediction.name)
-    network = _network(model, setting, None)
+    network = at_cut(model.network, setting.cut, None)
     add_lora(network.module, training.rank, targets=training.targets, generator=torch.Generator())
     assert model.vae is not None
     with DryRun() as prompts:
@@ -116,11 +116,6 @@ RUNS: dict[str, Callable[[BaseModel, Setting], tuple[Peak, int]]] = {
 """What runs each stage, in their order: its peak, and its operations."""
 
 STAGES = tuple(RUNS)
-
-
-def _network(model: BaseModel, setting: Setting, timesteps: Iterable[int] | None) -> Network:
-    """As it is trained."""
-    return model.network if setting.cut is None else model.network.hollow(setting.cut, timesteps)
 
 
 def _in_turn(*runs: DryRun) -> tuple[Peak, int]:

@@ -119,6 +119,11 @@ class Network(Protocol):
         ...
 
 
+def at_cut(network: Network, cut: Cut | None, timesteps: Iterable[int] | None) -> Network:
+    """A whole network as it is trained: hollowed at the cut, for `timesteps`; None leaves it whole."""
+    return network if cut is None else network.hollow(cut, timesteps)
+
+
 def removed_fraction(network: Network, cut: Cut) -> float:
     """The share of a whole network's parameters that training no longer holds, from 0 to 1."""
     gone = tuple(f"{path}." for path in network.removed(cut))
