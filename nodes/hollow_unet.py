@@ -98,12 +98,13 @@ class HollowUNet(io.ComfyNode):
         from .handles import HollowedModel
         from .host.pictures import to_image
         from .host.plan import AUTO, plan
-        from .host.unet import noise_schedule, unet_config
+        from .host.unet import noise_schedule, refuse_injections, unet_config
 
         config = unet_config(model)
         if cut != AUTO:
             check_cut(config, cut)
         noise_schedule(model)
+        refuse_injections(model)
         asked = HollowedModel(model, cut, BASE_BITS[base_weights], streaming)
         planned = plan(asked, budget, resolution, rank, node_id=cls.hidden.unique_id)
         return io.NodeOutput(planned.hollowed, ui=ui.PreviewImage(to_image(planned.picture)))

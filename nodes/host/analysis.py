@@ -1,11 +1,10 @@
 """LoRAs of a graph, looked into and scaled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor
 
 from ...hollow_core.analysis.base_weights import BaseWeights
 from ...hollow_core.analysis.block_weights import parse_block_weights, scale
@@ -18,7 +17,7 @@ from ...hollow_core.models.layouts import layout_name
 from ...hollow_core.nets.unet_layers import Config, to_ldm
 from ..handles import HollowLora
 from .files import matching_loras
-from .unet import PREFIX, patched, unet_config
+from .unet import refuse_injections, unet_config, weight
 
 
 def analyses_of(lora: HollowLora | None, model: ModelPatcher | None, files: str) -> list[Analysis]:
@@ -70,14 +69,9 @@ def parsed(lora: HollowLora, config: Config | None) -> dialects.Lora:
 
 def base_weights(model: ModelPatcher) -> BaseWeights:
     """The MODEL's weights one by one, as the graph's patches leave them."""
-    patches: Mapping[str, Any] = model.get_key_patches(PREFIX)
     config = unet_config(model)
-
-    def weight(module: str) -> Tensor:
-        key = f"{PREFIX}{to_ldm(config, module)}.weight"
-        return patched(key, patches[key]).cpu()
-
-    return weight
+    refuse_injections(model)
+    return lambda module: weight(model, f"{to_ldm(config, module)}.weight").cpu()
 
 
 def _config(lora: HollowLora, config: Config | None) -> Config:

@@ -83,7 +83,8 @@ def _model(folder: Path, autoencoder: "AutoencoderTiny") -> ModelPatcher:
     _describe_latents(config.latent_format, autoencoder)
 
     model = config.get_model({})
-    model.diffusion_model.load_state_dict({to_ldm(unet, name): weight for name, weight in weights.items()})
+    # Cast, as under dynamic VRAM a layer takes the dtype of what it loads, and nothing casts it on the way.
+    model.diffusion_model.load_state_dict({to_ldm(unet, name): weight.to(dtype) for name, weight in weights.items()})
     return ModelPatcher(model.to(offload_device).eval(), load_device=load_device, offload_device=offload_device)
 
 
@@ -192,9 +193,10 @@ def _clip(folder: Path) -> comfy.sd.CLIP:
             partial(comfy.sd1_clip.SD1ClipModel, clip_model=encoder),
         )
     )
+    transformer = clip.cond_stage_model.clip_l.transformer
     state = {f"text_model.{name}": weight for name, weight in weights.items()}
     state["text_projection.weight"] = torch.eye(width)  # the model has none, ComfyUI's always does
-    clip.cond_stage_model.clip_l.transformer.load_state_dict(state)
+    transformer.load_state_dict({name: weight.to(transformer.dtype) for name, weight in state.items()})
     return clip
 
 

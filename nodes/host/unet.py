@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.lora
 import comfy.model_base
+import comfy.model_patcher
 import comfy.model_sampling
-import comfy.utils
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
@@ -107,24 +107,45 @@ def diffusers_unet(model: ModelPatcher) -> Any:
     from ...hollow_core.nets.unet_layers import from_ldm
 
     config, dtype = unet_config(model), base_dtype(model)
-    weights: dict[str, Tensor] = {}
-    for key, patches in model.get_key_patches(PREFIX).items():
-        if patches[0][0] is None or key.endswith((".scale_weight", ".scale_input", ".scaled_fp8")):
-            continue  # how a quantised weight is scaled, which `patched` has done to the weight
-        weights[from_ldm(config, key.removeprefix(PREFIX))] = _ordinary(patched(key, patches).to(dtype))
+    refuse_injections(model)
+    weights = {
+        from_ldm(config, key): _ordinary(weight(model, key).to(dtype))
+        for key in unet_of(model).state_dict()
+        if key.endswith((".weight", ".bias"))  # beside them, quantised layers list their scales and formats
+    }
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
     unet.load_state_dict(weights, assign=True)
     return unet.eval().requires_grad_(False)
 
 
-def patched(key: str, patches: list[Any]) -> Tensor:
-    """One of the MODEL's weights as the graph leaves it; `patches` are what `get_key_patches` has for its `key`."""
-    (weight, convert), *rest = patches
-    whole: Tensor = convert(weight, inplace=False) if convert is not None else weight
-    if rest:
-        whole = comfy.lora.calculate_weight(rest, whole.to(torch.float32, copy=True), key)
-    return whole
+def weight(model: ModelPatcher, key: str) -> Tensor:
+    """A weight or bias of the MODEL's U-Net as ComfyUI computes with it: scaled, where it is kept quantised, and with
+    the graph's patches. `key` is its name in the U-Net's state dict."""
+    key = f"{PREFIX}{key}"
+    kept, _, convert = comfy.model_patcher.get_key_weight(model.model, key)
+    if key in model.backup:  # the MODEL is loaded, and its patches are in the weight already
+        kept = model.backup[key].weight
+    if key in model.hook_backup:
+        kept, _ = model.hook_backup[key]
+    if convert is not None:
+        kept = convert(kept.to(base_dtype(model)), inplace=False)  # first `to`: fp8 cannot be multiplied
+    if key in model.patches:
+        kept = comfy.lora.calculate_weight(model.patches[key], kept.to(torch.float32, copy=True), key)
+    return kept
+
+
+def refuse_injections(model: ModelPatcher) -> None:
+    """Raises HollowError where something is put into the MODEL's layers while it samples, which its weights do not
+    tell: a LoRA loaded with bypass, or another extension's."""
+    if "bypass_lora" in model.injections:
+        raise HollowError(
+            "A LoRA is loaded into this MODEL with bypass, so that its weights do not hold it. Turn bypass off in its "
+            "loader: it then stays in effect while training."
+        )
+    if model.injections:
+        names = ", ".join(model.injections)
+        raise HollowError(f"{names} changes this MODEL while it samples, unseen by training. Take that node out.")
 
 
 def noise_schedule(model: ModelPatcher) -> "NoiseSchedule":

@@ -1,5 +1,6 @@
 """Lets tests use a real ComfyUI: the checkout that COMFYUI_DIR names, on the CPU, and the pack as ComfyUI loads it.
 
+With COMFYUI_DYNAMIC_VRAM set, too, under the flag that newer versions set on NVIDIA (`dynamic_vram`).
 Test modules begin with `pytest.importorskip("comfy", reason=…)`: without COMFYUI_DIR they are skipped.
 """
 
@@ -18,6 +19,7 @@ import pytest
 from comfyui_server import Server
 
 ROOT = Path(__file__).parents[2]
+DYNAMIC_VRAM = "COMFYUI_DYNAMIC_VRAM" in os.environ
 
 
 def _load_comfyui(checkout: str) -> None:
@@ -28,6 +30,8 @@ def _load_comfyui(checkout: str) -> None:
     # As main.py does, utils comes first: ComfyUI's nodes put another module of that name in its way.
     for name in ("utils.extra_config", "nodes", "server"):
         importlib.import_module(name)
+    if DYNAMIC_VRAM:
+        importlib.import_module("dynamic_vram")
 
 
 def _load_pack() -> None:
@@ -60,7 +64,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("comfyui")
     for name in ("custom_nodes", "input", "models", "user"):
         (folder / name).mkdir()
-    (folder / "custom_nodes" / "hollow").symlink_to(ROOT, target_is_directory=True)
+    packs = {"hollow": ROOT}
+    if DYNAMIC_VRAM:
+        packs["dynamic_vram"] = Path(__file__).parent / "dynamic_vram"
+    for name, pack in packs.items():
+        (folder / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -5,6 +5,7 @@ from typing import Any
 import comfy.supported_models
 import comfy.utils
 import torch
+from comfy.ldm.flux.model import FluxParams
 from comfy.model_patcher import ModelPatcher
 from diffusers import UNet2DConditionModel
 
@@ -66,12 +67,17 @@ def tiny_unet(layout: str) -> UNet2DConditionModel:
         return UNet2DConditionModel.from_config(layout_config(layout) | _DIFFUSERS[layout]).eval()
 
 
+def tiny_config(layout: str) -> Any:
+    """What ComfyUI knows of it before it is made."""
+    kind = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[layout]
+    return kind(_COMFYUI[layout] | _BOTH)
+
+
 def tiny_model(
     layout: str, *, storage: torch.dtype = torch.float32, patcher: type[ModelPatcher] = ModelPatcher
 ) -> ModelPatcher:
     """The same network as ComfyUI's MODEL, which stores its weights as `storage` and computes in fp32."""
-    kind = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[layout]
-    config = kind(_COMFYUI[layout] | _BOTH)
+    config = tiny_config(layout)
     config.set_inference_dtype(storage, None if storage == torch.float32 else torch.float32)
     unet = tiny_unet(layout)
     weights = {to_ldm(unet.config, key): weight for key, weight in unet.state_dict().items()}
@@ -82,11 +88,13 @@ def tiny_model(
 
 def tiny_flux() -> ModelPatcher:
     """A MODEL that is no U-Net."""
+    newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
     config = comfy.supported_models.Flux(
         {
             **{"image_model": "flux", "guidance_embed": True, "in_channels": 16, "out_channels": 16, "patch_size": 2},
             **{"vec_in_dim": 8, "context_in_dim": 8, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1},
             **{"depth_single_blocks": 1, "axes_dim": [4, 6, 6], "theta": 10000, "qkv_bias": True},
+            **newer,
         }
     )
     return ModelPatcher(config.get_model({}, device=CPU), CPU, CPU)

@@ -1,0 +1,39 @@
+"""Dynamic VRAM as newer ComfyUIs have it by default on NVIDIA, for tests on the CPU, where main.py leaves it off.
+
+Importing this sets the flag; as a custom node it does so in a server. Layers are then lazy, and take the dtype of the
+state dict that they load; files are mapped, for which the loader of comfy-aimdo, which is native and needs a GPU, is
+stood in for. Models on the CPU keep to the old patcher.
+"""
+
+import ctypes
+import mmap
+from pathlib import Path
+
+import comfy.memory_management
+import comfy_aimdo.model_mmap
+
+NODE_CLASS_MAPPINGS: dict[str, type] = {}
+
+
+class MappedFile:
+    """`comfy_aimdo.model_mmap.ModelMMAP` by Python's own mmap."""
+
+    def __init__(self, path: str) -> None:
+        self.file = Path(path).open("rb")  # noqa: SIM115 - open as long as the map
+        self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def get(self) -> int:
+        """The address of the file's first byte."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+
+    def get_file_handle(self) -> int:
+        """The file's number."""
+        return self.file.fileno()
+
+    def bounce(self) -> bool:
+        """Let go of pages that were written to: none ever are."""
+        return True
+
+
+comfy.memory_management.aimdo_enabled = True
+comfy_aimdo.model_mmap.ModelMMAP = MappedFile
