@@ -9,21 +9,24 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from ...hollow_core.memory import meter
-
 
 def free_bytes(model: ModelPatcher) -> int:
     """What training on `model` may have of the device's memory, once ComfyUI's own models are off it.
 
+    ComfyUI's count is of what it can have without unloading; to it comes what its models hold. Under dynamic VRAM
+    they lie in pages of an allocator of its own, which torch does not know and a MODEL counts as free already.
     On the CPU that is main memory, and the weights that are there already: training shares them.
     """
     management, device = comfy.model_management, comfy.model_management.get_torch_device()
+    count = getattr(model, "get_free_memory", management.get_free_memory)  # of older hosts, without dynamic VRAM
     if device.type == "cuda":
-        return meter.free_bytes(device)
-    if device.type == "cpu":
-        return int(management.get_free_memory(device) + model.model_size())
-    loaded = (each.model_loaded_memory() for each in management.current_loaded_models if each.device == device)
-    return int(management.get_free_memory(device) + sum(loaded))
+        held = torch.cuda.memory_allocated(device)
+    elif device.type == "cpu":
+        held = model.model_size()
+    else:
+        loaded = [each for each in management.current_loaded_models if each.device == device]
+        held = sum(each.model_loaded_memory() for each in loaded)
+    return int(count(device) + held)
 
 
 class _Held(nn.Module):

@@ -51,12 +51,12 @@ def two_path_model(
     trained. `refresh` runs the base path at every n-th sampling step only and uses its activation again between
     (as DeepCache does). `lora_on_negatives` False spares negative prompts the LoRA. An ordinary LoRA, whose recipe
     has no cut, takes the ordinary path, without generic prompt.
-    Raises HollowError for a MODEL that is no U-Net, is compiled or has two paths already, for a cut or a LoRA that
+    Raises HollowError for a MODEL that is no U-Net, is compiled, runs on several GPUs or has two paths already, for a cut or a LoRA that
     does not fit it, for a refresh below 1, and for a generic prompt that is not a single one of this model's.
     """
     if refresh < 1:
         raise HollowError(f"The base path cannot run every {refresh} steps. Choose a refresh of at least 1.")
-    _refuse_compiled(model)
+    _refuse_compiled_or_split(model)
     unet = unet_of(model)
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
         raise HollowError("This MODEL has two paths already. Connect the MODEL as it was before them.")
@@ -88,7 +88,7 @@ class _TwoPaths(NamedTuple):
     def sample(self, executor: Any, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """OUTER_SAMPLE: one run of a sampler, on two paths."""
         guider = executor.class_obj
-        _refuse_compiled(guider.model_patcher)  # after us, that is
+        _refuse_compiled_or_split(guider.model_patcher)  # after us, that is
         run = _Run(self, guider.model_patcher.get_model_object("diffusion_model"))
         options, conds = guider.model_options, guider.conds
         try:
@@ -191,10 +191,12 @@ class _Run:
         return torch.cat([self.exit_activations[key] for key in keys])
 
 
-def _refuse_compiled(model: ModelPatcher) -> None:
+def _refuse_compiled_or_split(model: ModelPatcher) -> None:
     compiled = hasattr(model.get_model_object("diffusion_model"), "_orig_mod")
     if compiled or model.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
         raise HollowError("This MODEL is compiled, and two paths cannot run compiled. Take the compile node out.")
+    if model.get_additional_models_with_key("multigpu"):  # other U-Nets, which would take the ordinary path
+        raise HollowError("This MODEL is spread over several GPUs, and two paths run on one. Take that node out.")
 
 
 def _check_generic(model: ModelPatcher, generic: Conditionings) -> None:

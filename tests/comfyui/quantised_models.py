@@ -18,7 +18,10 @@ except ImportError:  # of 2025
     QUANT_ALGOS, QuantizedTensor = {}, None
 
 SCALED_FP8 = "scaled_fp8"  # the older spelling; newer hosts read it as their own format "float8_e4m3fn"
-FORMATS = [SCALED_FP8, *(name for name in ("float8_e4m3fn", "nvfp4", "mxfp8", "int8_tensorwise") if name in QUANT_ALGOS)]
+FORMATS = [
+    SCALED_FP8,
+    *(name for name in ("float8_e4m3fn", "nvfp4", "mxfp8", "int8_tensorwise") if name in QUANT_ALGOS),
+]
 
 
 def quantised_model(layout: str, name: str) -> tuple[ModelPatcher, dict[str, Tensor]]:

@@ -30,6 +30,7 @@ from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from hollow_pack.hollow_core.errors import HollowError
 from hollow_pack.nodes.handles import HollowLora
 from hollow_pack.nodes.host.two_path import two_path_model
+from hollow_pack.nodes.host.unet import diffusers_unet
 from tiny_models import POOLED_WIDTH, SIZE, TOKEN_WIDTH, tiny_flux, tiny_model, tiny_unet
 from two_path_reference import Reference
 
@@ -301,6 +302,20 @@ def test_an_earlier_lora_is_part_of_the_model(trained: Trained) -> None:
     assert small.model.model_lowvram
 
 
+@pytest.mark.skipif(not hasattr(comfy.sd, "load_bypass_lora_for_models"), reason="This ComfyUI knows no bypass")
+def test_an_earlier_lora_with_bypass_is_part_of_the_model_in_drawing_but_not_in_training(trained: Trained) -> None:
+    state, lora = trained("sd15", None).state, trained("sd15", 3)
+    patched = comfy.sd.load_lora_for_models(native(), None, state, 0.2, 0.0)[0]
+    bypassed = comfy.sd.load_bypass_lora_for_models(native(), None, state, 0.2, 0.0)[0]
+    assert_same(draw(two_path_model(bypassed, lora, GENERIC)), draw(two_path_model(patched, lora, GENERIC)), 1e-4)
+    with pytest.raises(HollowError, match=r"with bypass, so that its weights do not hold it\. Turn bypass off in its"):
+        diffusers_unet(bypassed)
+    bypassed.set_injections("bypass_lora", [])
+    bypassed.injections = {"motion": []}
+    with pytest.raises(HollowError, match="motion changes this MODEL while it samples, unseen by training"):
+        diffusers_unet(bypassed)
+
+
 class LittleMemory(ModelPatcher):
     """Keeps most weights where they are, patched and cast at every use."""
 
@@ -438,6 +453,13 @@ def compiled(model: ModelPatcher) -> ModelPatcher:
     return patched
 
 
+def split(model: ModelPatcher) -> ModelPatcher:
+    """As "MultiGPU CFG Split" leaves it: the other devices have U-Nets of their own."""
+    patched = model.clone()
+    patched.set_additional_models("multigpu", [native().clone()])
+    return patched
+
+
 def refusal(model: ModelPatcher, lora: HollowLora, generic: Conditionings | None = GENERIC, **settings: Any) -> str:
     with pytest.raises(HollowError) as refused:
         two_path_model(model, lora, generic, **settings)
@@ -457,11 +479,14 @@ def test_what_cannot_run_is_refused(trained: Trained) -> None:
     assert "which this MODEL has not. Use it with the kind" in refusal(native("sdxl"), lora)
     assert "two paths already. Connect the MODEL" in refusal(two_path_model(native(), lora, GENERIC), lora)
     assert "is compiled, and two paths cannot" in refusal(compiled(native()), lora)
+    assert "spread over several GPUs, and two paths run on one. Take" in refusal(split(native()), lora)
     assert "The generic prompt holds 2 prompts" in refusal(native(), lora, GENERIC + PERSONAL)
     assert "prompt is 20 wide, but this MODEL reads 16. Encode it" in refusal(native(), lora, prompt(2, width=20))
     assert "no pooled embedding, which SDXL needs" in refusal(native("sdxl"), xl, [[GENERIC[0][0], {}]])
     with pytest.raises(HollowError, match="is compiled"):
         draw(compiled(two_path_model(native(), lora, GENERIC)))
+    with pytest.raises(HollowError, match="over several GPUs"):
+        draw(split(two_path_model(native(), lora, GENERIC)))
 
 
 def test_a_lora_that_is_not_whole_is_refused(trained: Trained) -> None:

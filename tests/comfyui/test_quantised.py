@@ -37,7 +37,10 @@ def test_the_weights_that_are_trained_on_are_those_that_are_meant(name: str) -> 
 def test_it_predicts_what_comfyui_predicts(name: str) -> None:
     model, _ = quantised_model("sd15", name)
     generator = torch.Generator().manual_seed(0)
-    latents, context = torch.randn(1, 4, 16, 16, generator=generator), torch.randn(1, 5, TOKEN_WIDTH, generator=generator)
+    latents, context = (
+        torch.randn(1, 4, 16, 16, generator=generator),
+        torch.randn(1, 5, TOKEN_WIDTH, generator=generator),
+    )
     timestep = torch.tensor([500])
     comfy.model_management.load_models_gpu([model])
     theirs = model.model.diffusion_model(latents, timestep, context)
