@@ -51,8 +51,9 @@ def two_path_model(
     trained. `refresh` runs the base path at every n-th sampling step only and uses its activation again between
     (as DeepCache does). `lora_on_negatives` False spares negative prompts the LoRA. An ordinary LoRA, whose recipe
     has no cut, takes the ordinary path, without generic prompt.
-    Raises HollowError for a MODEL that is no U-Net, is compiled, runs on several GPUs or has two paths already, for a cut or a LoRA that
-    does not fit it, for a refresh below 1, and for a generic prompt that is not a single one of this model's.
+    Raises HollowError for a MODEL that is no U-Net, is compiled, runs on several GPUs or has two paths already, for a
+    cut or a LoRA that does not fit it, for a refresh below 1, and for a generic prompt that is not a single one of
+    this model's.
     """
     if refresh < 1:
         raise HollowError(f"The base path cannot run every {refresh} steps. Choose a refresh of at least 1.")

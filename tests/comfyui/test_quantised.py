@@ -11,7 +11,7 @@ import comfy.model_management
 from hollow_pack.nodes.host.analysis import base_weights
 from hollow_pack.nodes.host.unet import diffusers_unet
 from quantised_models import FORMATS, quantised_model
-from tiny_models import TOKEN_WIDTH
+from tiny_models import SIZE, TOKEN_WIDTH
 from torch import Tensor
 
 from hollow_core.nets.unet_layers import to_ldm
@@ -38,7 +38,7 @@ def test_it_predicts_what_comfyui_predicts(name: str) -> None:
     model, _ = quantised_model("sd15", name)
     generator = torch.Generator().manual_seed(0)
     latents, context = (
-        torch.randn(1, 4, 16, 16, generator=generator),
+        torch.randn(1, 4, SIZE, SIZE, generator=generator),
         torch.randn(1, 5, TOKEN_WIDTH, generator=generator),
     )
     timestep = torch.tensor([500])

@@ -7,7 +7,7 @@ stood in for. Models on the CPU keep to the old patcher.
 
 import ctypes
 import mmap
-from pathlib import Path
+import os
 
 import comfy.memory_management
 import comfy_aimdo.model_mmap
@@ -19,8 +19,11 @@ class MappedFile:
     """`comfy_aimdo.model_mmap.ModelMMAP` by Python's own mmap."""
 
     def __init__(self, path: str) -> None:
-        self.file = Path(path).open("rb")  # noqa: SIM115 - open as long as the map
-        self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.file = os.open(path, os.O_RDONLY)
+        self.map = mmap.mmap(self.file, 0, access=mmap.ACCESS_COPY)
+
+    def __del__(self) -> None:
+        os.close(self.file)
 
     def get(self) -> int:
         """The address of the file's first byte."""
@@ -28,7 +31,7 @@ class MappedFile:
 
     def get_file_handle(self) -> int:
         """The file's number."""
-        return self.file.fileno()
+        return self.file
 
     def bounce(self) -> bool:
         """Let go of pages that were written to: none ever are."""
