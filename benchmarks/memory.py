@@ -1,7 +1,8 @@
 """Predicted memory against the paper's, and against what a real run takes here: `python -m benchmarks.memory`.
 
 The first table is the paper's: Stable Diffusion 2.1 at 512 pixels in fp32 (Hollowed Net, Tables 1 to 3). The
-second shows how far down the levers of memory reach. The third trains a U-Net of SD 1.5's shape with random weights
+second shows how far down the levers of memory reach. The third compares our 8 and 4 bits with a base that ComfyUI
+keeps quantised: it does so with linear layers alone. The fourth trains a U-Net of SD 1.5's shape with random weights
 on the CPU, each setting in a process of its own, and compares how much its resident memory grew with what the dry
 run says.
 """
@@ -27,6 +28,7 @@ from hollow_core.memory.setting import Setting
 from hollow_core.memory.stages import OneRecord
 from hollow_core.models.base_model import BaseModel, outline
 from hollow_core.nets.network import at_cut
+from hollow_core.nets.residency import Bits
 from hollow_core.training.settings import TrainSettings
 from hollow_core.training.train import train
 
@@ -77,6 +79,9 @@ REACH: dict[str, tuple[str, Setting, tuple[str, ...], float]] = {
 }
 """{row: (model, setting, stages of which the fullest counts, goal in GiB)}"""
 
+COMFYUI_BITS = {"fp8 or INT8": 8.0, "NVFP4": 4.5}
+"""What a weight of a linear layer takes in ComfyUI's quantised checkpoints, block scales included."""
+
 FREE_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """Lets glibc give back to the system what a tensor leaves, as it otherwise keeps it for later."""
 
@@ -104,6 +109,10 @@ def main() -> None:
         found = reach(planners[model], name)
         missed = f", missed by {found - goal:.2f}" if found > goal else ""
         print(f"| {name} | {found:.2f} | {goal:.2f}{missed} |", flush=True)
+    print("Frozen base, training in bf16 with checkpointing, rank 16: GiB")
+    for model, setting in (("sd21", SD21), ("sdxl", SDXL)):
+        for kept, found in frozen_base(planners[model], model, replace(setting, training=SMALL)).items():
+            print(f"{model} k={setting.cut}, {kept:24} {found:.2f}", flush=True)
     if options.dry_only:
         return
     print(f"SD1.5, {options.size} pixels, rank 16, fp32, on this CPU: resident GiB of a training")
@@ -139,6 +148,15 @@ def reach(planner: Planner, row: str) -> float:
     """GiB of the fullest of the row's stages; `planner` is for its model."""
     _, setting, stages, _ = REACH[row]
     return max(planner.peak(stage, setting).total for stage in stages) / GIB
+
+
+def frozen_base(planner: Planner, model: str, setting: Setting) -> dict[str, float]:
+    """GiB of a training by how the frozen weights are kept: by us, or as ComfyUI's quantised layers keep them."""
+    ways: dict[str, Bits | None] = {"bf16": None, "8 bit": 8, "4 bit": 4}
+    kept = {name: planner.peak("train", replace(setting, base_bits=ways[name])).total / GIB for name in ways}
+    part = at_cut(outline(model).network, setting.cut, timesteps=None).module
+    linear = sum(layer.weight.numel() for layer in part.modules() if isinstance(layer, nn.Linear))
+    return kept | {f"{name} of ComfyUI": kept["bf16"] - linear * (16 - b) / 8 / GIB for name, b in COMFYUI_BITS.items()}
 
 
 def grown(setting: Setting) -> int:
