@@ -40,7 +40,7 @@ def save(
         if dialect != "kohya" or zero_pad:
             raise HollowError("This LoRA is for none of SD1.5, SD2.1 and SDXL. Connect its model to this node.")
         lora_file.write(path, lora.state, metadata)
-        told = f"{listed_lora(path)}, {path.stat().st_size / 2**20:.1f} MB. Connect its model to see what it changes."
+        told = f"{listed_lora(path)}, {path.stat().st_size / 2**20:.1f} MB.\nConnect its model to see what it changes."
     else:
         parsed = dialects.parse(lora.state, config)
         told = _in_words(lora_file.write_dialect(path, parsed, config, metadata, dialect=dialect, zero_pad=zero_pad))
@@ -79,7 +79,7 @@ def _in_words(written: lora_file.Written) -> str:
     """What reading it back found: a node has two short lines for it."""
     text = f" and {written.text_layers} of text encoders" if written.text_layers else ""
     effect = f"largest |ΔW| {written.largest:.2g}" if written.largest else "all zero, so it has NO effect"
-    return f"{listed_lora(written.path)}, read back: {written.layers} layers{text}, {effect}."
+    return f"{listed_lora(written.path)}, read back:\n{written.layers} layers{text}, {effect}."
 
 
 def _target(name: str, dialect: str) -> Path:

@@ -97,7 +97,7 @@ def precompute(
         )
     watch.finish()
     records = len(store.records)
-    told = f"{records} records in output/hollow/{name}: {watch.made(records)}."
+    told = f"{records} records in output/hollow/{name}:\n{watch.made(records)}."
     if watch.new == records and (changed := _changed(store)):
         told += f" Changed: {', '.join(changed)}."
     say(told, node_id)

@@ -65,17 +65,20 @@ class NodeProgress:
 
 
 def say(text: str, node_id: str) -> None:
-    """Show a text on a node, as it is: front ends take it for HTML, and names in a graph are anyone's."""
+    """Show a text on a node, which has place for two lines of some 45 letters, and breaks them within a word.
+
+    Front ends take it for HTML, Nodes 2.0 for Markdown; so it is escaped, as names in a graph are anyone's.
+    """
     server = getattr(PromptServer, "instance", None)  # there is none where a test runs nodes by itself
     if server is not None:
         server.send_progress_text(html.escape(text, quote=False), node_id)
 
 
 def in_words(done: Progress, mean_loss: float | None = None) -> str:
-    """ "step 120 of 400, loss 0.0931 (mean 0.1250), 1:05 min left"."""
-    loss = "" if done.loss is None else f", loss {done.loss:.4f}"
+    """ "step 120 of 400, 1:05 min left", and a line "loss 0.0931 (mean 0.1250)" where there is one."""
+    loss = "" if done.loss is None else f",\nloss {done.loss:.4f}"
     mean = "" if mean_loss is None else f" (mean {mean_loss:.4f})"
-    return f"step {done.step} of {done.steps}{loss}{mean}, {_minutes(done.seconds_left)} left"
+    return f"step {done.step} of {done.steps}, {_minutes(done.seconds_left)} left{loss}{mean}"
 
 
 def _minutes(seconds: float) -> str:

@@ -129,7 +129,7 @@ def train(
     )
     state = lora_file.to_kohya(result.state, network.module.config, alpha=settings.lora_alpha, layout=family)
     metadata = describe("hollow", family, settings.rank, settings.lora_alpha, recipe)
-    told = f"{result.steps} steps: {watch.made(result.steps)}. Mean loss of the last {curve.window}: "
+    told = f"{result.steps} steps: {watch.made(result.steps)}.\nMean loss of the last {curve.window}: "
     told += f"{curve.mean(result.steps):.4f}."
     say(told, node_id)
     watch.end_picture()

@@ -204,7 +204,7 @@ def save_and_convert(lora: Any, demo: Any, folder: Path) -> None:
     saved = lora_files.HollowSaveLoRA.execute(
         lora, "hollow/d", dialect="diffusers", zero_pad=True, thumbnail=torch.rand(1, 40, 30, 3), model=demo.model
     )
-    assert re.match(r"hollow/d\.safetensors, read back: \d+ layers, largest \|ΔW\| [\d.e-]+\.$", saved.ui["text"][0])
+    assert re.match(r"hollow/d\.safetensors, read back:\n\d+ layers, largest \|ΔW\| [\d.e-]+\.$", saved.ui["text"][0])
     with safe_open(folder / "d.safetensors", "pt") as file:
         assert all(key.startswith("unet.") for key in file.keys())  # noqa: SIM118 - no dict
         assert file.metadata()["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
@@ -338,8 +338,9 @@ def test_cancel_keeps_what_is_done_and_run_goes_on(demo: Any, monkeypatch: pytes
     cancelled, _, losses = resumed.args
     assert len(losses["loss"]) == 3
     assert cancelled.state.keys() == whole.state.keys()
-    (last,) = said  # what is shown goes on as well: the mean is that of all three
-    assert last.startswith(f"Train: step 3 of 3, loss {losses['loss'][-1]:.4f} (mean {sum(losses['loss']) / 3:.4f}), ")
+    [last] = said  # what is shown goes on as well: the mean is that of all three
+    mean = sum(losses["loss"]) / 3
+    assert last.endswith(f" min left,\nloss {losses['loss'][2]:.4f} (mean {mean:.4f})")
     assert resumed.ui["text"][0].startswith("3 steps: 2 were there, 1 new, ")
 
 
@@ -351,7 +352,7 @@ def test_nodes_say_what_was_there(demo: Any) -> None:
         return stored.args[0], stored.ui["text"][0]
 
     hollowed = handles.HollowedModel(demo.model, 3)
-    records = "6 records in output/hollow/said: "
+    records = "6 records in output/hollow/said:\n"
     activations, first = run(demo.generic, 6)
     assert re.fullmatch(records + r"all new, \d+:\d\d min\.", first)
     assert run(demo.generic, 6)[1] == records + "all were there."
@@ -365,7 +366,7 @@ def test_nodes_say_what_was_there(demo: Any) -> None:
         train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS | changed)
         for changed in ({}, {"save_every": 1}, {"steps": 4})
     ]
-    told = [each.ui["text"][0].partition(". Mean loss of the last ") for each in trained]
+    told = [each.ui["text"][0].partition(".\nMean loss of the last ") for each in trained]
     assert told[0][0].startswith("3 steps: all new, ")
     assert told[1][0] == "3 steps: all were there"
     assert told[2][0].startswith("4 steps: 3 were there, 1 new, ")

@@ -102,6 +102,6 @@ def test_what_a_cached_node_shows_is_shown_again(server: Server) -> None:
     assert {"4", "5", "6"} <= set(second.messages["execution_cached"]["nodes"])
     assert second.outputs == first.outputs
     assert second.outputs["4"]["images"]
-    assert second.outputs["5"]["text"][0].startswith("5 records in output/hollow/cached: all new")
+    assert second.outputs["5"]["text"][0].startswith("5 records in output/hollow/cached:\nall new")
     assert second.outputs["6"]["images"]
     assert second.outputs["6"]["text"][0].startswith("2 steps: all new")
