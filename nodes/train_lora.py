@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io
 from .types import CATEGORY, HollowActivationsType, HollowLoraType, HollowUNetType, LoraModel, LossMap, showing_schema
 
 LAYERS = ("attention", "all layers")
-ALL_BEFORE = "attention, convolutions and feed-forward"  # what graphs saved before version 0.2 call all layers
+ALL_BEFORE = "attention, convolutions and feed-forward"  # what older graphs call all layers
 STRATEGIES = ("bp", "zo", "selective")
 PRECISIONS = ("bf16", "fp16", "fp32")
 OPTIMIZERS = ("adamw", "adamw8bit")
