@@ -23,7 +23,10 @@ class HollowUNet(io.ComfyNode):
             "Shows what each cut would need, and what fits into the budget.",
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Model.Input("model", tooltip="An SD1.5, SD2.1 or SDXL model. A LoRA loaded before stays in effect."),
+                io.Model.Input(
+                    "model",
+                    tooltip="An SD1.5, SD2.1 or SDXL model. A LoRA loaded before, without bypass, stays in effect.",
+                ),
                 io.Int.Input(
                     "cut",
                     default=3,
