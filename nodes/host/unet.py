@@ -132,6 +132,10 @@ def weight(model: ModelPatcher, key: str) -> Tensor:
         kept = convert(kept.to(base_dtype(model)), inplace=False)  # first `to`: fp8 cannot be multiplied
     if key in model.patches:
         kept = comfy.lora.calculate_weight(model.patches[key], kept.to(torch.float32, copy=True), key)
+    layer, _, what = key.rpartition(".")
+    smoothing = getattr(model.model.get_submodule(layer), "pre_quant_scale", None)  # (in,): of what goes into the layer
+    if smoothing is not None and what == "weight":
+        kept = kept * smoothing.to(kept)
     return kept
 
 

@@ -56,5 +56,20 @@ def test_it_predicts_what_comfyui_predicts(name: str) -> None:
     torch.testing.assert_close(ours - before, 0.5 * added, rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif("int8_tensorwise" not in FORMATS, reason="This ComfyUI smooths no inputs")
+def test_inputs_that_a_layer_smooths_count_as_its_weights() -> None:
+    """AWQ: the layer scales what goes in, and its weights are made for that."""
+    model, meant = quantised_model("sd15", "int8_tensorwise")
+    layer = model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1.to_q
+    x, scale = (torch.rand(layer.weight.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    layer.pre_quant_scale = scale
+    with torch.inference_mode():
+        theirs = layer(x[None])[0]
+    ours = diffusers_unet(model).mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight @ x
+    assert relative(ours, theirs) < 0.02  # ComfyUI rounds what goes in, too
+    plain = meant["middle_block.1.transformer_blocks.0.attn1.to_q.weight"] @ x
+    assert relative(ours, plain) > 0.2
+
+
 def relative(ours: Tensor, theirs: Any) -> float:
     return float((ours - theirs).norm() / theirs.norm())
