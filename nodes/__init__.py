@@ -5,6 +5,7 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 from .demo_model import HollowDemoModel
 from .hollow_unet import HollowUNet
 from .layer_weight_analyzer import HollowLayerWeightAnalyzer
+from .load_pictures import HollowLoadPictures
 from .lora_files import HollowConvertLoRA, HollowLoadLoRA, HollowSaveLoRA
 from .personalization_score import HollowPersonalizationScore
 from .precompute_activations import HollowPrecompute
@@ -21,6 +22,7 @@ class HollowExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node of Hollow."""
         return [
+            HollowLoadPictures,
             HollowSplitPrompt,
             HollowUNet,
             HollowPrecompute,

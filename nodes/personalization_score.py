@@ -72,8 +72,8 @@ class HollowPersonalizationScore(io.ComfyNode):
         from ..hollow_core.data.prompts import generic_prompt
         from ..hollow_core.evaluation import scores
         from ..hollow_core.evaluation.score_grid import score_grid
-        from .host.pictures import to_image
-        from .host.scores import scorers, to_pictures
+        from .host.pictures import to_image, to_pictures
+        from .host.scores import scorers
 
         real, drawn = to_pictures(references), to_pictures(images)
         text, texts = "\n".join(prompts), None

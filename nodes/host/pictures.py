@@ -1,5 +1,7 @@
 """Pictures as ComfyUI's IMAGE, and back."""
 
+from collections.abc import Sequence
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,3 +17,8 @@ def to_picture(image: Tensor) -> Image.Image:
     """The first picture of an IMAGE (batch, height, width, 3)."""
     pixels = (image[0, ..., :3] * 255).round().clamp(0, 255).to("cpu", torch.uint8)
     return Image.fromarray(pixels.numpy())
+
+
+def to_pictures(images: Sequence[Tensor]) -> list[Image.Image]:
+    """IMAGEs (batch, height, width, 3) in 0…1 as RGB pictures."""
+    return [to_picture(image) for batch in images for image in batch.split(1)]

@@ -1,24 +1,16 @@
 """What the scores need of ComfyUI: pictures, a device, and a place for the models."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import comfy.model_management
 import folder_paths
-from PIL import Image
-from torch import Tensor
 
 from ...hollow_core.evaluation.scores import Scorers, load
 from .files import inside
 from .memory import clear_device
-from .pictures import to_picture
-
-
-def to_pictures(images: Sequence[Tensor]) -> list[Image.Image]:
-    """IMAGEs (batch, height, width, 3) in 0…1 as RGB pictures."""
-    return [to_picture(image) for batch in images for image in batch.split(1)]
 
 
 @contextmanager

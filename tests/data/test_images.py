@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from hollow_core.data.images import load_images
+from hollow_core.data.images import fit, load_images, size_near
 from hollow_core.errors import HollowError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
@@ -158,3 +158,44 @@ def test_a_caption_that_is_no_text_is_refused(tmp_path: Path) -> None:
     disc(64, 64).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xff")
     assert "a.txt is no readable text. Save it as UTF-8" in refusal(tmp_path, 64)
+
+
+@pytest.mark.parametrize("resolution", [64, 512, 768, 1024])
+def test_pictures_that_keep_their_shape_lose_little(resolution: int) -> None:
+    """Every camera's and phone's shape, and any between 2:1 and 1:2, upright and across."""
+    shapes = [(4032, 3024), (6000, 4000), (1920, 1080), (3000, 3000), *((100 + 7 * step, 100) for step in range(15))]
+    for wide, high in shapes:
+        size = size_near(wide, high, resolution)
+        assert size == size_near(high, wide, resolution)[::-1]
+        assert all(side % 64 == 0 for side in size)
+        assert abs(size[0] * size[1] / resolution**2 - 1) <= 0.1
+        if resolution >= 512:
+            assert min(wide * size[1], high * size[0]) / max(wide * size[1], high * size[0]) > 0.87
+
+
+def test_sizes_are_those_that_people_know() -> None:
+    assert size_near(3000, 3000, 512) == (512, 512)
+    assert size_near(4032, 3024, 512) == (576, 448)
+    assert size_near(1080, 1920, 1024) == (768, 1344)
+    assert size_near(10_000, 1000, 1024) == (2048, 512)  # a panorama is cropped to four to one
+
+
+@pytest.mark.parametrize("size", [(640, 448), (448, 640), (640, 384)])
+def test_a_picture_that_keeps_its_shape_is_not_squashed(size: tuple[int, int]) -> None:
+    image = fit(disc(600, 437), size, "disc.png")
+    assert image.picture.size == size
+    red = np.asarray(image.picture)[..., 0] > 128
+    assert abs(int(red.any(0).sum()) - int(red.any(1).sum())) <= 4
+
+
+@pytest.mark.parametrize("resolution", [0, 500, 520])
+def test_a_resolution_off_the_grid_is_refused_where_shapes_are_kept(resolution: int) -> None:
+    with pytest.raises(HollowError, match=rf"The resolution {resolution} is no multiple of 64 pixels.* or crop them"):
+        size_near(640, 480, resolution)
+
+
+def test_a_small_picture_is_refused_by_the_side_that_lacks() -> None:
+    with pytest.raises(
+        HollowError, match=r"rex.jpg is only 300×50 pixels. Take a picture of at least 56 pixels a side"
+    ):
+        fit(disc(300, 50), (576, 448), "rex.jpg")

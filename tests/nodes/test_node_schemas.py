@@ -53,12 +53,14 @@ def schemas(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         "SAMPLERS": [],
         "SCHEDULERS": [],
         "known_loras": lambda: [],
+        "picture_folders": lambda: [],
     }
     for name, module in {
         "comfy_api": _stand_in("comfy_api"),
         "comfy_api.v0_0_2": _stand_in("comfy_api.v0_0_2", ComfyExtension=object, io=_Io("io")),
         f"{pack}.nodes.host.sampling": _stand_in("sampling", **lists),
         f"{pack}.nodes.host.files": _stand_in("files", **lists),
+        f"{pack}.nodes.host.load_pictures": _stand_in("load_pictures", **lists),
     }.items():
         monkeypatch.setitem(sys.modules, name, module)
     spec = importlib.util.spec_from_file_location(pack, ROOT / "__init__.py")

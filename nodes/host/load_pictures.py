@@ -1,0 +1,97 @@
+"""Load Pictures: folders of ComfyUI's input/ with pictures, each cropped to the size at which it is learned."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import folder_paths
+from PIL import Image
+from torch import Tensor
+
+from ...hollow_core.data import images
+from ...hollow_core.data.contact_sheet import cell, contact_sheet
+from ...hollow_core.errors import HollowError
+from .files import inside
+from .pictures import to_image, to_pictures
+
+ITSELF = "(input itself)"
+NONE = "(none yet: upload one)"
+
+
+class Loaded(NamedTuple):
+    """What the node gives out and shows."""
+
+    images: list[Tensor]
+    """(1, height, width, 3) in 0…1 each."""
+    captions: list[str]
+    """One for each picture, or one for all."""
+    sheet: Tensor
+    """The contact sheet, likewise an IMAGE."""
+
+
+def picture_folders() -> list[str]:
+    """The folders below ComfyUI's input/ that hold pictures, a/b for nested ones, and behind them input/ itself.
+
+    Never empty: without any, the one entry says so.
+    """
+    base = Path(folder_paths.get_input_directory())
+    names, seen = [], set[str]()
+    for place, folders, _ in os.walk(base, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if images.picture_paths(Path(place)):
+            names.append(Path(place).relative_to(base).as_posix())
+    return [*sorted(name for name in names if name != "."), *[ITSELF] * ("." in names)] or [NONE]
+
+
+def folder_of(name: str) -> Path:
+    """The folder that one of `picture_folders` stands for. Raises HollowError for one that leads out of input/."""
+    base = Path(folder_paths.get_input_directory())
+    if name == ITSELF:
+        return base
+    if name == NONE:
+        raise HollowError(
+            "There is no folder of pictures in ComfyUI's input folder yet. "
+            "Press 'upload a folder', or put one there and press R."
+        )
+    return inside(base, name)
+
+
+def state_of(name: str) -> list[tuple[str, int, int]]:
+    """Name, time and size of every picture in a folder and of its text; differs when one of them does."""
+    paths = images.training_paths(folder_of(name))
+    files = [file for path in paths for file in (path, path.with_suffix(".txt")) if file.exists()]
+    return [(file.name, (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files]
+
+
+def load(folder: str, given: Sequence[Tensor], resolution: int, square: bool, caption: str) -> Loaded:
+    """The pictures of a folder, or those `given` as IMAGEs; `caption` is for those without a text of their own.
+
+    Raises HollowError as `hollow_core.data.images.load_images` does, and for a name that leads out of input/.
+    """
+    images.check_resolution(resolution)
+    caption = caption.strip()
+    loaded, cells = [], []
+    for picture, name, text in _given(given) if given else _in_folder(folder_of(folder)):
+        size = (resolution, resolution) if square else images.size_near(*picture.size, resolution)
+        image = images.fit(picture, size, name, text)
+        loaded.append(image)
+        cells.append(cell(picture, image, text or caption))
+    captions = [image.caption or caption for image in loaded]
+    if not any(image.caption for image in loaded):
+        captions = [caption]  # or what is drawn from the captions would be drawn once for each
+    return Loaded([to_image(image.picture) for image in loaded], captions, to_image(contact_sheet(cells)))
+
+
+def _in_folder(folder: Path) -> Iterator[tuple[Image.Image, str, str | None]]:
+    for path in images.training_paths(folder):
+        yield images.open_picture(path), path.name, images.caption_of(path)
+
+
+def _given(batches: Sequence[Tensor]) -> Iterator[tuple[Image.Image, str, str | None]]:
+    for number, picture in enumerate(to_pictures(batches), start=1):
+        yield picture, f"Picture {number}", None
