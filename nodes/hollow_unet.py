@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from .types import CATEGORY, HollowUNetType
+from .types import CATEGORY, HollowUNetType, showing_schema
 
 BASE_BITS = {"as they are": None, "8 bit": 8, "4 bit": 4}
 
@@ -15,7 +15,7 @@ class HollowUNet(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs, outputs and what they are for."""
-        return io.Schema(
+        return showing_schema(
             node_id="HollowUNet",
             display_name="Hollow U-Net",
             category=CATEGORY,

@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from .types import CATEGORY, HollowActivationsType, HollowUNetType
+from .types import CATEGORY, HollowActivationsType, HollowUNetType, showing_schema
 
 STORAGE = ("float16", "bfloat16", "float32")
 
@@ -15,7 +15,7 @@ class HollowPrecompute(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs, outputs and what they are for."""
-        return io.Schema(
+        return showing_schema(
             node_id="HollowPrecompute",
             display_name="Precompute Activations",
             category=CATEGORY,
@@ -108,10 +108,10 @@ class HollowPrecompute(io.ComfyNode):
         low_latents: list[dict[str, Any]] | None = None,
         low_class_latents: list[dict[str, Any]] | None = None,
     ) -> io.NodeOutput:
-        """A handle on the finished store."""
+        """A handle on the finished store, and what of it was there."""
         from .host.precompute import precompute
 
-        activations = precompute(
+        activations, told = precompute(
             hollow_unet[0],
             latents,
             personal,
@@ -126,4 +126,4 @@ class HollowPrecompute(io.ComfyNode):
             name=name[0],
             node_id=cls.hidden.unique_id,
         )
-        return io.NodeOutput(activations)
+        return io.NodeOutput(activations, ui={"text": (told,)})

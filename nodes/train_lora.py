@@ -4,9 +4,10 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from .types import CATEGORY, HollowActivationsType, HollowLoraType, HollowUNetType, LoraModel, LossMap
+from .types import CATEGORY, HollowActivationsType, HollowLoraType, HollowUNetType, LoraModel, LossMap, showing_schema
 
-LAYERS = ("attention", "attention, convolutions and feed-forward")
+LAYERS = ("attention", "all layers")
+ALL_BEFORE = "attention, convolutions and feed-forward"  # what graphs saved before version 0.2 call all layers
 STRATEGIES = ("bp", "zo", "selective")
 PRECISIONS = ("bf16", "fp16", "fp32")
 OPTIMIZERS = ("adamw", "adamw8bit")
@@ -19,7 +20,7 @@ class HollowTrainLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs, outputs and what they are for."""
-        return io.Schema(
+        return showing_schema(
             node_id="HollowTrainLoRA",
             display_name="Train Hollowed LoRA",
             category=CATEGORY,
@@ -176,6 +177,11 @@ class HollowTrainLoRA(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, layers: str = LAYERS[0]) -> bool | str:
+        """ComfyUI looks into the list itself where this does not; saved graphs may have the former value."""
+        return layers in (*LAYERS, ALL_BEFORE) or f"layers is {layers!r}. Choose one of: {', '.join(LAYERS)}."
+
+    @classmethod
     def execute(
         cls,
         hollow_unet: Any,
@@ -186,11 +192,14 @@ class HollowTrainLoRA(io.ComfyNode):
         fused_backward: bool = False,
         **settings: Any,
     ) -> io.NodeOutput:
-        """The LoRA in both spellings of the graph, and its losses."""
+        """The LoRA in both spellings of the graph, and its losses; shown: their course, and what was learned."""
         import math
+
+        from comfy_api.v0_0_2 import ui
 
         from ..hollow_core.lora.layers import ALL_LAYERS, ATTENTION
         from ..hollow_core.training.settings import TrainSettings
+        from .host.pictures import to_image
         from .host.train import train
 
         targets = ATTENTION if layers == LAYERS[0] else ALL_LAYERS
@@ -198,5 +207,6 @@ class HollowTrainLoRA(io.ComfyNode):
         chosen = TrainSettings(
             alpha=alpha or None, targets=targets, fused_backward=fused_backward, **clipping, **settings
         )
-        lora, losses = train(hollow_unet, activations, chosen, preview_every, node_id=cls.hidden.unique_id)
-        return io.NodeOutput(lora, lora.state, {"loss": losses})
+        trained = train(hollow_unet, activations, chosen, preview_every, node_id=cls.hidden.unique_id)
+        shown = ui.PreviewImage(to_image(trained.picture)).as_dict() | {"text": (trained.told,)}
+        return io.NodeOutput(trained.lora, trained.lora.state, {"loss": trained.losses}, ui=shown)

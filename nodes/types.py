@@ -1,5 +1,7 @@
 """The types of Hollow's own wires."""
 
+from typing import Any
+
 from comfy_api.v0_0_2 import io
 
 CATEGORY = "Hollow"
@@ -10,3 +12,11 @@ HollowLoraType = io.Custom("HOLLOW_LORA")
 HOLLOW_LORA = HollowLoraType.Input("hollow_lora", tooltip="From Train Hollowed LoRA or Load Hollowed LoRA.")
 LoraModel = io.Custom("LORA_MODEL")  # ComfyUI's own: a LoRA as a dict of tensors
 LossMap = io.Custom("LOSS_MAP")  # ComfyUI's own: {"loss": […]}
+
+
+def showing_schema(**described: Any) -> io.Schema:
+    """The schema of a node that shows something by its `ui` and is no output node: where it is cached, hosts of 2026
+    show it again if they are asked to."""
+    if hasattr(io.Schema, "has_intermediate_output"):
+        described["has_intermediate_output"] = True
+    return io.Schema(**described)

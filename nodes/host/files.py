@@ -19,6 +19,11 @@ def lora_path(name: str) -> Path:
     return inside(Path(folder_paths.get_folder_paths("loras")[0]), name.removesuffix(".safetensors") + ".safetensors")
 
 
+def listed_lora(path: Path) -> str:
+    """What ComfyUI will call the LoRA at a `lora_path`: its name from the loras folder on."""
+    return path.relative_to(os.path.abspath(folder_paths.get_folder_paths("loras")[0])).as_posix()
+
+
 def known_loras() -> list[str]:
     """The LoRA files that ComfyUI lists."""
     return [str(name) for name in folder_paths.get_filename_list("loras")]

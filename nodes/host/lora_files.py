@@ -13,7 +13,7 @@ from ...hollow_core.lora.metadata import recipe_of, thumbnail
 from ...hollow_core.models.layouts import layout_name
 from ...hollow_core.nets.unet_layers import Config
 from ..handles import HollowLora
-from .files import known_lora, lora_path
+from .files import known_lora, listed_lora, lora_path
 from .pictures import to_picture
 from .progress import say
 from .unet import unet_config
@@ -40,10 +40,10 @@ def save(
         if dialect != "kohya" or zero_pad:
             raise HollowError("This LoRA is for none of SD1.5, SD2.1 and SDXL. Connect its model to this node.")
         lora_file.write(path, lora.state, metadata)
-        told = f"{path}, {path.stat().st_size / 2**20:.1f} MB. Connect its model to see what it changes."
+        told = f"{listed_lora(path)}, {path.stat().st_size / 2**20:.1f} MB.\nConnect its model to see what it changes."
     else:
         parsed = dialects.parse(lora.state, config)
-        told = lora_file.write_dialect(path, parsed, config, metadata, dialect=dialect, zero_pad=zero_pad).sentence
+        told = _in_words(lora_file.write_dialect(path, parsed, config, metadata, dialect=dialect, zero_pad=zero_pad))
     say(told, node_id)
     return path, told
 
@@ -56,8 +56,9 @@ def convert(
     config = None if model is None else unet_config(model)
     path = _target(name, dialect)
     written = lora_file.convert(known_lora(source), path, dialect, config=config, zero_pad=zero_pad)
-    say(written.sentence, node_id)
-    return path, written.sentence
+    told = _in_words(written)
+    say(told, node_id)
+    return path, told
 
 
 def load(name: str) -> HollowLora:
@@ -72,6 +73,13 @@ def load(name: str) -> HollowLora:
         lora, _ = lora_file.read(path, config)
         state = dialects.spell(lora.layers, {}, config, "kohya", ldm=layout_name(config) == "sdxl")
     return HollowLora(state, recipe, metadata)
+
+
+def _in_words(written: lora_file.Written) -> str:
+    """What reading it back found: a node has two short lines for it."""
+    text = f" and {written.text_layers} of text encoders" if written.text_layers else ""
+    effect = f"largest |ΔW| {written.largest:.2g}" if written.largest else "all zero, so it has NO effect"
+    return f"{listed_lora(written.path)}, read back:\n{written.layers} layers{text}, {effect}."
 
 
 def _target(name: str, dialect: str) -> Path:

@@ -1,10 +1,11 @@
 """Stage 1 in ComfyUI: LATENT and CONDITIONING in, a finished store out."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import cycle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import torch
@@ -16,8 +17,19 @@ from .conditioning import Conditionings, identifier_of, text_of, to_conditioning
 from .files import store_folder
 from .memory import alone_on_device, clear_device, free_bytes
 from .plan import PIXELS, planner_of, setting_of
-from .progress import NodeProgress
+from .progress import NodeProgress, say
 from .unet import frozen_network, noise_schedule
+
+if TYPE_CHECKING:
+    from ...hollow_core.training.store import Store
+
+WORDS = {  # what users know of a store's fingerprint
+    "schedule": "noise schedule",
+    "dtype": "storage",
+    "kinds": "pictures",
+    "latents": "pictures",
+    "embeddings": "prompts",
+}
 
 
 def precompute(
@@ -35,8 +47,8 @@ def precompute(
     storage: str,
     name: str,
     node_id: str,
-) -> HollowActivations:
-    """Run the base to the exit for each record that is not stored yet.
+) -> tuple[HollowActivations, str]:
+    """Run the base to the exit for each record that is not stored yet; with what was done, in words.
 
     `personal` and `generic` hold one prompt for all pictures or one for each, `class_prompts` also one for each batch
     of `class_latents`. The low ones are those of the same pictures at a lower resolution, or none.
@@ -84,7 +96,26 @@ def precompute(
             stop=watch.stop,
         )
     watch.finish()
-    return HollowActivations(store.folder, text_of(personal[0]), text_of(generic[0]), identifier_of(personal[0]))
+    records = len(store.records)
+    told = f"{records} records in output/hollow/{name}:\n{watch.made(records)}."
+    if watch.new == records and (changed := _changed(store)):
+        told += f" Changed: {', '.join(changed)}."
+    say(told, node_id)
+    words = text_of(personal[0]), text_of(generic[0]), identifier_of(personal[0])
+    return HollowActivations(store.folder, *words), told
+
+
+def _changed(store: "Store") -> list[str]:
+    """What sets a store apart from the nearest of those beside it; empty where it is the only one."""
+    from ...hollow_core.training.store import Store
+
+    this, differences = asdict(store.fingerprint), []
+    for index in store.folder.parent.glob("*/store.json"):
+        with suppress(HollowError):  # a damaged one is no reason to end
+            other = asdict(Store.open(index.parent).fingerprint)
+            names = [WORDS.get(name, name) for name in this if this[name] != other[name]]
+            differences.append(list(dict.fromkeys(names)))
+    return min(filter(None, differences), key=len, default=[])
 
 
 def _personal_examples(

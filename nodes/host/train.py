@@ -6,10 +6,11 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import comfy.model_management
 import torch
+from PIL import Image
 from torch import nn
 
 from ...hollow_core.errors import HollowError
@@ -17,7 +18,7 @@ from ...hollow_core.progress import Progress
 from ..handles import HollowActivations, HollowedModel, HollowLora
 from .memory import alone_on_device, clear_device, free_bytes
 from .plan import planner_of, setting_of, side_of
-from .progress import NodeProgress
+from .progress import NodeProgress, say
 from .train_preview import LossCurve, Preview, beside
 from .unet import frozen_network, layout, noise_schedule
 
@@ -28,6 +29,18 @@ if TYPE_CHECKING:
 PICTURE_EVERY = 10  # steps from one picture of the loss to the next
 
 
+class Trained(NamedTuple):
+    """What came of a training."""
+
+    lora: HollowLora
+    losses: list[float]
+    """Of each step, from the first on."""
+    picture: Image.Image
+    """The course of the loss, beside what the U-Net has learned."""
+    told: str
+    """What was done."""
+
+
 def train(
     hollowed: HollowedModel,
     activations: HollowActivations,
@@ -35,8 +48,8 @@ def train(
     preview_every: int,
     *,
     node_id: str,
-) -> tuple[HollowLora, list[float]]:
-    """The LoRA and the loss of each step; goes on where the same settings were cancelled.
+) -> Trained:
+    """Train, or go on where the same settings were cancelled.
 
     Raises HollowError as `hollow_core.training.train.train` does, where the loss stops being finite and where it needs
     more memory than is free; and ComfyUI's exception on Cancel.
@@ -62,7 +75,7 @@ def train(
     schedule, family = noise_schedule(hollowed.model), layout(hollowed.model)
     if hollowed.gradient_checkpointing and not settings.gradient_checkpointing:
         settings = replace(settings, gradient_checkpointing=True, checkpoint_levels=hollowed.checkpoint_levels)
-    folder = _folder(store, settings)
+    folder, done_before = _begun(store, settings)
     watch = NodeProgress(node_id, "Train")
     # nodes run in inference mode, where nothing can be trained
     with torch.inference_mode(False), torch.enable_grad():
@@ -81,21 +94,25 @@ def train(
         del base  # here the middle leaves memory
         nn.Module.to(network.module, dtype=DTYPES[settings.precision])
         preview = Preview(hollowed.model, network, schedule, store) if preview_every else None
-        curve, learned = LossCurve(), None
+        curve, learned = LossCurve(done_before), None
 
-        def tell(done: Progress) -> None:
+        def look() -> None:
             nonlocal learned
-            curve.add(done.loss or 0.0)
-            if preview is not None and done.step % preview_every == 0:
+            if preview is not None:
                 with suppress(torch.cuda.OutOfMemoryError):  # a picture is no reason to end
                     learned = preview.draw()
-            if done.step % PICTURE_EVERY == 0:
-                watch.picture = beside(curve.draw(), learned)
-            watch.tell(done)
-            watch.picture = None
+
+        def tell(done: Progress) -> None:
+            curve.add(done.loss or 0.0)
+            if preview_every and done.step % preview_every == 0:
+                look()
+            drawn = beside(curve.draw(), learned) if done.step % PICTURE_EVERY == 0 else None
+            watch.tell(done, curve.mean(done.step), drawn)
 
         with memory_told(lambda: planner, "train", setting, free), alone_on_device(network.module):
             result = stage.train(network, schedule, store, settings, folder=folder, progress=tell, stop=watch.stop)
+            if result.stopped == "finished":
+                look()
     watch.finish()
     if result.stopped != "finished":
         raise HollowError(
@@ -112,17 +129,27 @@ def train(
     )
     state = lora_file.to_kohya(result.state, network.module.config, alpha=settings.lora_alpha, layout=family)
     metadata = describe("hollow", family, settings.rank, settings.lora_alpha, recipe)
-    return HollowLora(state, recipe, metadata), result.losses
+    told = f"{result.steps} steps: {watch.made(result.steps)}.\nMean loss of the last {curve.window}: "
+    told += f"{curve.mean(result.steps):.4f}."
+    say(told, node_id)
+    watch.end_picture()
+    return Trained(HollowLora(state, recipe, metadata), result.losses, beside(curve.draw(), learned), told)
 
 
-def _folder(store: "Store", settings: "TrainSettings") -> Path:
-    """Where these settings train: on top of what they have done, and apart from it where fewer steps are asked."""
+def _begun(store: "Store", settings: "TrainSettings") -> tuple[Path, list[float]]:
+    """Where these settings train, and the losses of what they have done there: apart from it where fewer steps are
+    asked."""
+    name = hashlib.sha256(json.dumps(settings.fixed).encode()).hexdigest()[:12]
+    folder = store.folder / f"training-{name}"
+    if len(losses := _losses(folder)) > settings.steps:
+        folder = store.folder / f"training-{name}-{settings.steps}"
+        losses = _losses(folder)
+    return folder, losses
+
+
+def _losses(folder: Path) -> list[float]:
     from ...hollow_core.training.checkpoint import Checkpoint
     from ...hollow_core.training.train import CHECKPOINT
 
-    name = hashlib.sha256(json.dumps(settings.fixed).encode()).hexdigest()[:12]
-    folder = store.folder / f"training-{name}"
-    done = folder / CHECKPOINT
-    if done.exists() and len(Checkpoint.load(done, {}).losses) > settings.steps:
-        folder = store.folder / f"training-{name}-{settings.steps}"
-    return folder
+    path = folder / CHECKPOINT
+    return Checkpoint.load(path, {}).losses if path.exists() else []

@@ -1,50 +1,94 @@
 """What the training node shows while it runs: the course of the loss, and what the U-Net has learned so far."""
 
-from itertools import accumulate
+import math
+from collections.abc import Iterable
+from itertools import accumulate, count
 from typing import TYPE_CHECKING
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
     from ...hollow_core.nets.network import Network
     from ...hollow_core.nets.schedule import NoiseSchedule
     from ...hollow_core.training.store import Store
 
-SIDE = 256  # of a picture, in pixels
-MARGIN = 8
+SIDE = 512  # of a picture, in pixels: the node shows two side by side, a third as large
+LETTERS, MARGIN, LINE = 34, 10, 42
+WINDOW = 20  # steps at least, of which the mean is drawn
 TIMESTEP = 600  # noisy enough that the LoRA shows, not so much that nothing can be seen
 
 
 class LossCurve:
-    """The losses of a run, drawn smoothed: one step's says little, as each has another time step."""
+    """The losses of a training, drawn smoothed: one step's says little, as each has another time step."""
 
-    def __init__(self) -> None:
-        self.losses: list[float] = []
+    def __init__(self, losses: Iterable[float]) -> None:
+        """With those of the steps that were done before."""
+        self.sums = [0.0, *accumulate(losses)]
 
     def add(self, loss: float) -> None:
         """One more step's."""
-        self.losses.append(loss)
+        self.sums.append(self.sums[-1] + loss)
+
+    @property
+    def steps(self) -> int:
+        """Of how many steps there are losses."""
+        return len(self.sums) - 1
+
+    @property
+    def window(self) -> int:
+        """Over how many steps the mean goes: a twentieth of them, and WINDOW at least if there are so many."""
+        return min(max(WINDOW, self.steps // 20), self.steps)
+
+    def mean(self, end: int) -> float:
+        """The mean loss of the `window` steps up to step `end`, the first of which is 1."""
+        start = max(0, end - self.window)
+        return (self.sums[end] - self.sums[start]) / (end - start)
 
     def draw(self) -> Image.Image:
-        """The moving mean over a twentieth of the run, SIDE × SIDE, its last value below."""
-        window = max(1, len(self.losses) // 20)
-        sums = [0.0, *accumulate(self.losses)]
-        starts = [max(0, end - window) for end in range(1, len(sums))]
-        smooth = [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, 1)]
-        low, high = min(smooth), max(smooth)
-        reach, span = SIDE - 2 * MARGIN, (high - low) or 1.0
-        points = [
-            (MARGIN + i * reach / max(1, len(smooth) - 1), MARGIN + (high - value) * reach / span)
-            for i, value in enumerate(smooth)
-        ]
+        """SIDE × SIDE: the moving mean over the steps, with its last value in words. There must be a loss."""
         picture = Image.new("RGB", (SIDE, SIDE), "white")
-        draw = ImageDraw.Draw(picture)
-        if len(points) > 1:
-            draw.line(points, fill="#2a6fdb", width=2)
-        draw.text((MARGIN, SIDE - 2 * MARGIN), f"loss {smooth[-1]:.4f}", fill="black")
+        canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(LETTERS)
+        shown = range(self.steps, 0, -max(1, self.steps // SIDE))
+        means = {step: self.mean(step) for step in shown}
+        low, high = min(means.values()), max(means.values())
+        if high == low:
+            low, high = 0.0, high or 1.0
+        levels = ticks(low, high)
+        steps = [step for step in ticks(0, self.steps) if step >= 1 and float(step).is_integer()]
+        left = 2 * MARGIN + max(font.getlength(f"{level:g}") for level in levels)
+        right, top, bottom = SIDE - 2 * MARGIN, 2 * LINE + 2 * MARGIN, SIDE - LINE - MARGIN
+
+        def place(step: float, loss: float) -> tuple[float, float]:
+            across = (step - 1) / max(1, self.steps - 1)
+            return left + across * (right - left), bottom - (loss - low) / (high - low) * (bottom - top)
+
+        canvas.text((MARGIN, MARGIN), f"mean loss {self.mean(self.steps):.4f}", "black", font)
+        canvas.text((MARGIN, MARGIN + LINE), f"of the last {self.window} steps", "#666666", font)
+        for level in levels:
+            y = place(1, level)[1]
+            canvas.line((left, y, right, y), "#dddddd", 2)
+            canvas.text((left - MARGIN, y), f"{level:g}", "#666666", font, anchor="rm")
+        for step in steps:
+            x = place(step, low)[0]
+            canvas.line((x, bottom, x, bottom + MARGIN), "#666666", 2)
+            half = font.getlength(f"{step:.0f}") / 2
+            canvas.text((min(x, SIDE - MARGIN - half), bottom + MARGIN), f"{step:.0f}", "#666666", font, anchor="ma")
+        canvas.line((left, bottom, right, bottom), "#666666", 2)
+        canvas.line([place(step, mean) for step, mean in means.items()], "#2a6fdb", 5)
         return picture
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """One to five round numbers from `low` to `high`, which is above it."""
+    sizes = (digit * 10.0**power for power in count(math.floor(math.log10(high - low)) - 1) for digit in (1, 2, 5))
+    size, first, last = next(
+        (size, first, last)
+        for size in sizes
+        if (last := math.floor(high / size)) - (first := math.ceil(low / size)) < 5
+    )
+    return [number * size for number in range(first, last + 1)]
 
 
 class Preview:

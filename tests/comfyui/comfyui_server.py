@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
@@ -30,11 +31,21 @@ class Server(NamedTuple):
         with urlopen(f"{self.url}/{path}") as answer:
             return bytes(answer.read())
 
+    def queue(self, graph: dict[str, Any]) -> dict[str, Any]:
+        """Ask for a graph in API format: the answer has a "prompt_id" if any of it will run, and "node_errors"."""
+        asked = Request(f"{self.url}/prompt", json.dumps({"prompt": graph, "client_id": "tests"}).encode())
+        try:
+            with urlopen(asked) as answer:
+                return dict(json.load(answer))
+        except HTTPError as refusal:
+            return dict(json.load(refusal))
+
     def run(self, graph: dict[str, Any]) -> Ran:
-        """Run a graph in API format to its end."""
-        asked = Request(f"{self.url}/prompt", json.dumps({"prompt": graph}).encode())
-        with urlopen(asked) as answer:
-            prompt_id = json.load(answer)["prompt_id"]
+        """Run a graph in API format to its end, all of it."""
+        answer = self.queue(graph)
+        assert "prompt_id" in answer, answer
+        assert not answer["node_errors"], answer["node_errors"]  # outputs that ComfyUI leaves out, and runs the rest
+        prompt_id = answer["prompt_id"]
         while prompt_id not in (history := json.loads(self.get(f"history/{prompt_id}"))):
             time.sleep(0.5)
         result = history[prompt_id]

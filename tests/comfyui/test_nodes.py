@@ -1,6 +1,7 @@
 """The nodes on the embedded model, as a graph runs them."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ from hollow_pack.nodes import (
     two_path_model,
     two_path_sampler,
 )
-from hollow_pack.nodes.host import files, plan
+from hollow_pack.nodes.host import files, plan, progress, train_preview
 from hollow_pack.nodes.host import precompute as host_precompute
 from hollow_pack.nodes.host import train as host_train
 from hollow_pack.nodes.host.unet import frozen_network
@@ -203,7 +204,7 @@ def save_and_convert(lora: Any, demo: Any, folder: Path) -> None:
     saved = lora_files.HollowSaveLoRA.execute(
         lora, "hollow/d", dialect="diffusers", zero_pad=True, thumbnail=torch.rand(1, 40, 30, 3), model=demo.model
     )
-    assert "every key matched; the largest |ΔW| is" in saved.ui["text"][0]
+    assert re.match(r"hollow/d\.safetensors, read back:\n\d+ layers, largest \|ΔW\| [\d.e-]+\.$", saved.ui["text"][0])
     with safe_open(folder / "d.safetensors", "pt") as file:
         assert all(key.startswith("unet.") for key in file.keys())  # noqa: SIM118 - no dict
         assert file.metadata()["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
@@ -306,7 +307,7 @@ def test_out_of_memory_is_told_and_run_goes_on(demo: Any, monkeypatch: pytest.Mo
             train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS)
     told: list[int] = []
     with monkeypatch.context() as patch:
-        patch.setattr(host_train.NodeProgress, "tell", lambda _, done: told.append(done.step))
+        patch.setattr(host_train.NodeProgress, "tell", lambda _, done, *shown: told.append(done.step))
         again = train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS).args[1]
     assert told == [2, 3]
     assert all(torch.equal(again[key], whole[key]) for key in whole)
@@ -331,11 +332,64 @@ def test_cancel_keeps_what_is_done_and_run_goes_on(demo: Any, monkeypatch: pytes
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS | {"seed": 5}, batch=2)
     assert asked == 3  # two steps were done
-    cancelled, _, losses = train_lora.HollowTrainLoRA.execute(
-        hollowed, activations, **SETTINGS | {"seed": 5}, batch=2
-    ).args
+    said: list[str] = []
+    monkeypatch.setattr(progress, "say", lambda text, _: said.append(text))
+    resumed = train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS | {"seed": 5}, batch=2)
+    cancelled, _, losses = resumed.args
     assert len(losses["loss"]) == 3
     assert cancelled.state.keys() == whole.state.keys()
+    [last] = said  # what is shown goes on as well: the mean is that of all three
+    mean = sum(losses["loss"]) / 3
+    assert last.endswith(f" min left,\nloss {losses['loss'][2]:.4f} (mean {mean:.4f})")
+    assert resumed.ui["text"][0].startswith("3 steps: 2 were there, 1 new, ")
+
+
+def test_nodes_say_what_was_there(demo: Any) -> None:
+    def run(prompts: list[Any], samples: int) -> tuple[Any, str]:
+        stored = precompute_activations.HollowPrecompute.execute(
+            [hollowed], demo.latents, demo.personal, prompts, [samples], [0], ["float32"], ["said"]
+        )
+        return stored.args[0], stored.ui["text"][0]
+
+    hollowed = handles.HollowedModel(demo.model, 3)
+    records = "6 records in output/hollow/said:\n"
+    activations, first = run(demo.generic, 6)
+    assert re.fullmatch(records + r"all new, \d+:\d\d min\.", first)
+    assert run(demo.generic, 6)[1] == records + "all were there."
+    assert run(demo.personal, 6)[1].endswith(" min. Changed: prompts.")
+    assert run(demo.personal, 7)[1].endswith(" min. Changed: samples.")  # against the nearest
+    assert run(demo.personal[:1], 8)[1].endswith(" min. Changed: samples, prompts.")
+    (activations.folder / "records-00000.safetensors").unlink()
+    assert run(demo.generic, 6)[1].startswith(records + "all new")
+
+    trained = [
+        train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS | changed)
+        for changed in ({}, {"save_every": 1}, {"steps": 4})
+    ]
+    told = [each.ui["text"][0].partition(".\nMean loss of the last ") for each in trained]
+    assert told[0][0].startswith("3 steps: all new, ")
+    assert told[1][0] == "3 steps: all were there"
+    assert told[2][0].startswith("4 steps: 3 were there, 1 new, ")
+    assert [len(each.ui["images"]) for each in trained] == [1, 1, 1]
+    losses = trained[2].args[2]["loss"]
+    assert told[2][2] == f"4: {sum(losses) / 4:.4f}."
+
+
+def test_the_curve_has_round_numbers_at_its_axes() -> None:
+    assert train_preview.ticks(0.1234, 0.3781) == pytest.approx([0.15, 0.2, 0.25, 0.3, 0.35])
+    assert train_preview.ticks(0.000121, 0.000129) == pytest.approx([0.000122, 0.000124, 0.000126, 0.000128])
+    assert train_preview.ticks(0, 400) == [0, 100, 200, 300, 400]
+    for losses in ([0.5], [0.0, 0.0], [0.2, 0.1], [1 / step for step in range(1, 5001)]):
+        assert train_preview.LossCurve(losses).draw().size == (train_preview.SIDE, train_preview.SIDE)
+
+
+def test_what_a_node_says_is_no_html(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its text may hold a name of a graph from anywhere, and ComfyUI's front ends take it for HTML."""
+    sent: list[str] = []
+    server = SimpleNamespace(send_progress_text=lambda text, _: sent.append(text))
+    monkeypatch.setattr(progress.PromptServer, "instance", server, raising=False)
+    progress.say("hollow/<img src=x>, |ΔW| 0.1", "7")
+    assert sent == ["hollow/&lt;img src=x&gt;, |ΔW| 0.1"]
 
 
 def test_training_leaves_the_models_own_weights_as_they_are(demo: Any) -> None:

@@ -16,7 +16,9 @@ from hollow_core.demo import run, world
 
 ROOT = Path(__file__).parents[2]
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
-QUICKSTART = ROOT / "tests" / "workflows" / "Hollow quickstart.json"
+COPIES = ROOT / "tests" / "workflows"  # of GRAPHS, in API format
+QUICKSTART = COPIES / "Hollow Quickstart.json"
+LOADERS = {"CheckpointLoaderSimple", "ControlNetLoader", "HollowLoadLoRA", "HollowLoadPictures", "LoadImage"}
 Graph = dict[str, dict[str, Any]]  # a node's id, its class_type and inputs
 
 
@@ -82,3 +84,43 @@ def test_the_quickstart_draws_the_subject(server: Server) -> None:
     cached = again.messages["execution_cached"]["nodes"]
     assert upstream(graph, precompute).keys() <= set(cached)
     assert train not in cached
+
+
+def complaints(server: Server, graph: dict[str, Any]) -> set[tuple[str, str]]:
+    """The node and the kind of each of the server's, for a graph that ends soon: it lacks its files."""
+    nodes = server.queue(graph)["node_errors"].values()
+    return {(node["class_type"], error["type"]) for node in nodes for error in node["errors"]}
+
+
+@pytest.mark.parametrize("path", sorted({*COPIES.glob("*.json")} - {QUICKSTART}), ids=lambda path: path.stem)
+def test_graphs_lack_nothing_but_files(server: Server, path: Path) -> None:
+    found = complaints(server, json.loads(path.read_text()))
+    assert {node for node, _ in found} <= LOADERS
+    assert {kind for _, kind in found} <= {"value_not_in_list", "custom_validation_failed"}
+
+
+def test_saved_graphs_may_call_all_layers_as_they_did(server: Server) -> None:
+    graph = json.loads((COPIES / "Hollow SDXL.json").read_text())
+    train = next(node for node in graph.values() if node["class_type"] == "HollowTrainLoRA")
+    train["inputs"]["layers"] = "attention, convolutions and feed-forward"
+    assert "HollowTrainLoRA" not in {node for node, _ in complaints(server, graph)}
+    train["inputs"]["layers"] = "some"
+    assert ("HollowTrainLoRA", "custom_validation_failed") in complaints(server, graph)
+
+
+def test_what_a_cached_node_shows_is_shown_again(server: Server) -> None:
+    if "has_intermediate_output" not in json.loads(server.get("object_info/HollowUNet"))["HollowUNet"]:
+        pytest.skip("This ComfyUI shows a cached node's output again only where it ends the graph")
+    graph: Graph = json.loads(QUICKSTART.read_text())
+    unet, precompute, train = (named(graph, name) for name in ("HollowUNet", "HollowPrecompute", "HollowTrainLoRA"))
+    del graph[precompute]["inputs"]["class_latents"]
+    graph[precompute]["inputs"] |= {"samples": 5, "name": "cached"}
+    graph[train]["inputs"] |= {"steps": 2, "batch": 1}
+    graph = upstream(graph, named(graph, "HollowSaveLoRA"))
+    first, second = server.run(graph), server.run(graph)
+    assert {unet, precompute, train} <= set(second.messages["execution_cached"]["nodes"])
+    assert second.outputs == first.outputs
+    assert second.outputs[unet]["images"]
+    assert second.outputs[precompute]["text"][0].startswith("5 records in output/hollow/cached:\nall new")
+    assert second.outputs[train]["images"]
+    assert second.outputs[train]["text"][0].startswith("2 steps: all new")
