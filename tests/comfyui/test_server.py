@@ -17,8 +17,9 @@ from hollow_core.demo import run, world
 ROOT = Path(__file__).parents[2]
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
 COPIES = ROOT / "tests" / "workflows"  # of GRAPHS, in API format
-QUICKSTART = COPIES / "Hollow quickstart.json"
-LOADERS = {"CheckpointLoaderSimple", "ControlNetLoader", "HollowLoadLoRA", "LoadImage"}
+QUICKSTART = COPIES / "Hollow Quickstart.json"
+LOADERS = {"CheckpointLoaderSimple", "ControlNetLoader", "HollowLoadLoRA", "HollowLoadPictures", "LoadImage"}
+Graph = dict[str, dict[str, Any]]  # a node's id, its class_type and inputs
 
 
 def test_the_pack_costs_less_than_a_third_of_a_second_at_the_start(server: Server) -> None:
@@ -47,23 +48,42 @@ def test_every_node_has_its_help_page_with_a_picture(server: Server) -> None:
         assert server.get(f"extensions/hollow/docs/{picture}")[:3] == b"\xff\xd8\xff"  # JPEG
 
 
+def named(graph: Graph, class_type: str, **inputs: Any) -> str:
+    """The id of the only node of that class with these inputs."""
+    [found] = [
+        node
+        for node, what in graph.items()
+        if what["class_type"] == class_type and inputs.items() <= what["inputs"].items()
+    ]
+    return found
+
+
+def upstream(graph: Graph, node: str) -> Graph:
+    """What that node needs, and it."""
+    wires = [value for value in graph[node]["inputs"].values() if isinstance(value, list)]
+    return {name: what for wire in wires for name, what in upstream(graph, wire[0]).items()} | {node: graph[node]}
+
+
 def test_the_quickstart_draws_the_subject(server: Server) -> None:
-    graph = json.loads(QUICKSTART.read_text())
+    graph: Graph = json.loads(QUICKSTART.read_text())
     ran = server.run(graph)
     subject = world.HELD_OUT[0]
-    for node in ("13", "17"):  # on two paths, and as an ordinary LoRA
-        drawn = [picture.resize((world.SIZE, world.SIZE)) for picture in server.pictures(ran, node)]
+    for way in ("hollow-two-path", "hollow-single-path"):  # the latter as an ordinary LoRA
+        shown = server.pictures(ran, named(graph, "SaveImage", filename_prefix=way))
+        drawn = [picture.resize((world.SIZE, world.SIZE)) for picture in shown]
         subject_score, prompt_score = run.score(drawn, subject, ["night"] * len(drawn))
         assert subject_score > 0.5  # as `hollow demo`; the base model has about 0
         assert prompt_score > 0.9
     assert (server.folder / "models" / "loras" / "hollow" / "quickstart.safetensors").exists()
 
     # one step more: nothing is precomputed again, and training goes on where it ended
-    graph["6"]["inputs"]["steps"] += 1
-    graph = {node: graph[node] for node in ["1", "2", "3", "4", "5", "6", "7", "9", "18", "19"]}
-    again = server.run(graph)
-    assert {"2", "3", "5", "19"} <= set(again.messages["execution_cached"]["nodes"])
-    assert "6" not in again.messages["execution_cached"]["nodes"]
+    train = named(graph, "HollowTrainLoRA")
+    graph[train]["inputs"]["steps"] += 1
+    again = server.run(upstream(graph, named(graph, "HollowSaveLoRA")))
+    precompute = named(graph, "HollowPrecompute")
+    cached = again.messages["execution_cached"]["nodes"]
+    assert upstream(graph, precompute).keys() <= set(cached)
+    assert train not in cached
 
 
 def complaints(server: Server, graph: dict[str, Any]) -> set[tuple[str, str]]:
@@ -91,15 +111,16 @@ def test_saved_graphs_may_call_all_layers_as_they_did(server: Server) -> None:
 def test_what_a_cached_node_shows_is_shown_again(server: Server) -> None:
     if "has_intermediate_output" not in json.loads(server.get("object_info/HollowUNet"))["HollowUNet"]:
         pytest.skip("This ComfyUI shows a cached node's output again only where it ends the graph")
-    graph = json.loads(QUICKSTART.read_text())
-    graph = {node: graph[node] for node in ["1", "2", "3", "4", "5", "6", "7"]}
-    del graph["5"]["inputs"]["class_latents"]
-    graph["5"]["inputs"] |= {"samples": 5, "name": "cached"}
-    graph["6"]["inputs"] |= {"steps": 2, "batch": 1}
+    graph: Graph = json.loads(QUICKSTART.read_text())
+    unet, precompute, train = (named(graph, name) for name in ("HollowUNet", "HollowPrecompute", "HollowTrainLoRA"))
+    del graph[precompute]["inputs"]["class_latents"]
+    graph[precompute]["inputs"] |= {"samples": 5, "name": "cached"}
+    graph[train]["inputs"] |= {"steps": 2, "batch": 1}
+    graph = upstream(graph, named(graph, "HollowSaveLoRA"))
     first, second = server.run(graph), server.run(graph)
-    assert {"4", "5", "6"} <= set(second.messages["execution_cached"]["nodes"])
+    assert {unet, precompute, train} <= set(second.messages["execution_cached"]["nodes"])
     assert second.outputs == first.outputs
-    assert second.outputs["4"]["images"]
-    assert second.outputs["5"]["text"][0].startswith("5 records in output/hollow/cached:\nall new")
-    assert second.outputs["6"]["images"]
-    assert second.outputs["6"]["text"][0].startswith("2 steps: all new")
+    assert second.outputs[unet]["images"]
+    assert second.outputs[precompute]["text"][0].startswith("5 records in output/hollow/cached:\nall new")
+    assert second.outputs[train]["images"]
+    assert second.outputs[train]["text"][0].startswith("2 steps: all new")
