@@ -32,7 +32,7 @@ class Server(NamedTuple):
 
     def run(self, graph: dict[str, Any]) -> Ran:
         """Run a graph in API format to its end."""
-        asked = Request(f"{self.url}/prompt", json.dumps({"prompt": graph}).encode())
+        asked = Request(f"{self.url}/prompt", json.dumps({"prompt": graph, "client_id": "tests"}).encode())
         with urlopen(asked) as answer:
             prompt_id = json.load(answer)["prompt_id"]
         while prompt_id not in (history := json.loads(self.get(f"history/{prompt_id}"))):
