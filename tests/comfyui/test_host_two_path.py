@@ -31,6 +31,7 @@ from hollow_pack.hollow_core.errors import HollowError
 from hollow_pack.nodes.handles import HollowLora
 from hollow_pack.nodes.host.two_path import two_path_model
 from hollow_pack.nodes.host.unet import diffusers_unet
+from quantised_models import FORMATS, quantised_model
 from tiny_models import POOLED_WIDTH, SIZE, TOKEN_WIDTH, tiny_flux, tiny_model, tiny_unet
 from two_path_reference import Reference
 
@@ -331,6 +332,17 @@ def test_weights_of_8_bits(trained: Trained) -> None:
         ours = draw(two_path_model(stored, trained("sd15", 3), GENERIC, **settings))
         assert_same(ours, draw(two_path_model(rounded, trained("sd15", 3), GENERIC, **settings)))
     assert next(stored.model.diffusion_model.parameters()).dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@torch.inference_mode()
+def test_quantised_weights(name: str, trained: Trained) -> None:
+    stored, _ = quantised_model("sd15", name)
+    lora, expected = trained("sd15", 3), draw(stored)
+    assert_same(draw(two_path_model(stored, lora, None, strength=0.0)), expected)
+    personal = draw(two_path_model(stored, lora, GENERIC))
+    assert_different(personal, expected)
+    assert_same(personal, draw(two_path_model(native(), lora, GENERIC)), tolerance=0.5)
 
 
 def test_computing_in_16_bits(trained: Trained) -> None:

@@ -9,6 +9,7 @@ pytest.importorskip("comfy", reason="COMFYUI_DIR names no checkout of ComfyUI")
 
 import comfy.model_management
 from hollow_pack.nodes.host.analysis import base_weights
+from hollow_pack.nodes.host.memory import clear_device
 from hollow_pack.nodes.host.unet import diffusers_unet
 from quantised_models import FORMATS, quantised_model
 from tiny_models import SIZE, TOKEN_WIDTH
@@ -54,6 +55,17 @@ def test_it_predicts_what_comfyui_predicts(name: str) -> None:
     ours = diffusers_unet(patched).mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
     before = diffusers_unet(model).mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
     torch.testing.assert_close(ours - before, 0.5 * added, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_it_leaves_the_device_for_training(name: str) -> None:
+    """Loaded in inference mode, as nodes run, and unloaded where there is training."""
+    with torch.inference_mode():
+        model, _ = quantised_model("sd15", name)
+        comfy.model_management.load_models_gpu([model])
+    clear_device(model)
+    assert comfy.model_management.current_loaded_models == []
+    assert diffusers_unet(model).conv_in.weight.requires_grad is False
 
 
 @pytest.mark.skipif("int8_tensorwise" not in FORMATS, reason="This ComfyUI smooths no inputs")
