@@ -48,11 +48,15 @@ class NodeProgress:
             raise comfy.model_management.InterruptProcessingException()
         comfy.model_management.throw_exception_if_processing_interrupted()
 
-    def end_picture(self) -> None:
-        """Take the last picture off a node that will show another one: Nodes 2.0 would show both. Front ends drop it
-        where a node begins to run, which here it seems to do once more."""
+    def end_picture(self, picture: Image.Image) -> None:
+        """Show the picture that the node will have as its output, and let front ends forget it.
+
+        The canvas may keep the last one it was shown, Nodes 2.0 shows it below the output as long as it is not
+        forgotten. It is where a node begins to run, which here it seems to do once more.
+        """
         server = getattr(PromptServer, "instance", None)
         if server is not None and self.new:
+            self.bar.update_absolute(self.bar.total, preview=("JPEG", picture, PICTURE_PIXELS))
             server.send_sync("progress_state", {"prompt_id": server.last_prompt_id, "nodes": {}}, server.client_id)
             self.bar.update_absolute(self.bar.total)
 

@@ -131,9 +131,10 @@ def train(
     metadata = describe("hollow", family, settings.rank, settings.lora_alpha, recipe)
     told = f"{result.steps} steps: {watch.made(result.steps)}.\nMean loss of the last {curve.window}: "
     told += f"{curve.mean(result.steps):.4f}."
+    picture = beside(curve.draw(), learned)
     say(told, node_id)
-    watch.end_picture()
-    return Trained(HollowLora(state, recipe, metadata), result.losses, beside(curve.draw(), learned), told)
+    watch.end_picture(picture)
+    return Trained(HollowLora(state, recipe, metadata), result.losses, picture, told)
 
 
 def _begun(store: "Store", settings: "TrainSettings") -> tuple[Path, list[float]]:
