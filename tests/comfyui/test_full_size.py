@@ -40,6 +40,7 @@ def empty_model(name: str) -> tuple[ModelPatcher, UNet2DConditionModel]:
         config = comfy.model_detection.model_config_from_unet(weights, "")
         config.set_inference_dtype(torch.float32, None)
         model = config.get_model({}, device=torch.device("meta"))
+        model.diffusion_model.load_state_dict(weights, assign=True)  # under dynamic VRAM layers have no weights before
         assert {key: weight.shape for key, weight in model.diffusion_model.state_dict().items()} == {
             key: weight.shape for key, weight in weights.items()
         }
