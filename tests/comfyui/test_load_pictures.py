@@ -1,10 +1,8 @@
 """Load Pictures: folders of input/, in the node and in a running ComfyUI."""
 
 import io
-import json
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 from urllib.parse import urlencode
 
 import pytest
@@ -176,7 +174,7 @@ def test_a_graph_shows_the_sheet_and_reads_again_only_what_changed(server: Serve
     [("gone", "gone does not exist. Give the folder"), (NONE, "Press 'upload a folder'"), ("../rex", "stay inside")],
 )
 def test_a_run_is_refused_before_it_starts(server: Server, folder: str, said: str) -> None:
-    with pytest.raises(HTTPError) as refused:
-        server.run(graph(folder))
-    errors = json.loads(refused.value.read())["node_errors"]["1"]["errors"]
+    answer = server.queue(graph(folder))
+    assert "prompt_id" not in answer
+    errors = answer["node_errors"]["1"]["errors"]
     assert [said in error["details"] for error in errors] == [True]
