@@ -50,7 +50,12 @@ def picture_paths(folder: Path) -> list[Path]:
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise HollowError(f"{folder} {what}. Give the folder that holds your pictures.")
-    return sorted(path for path in folder.iterdir() if _is_picture(path))
+    return sorted(path for path in folder.iterdir() if is_picture(path))
+
+
+def is_picture(path: Path) -> bool:
+    """Whether `picture_paths` counts it: a file named as a picture, and not hidden."""
+    return path.is_file() and path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -142,7 +147,3 @@ def check_resolution(resolution: int) -> None:
     """Raises HollowError unless it is a positive multiple of 8."""
     if resolution < 8 or resolution % 8:
         raise HollowError(f"The resolution {resolution} is no multiple of 8 pixels. Take 512, 768 or 1024.")
-
-
-def _is_picture(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in SUFFIXES and not path.name.startswith(".")

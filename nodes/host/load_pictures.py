@@ -37,13 +37,14 @@ def picture_folders() -> list[str]:
     """
     base = Path(folder_paths.get_input_directory())
     names, seen = [], set[str]()
-    for place, folders, _ in os.walk(base, followlinks=True):
+    for place, folders, files in os.walk(base, followlinks=True):
         if (real := os.path.realpath(place)) in seen:  # a link that leads back
             folders.clear()
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if images.picture_paths(Path(place)):
+        # Only as far as the first: the list is asked for at the start, and again and again after it.
+        if any(images.is_picture(Path(place, name)) for name in files):
             names.append(Path(place).relative_to(base).as_posix())
     return [*sorted(name for name in names if name != "."), *[ITSELF] * ("." in names)] or [NONE]
 
