@@ -33,24 +33,25 @@ def quantised_model(layout: str, name: str) -> tuple[ModelPatcher, dict[str, Ten
         weights |= {key: b.to(torch.float8_e4m3fn).float() for key, b in weights.items() if key.endswith(".bias")}
     state, meant = dict(weights), dict(weights)
     for layer in layers:
-        kept, meant[f"{layer}.weight"] = (_scaled_fp8 if name == SCALED_FP8 else _by_comfyui)(
-            layer, weights[f"{layer}.weight"], name
+        weight = weights[f"{layer}.weight"]
+        kept, meant[f"{layer}.weight"] = (
+            _scaled_fp8(layer, weight) if name == SCALED_FP8 else _by_comfyui(layer, weight, name)
         )
         state |= kept
-    if name == SCALED_FP8 and not QUANT_ALGOS:
-        config.scaled_fp8 = torch.float8_e4m3fn
-    else:
-        if name == SCALED_FP8:
-            state["scaled_fp8"] = torch.tensor([], dtype=torch.float8_e4m3fn)
-            state, _ = comfy.utils.convert_old_quants(state)
+    if name == SCALED_FP8 and QUANT_ALGOS:
+        state["scaled_fp8"] = torch.tensor([], dtype=torch.float8_e4m3fn)
+        state, _ = comfy.utils.convert_old_quants(state)
+    if QUANT_ALGOS:
         config.quant_config = comfy.utils.detect_layer_quantization(state, "")
+    else:
+        config.scaled_fp8 = torch.float8_e4m3fn
     config.set_inference_dtype(torch.float32, torch.float32)
     model = config.get_model({}, device=CPU)
     model.diffusion_model.load_state_dict(state)
     return ModelPatcher(model.eval(), CPU, CPU), meant
 
 
-def _scaled_fp8(layer: str, weight: Tensor, _: str) -> tuple[dict[str, Tensor], Tensor]:
+def _scaled_fp8(layer: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     scale = weight.abs().max() / torch.finfo(torch.float8_e4m3fn).max
     codes = (weight / scale).to(torch.float8_e4m3fn)
     return {f"{layer}.weight": codes, f"{layer}.scale_weight": scale}, codes.float() * scale

@@ -1,7 +1,6 @@
 """What Hollow counts as free on a card, and what it frees there: a card, and the allocator of dynamic VRAM, stood in
 for. ComfyUI's bookkeeping over both is the real one."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,9 +40,8 @@ class Card:
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
-    with monkeypatch.context() as patch:
-        yield Card(patch)
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    return Card(monkeypatch)
 
 
 def test_all_but_other_programs_memory_is_free(card: Card) -> None:

@@ -101,7 +101,7 @@ def test_graphs_lack_nothing_but_files(server: Server, path: Path) -> None:
 
 def test_saved_graphs_may_call_all_layers_as_they_did(server: Server) -> None:
     graph = json.loads((COPIES / "Hollow SDXL.json").read_text())
-    train = next(node for node in graph.values() if node["class_type"] == "HollowTrainLoRA")
+    train = graph[named(graph, "HollowTrainLoRA")]
     train["inputs"]["layers"] = "attention, convolutions and feed-forward"
     assert "HollowTrainLoRA" not in {node for node, _ in complaints(server, graph)}
     train["inputs"]["layers"] = "some"
