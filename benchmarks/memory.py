@@ -180,8 +180,8 @@ def train_for_real(model: BaseModel, setting: Setting) -> None:
 
 
 def randomize(part: nn.Module, generator: torch.Generator) -> None:
-    """Give an outline random weights, on the CPU."""
-    part.to_empty(device="cpu")
+    """Give an outline random weights, on the generator's device."""
+    part.to_empty(device=generator.device)
     for tensor in [*part.parameters(), *part.buffers()]:
         if tensor.is_floating_point():
             tensor.data.normal_(std=0.02, generator=generator)

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -65,7 +67,10 @@ def main() -> None:
     parser.add_argument("--one", choices=SETTINGS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measured(options, setting_of(options, options.one))))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        setting = setting_of(options, options.one)
+        model = partial(outline, options.layout, DTYPES[setting.training.precision])
+        print(json.dumps(measured(lambda: random_model(model()), setting, device)))
         return
     planner, first = Planner(options.layout), 0.0
     print("| setting | " + " | ".join(f"{stage}: predicted, is" for stage in STAGES) + " | step, s | over the first |")
@@ -87,14 +92,10 @@ def setting_of(options: argparse.Namespace, name: str) -> Setting:
     return replace(setting, resolution=options.resolution, samples=RECORDS, training=training)
 
 
-def measured(options: argparse.Namespace, setting: Setting) -> dict[str, float]:
-    """Peak GiB of each of `STAGES`, and the median seconds of a training "step"."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def load() -> BaseModel:
-        return random_model(options.layout, DTYPES[setting.training.precision])
-
-    side = setting.resolution or outline(options.layout).resolution
+def measured(make: Callable[[], BaseModel], setting: Setting, device: torch.device) -> dict[str, float]:
+    """Peak GiB of each of `STAGES`, and the median seconds of a training "step"; `make` gives a model on the CPU."""
+    ready = [make()]  # before the first stage, whose peak is not to have what making takes
+    side = setting.resolution or ready[0].resolution
     picture = TrainingImage(Image.new("RGB", (side, side), "teal"), None, "", (0, 0, side, side))
     request = Request([picture], "dog", setting=setting)
     moments: list[float] = []
@@ -106,9 +107,9 @@ def measured(options: argparse.Namespace, setting: Setting) -> dict[str, float]:
             moments.append(time.monotonic())
 
     with tempfile.TemporaryDirectory() as folder:
-        outcome = personalize(load, request, Path(folder), device=device, progress=watch)
+        outcome = personalize(ready.pop, request, Path(folder), device=device, progress=watch)
         assert outcome.file is not None
-        model = load()
+        model = make()
         lora = lora_file.load(outcome.file, model.unet)
     with outcome.meter.stage("sample"):
         draw_one(model, setting, lora, device, side)
@@ -122,13 +123,13 @@ def draw_one(model: BaseModel, setting: Setting, lora: lora_file.LoraFile, devic
     sample(model, ["a photo of a sks dog"], [0], SampleSettings(steps=2, size=(side, side)), lora=lora, device=device)
 
 
-def random_model(layout: str, dtype: torch.dtype) -> BaseModel:
-    """A base model of this shape on the CPU, whose weights mean nothing."""
-    model = outline(layout, dtype)
-    generator = torch.Generator().manual_seed(0)
+def random_model(model: BaseModel, device: torch.device | str = "cpu") -> BaseModel:
+    """The model of an outline, on the CPU, with weights that mean nothing; `device` draws them."""
+    generator = torch.Generator(device).manual_seed(0)
     for part in (model.unet, model.vae, *model.text_encoders):
         assert part is not None
         randomize(part, generator)
+        part.to("cpu")
     return model
 
 

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 
 from .. import __version__
@@ -72,8 +73,10 @@ def run(
     subject: world.Subject = world.HELD_OUT[0],
     settings: TrainSettings = SETTINGS,
     progress: Watch | None = None,
+    *,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Do it all into `out`, and give the report that is written there too.
+    """Do it all into `out` on `device`, and give the report that is written there too.
 
     Called again after an interruption, it goes on. The stage "encode" of the plain LoRA has drawn the pictures of the
     class, too, which both trainings share. Raises HollowError where `out` cannot be written.
@@ -82,14 +85,14 @@ def run(
     write_references(references, subject)
     work = out / "work"
     plain, hollowed = (
-        train(work / name, references, subject, cut, settings, progress, class_folder=work / "class")
+        train(work / name, references, subject, cut, settings, progress, class_folder=work / "class", device=device)
         for name, cut in (("plain", None), ("hollowed", CUT))
     )
     write_bytes(out / LORA_FILE, hollowed.file.read_bytes())
 
     base = model()
     with hollowed.meter.stage("sample"):
-        rows = draw_rows(base, subject, plain.file, hollowed.file, progress)
+        rows = draw_rows(base, subject, plain.file, hollowed.file, progress, device=device)
     pictures.save_grid(
         out / "grid.png",
         [image.picture for image in load_images(references, world.SIZE)],
@@ -128,6 +131,8 @@ def train(
     settings: TrainSettings = SETTINGS,
     progress: Watch | None = None,
     class_folder: Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
 ) -> Trained:
     """A LoRA of the pictures in `references`, hollowed at `cut` or plain; goes on in `folder` if interrupted.
 
@@ -142,7 +147,7 @@ def train(
         Setting(cut, samples=SAMPLES, class_images=CLASS_IMAGES, training=settings),
         class_folder,
     )
-    outcome = personalize(model, request, folder, progress=watch)
+    outcome = personalize(model, request, folder, device=device, progress=watch)
     if outcome.file is None or outcome.result is None or outcome.store is None or outcome.result.stopped != "finished":
         raise HollowError(f"The training in {folder} did not finish. Delete the folder and start again.")
     return Trained(outcome.file, outcome.result.losses, outcome.store, outcome.meter)
@@ -170,7 +175,13 @@ def write_references(folder: Path, subject: world.Subject) -> None:
 
 
 def draw_rows(
-    base: BaseModel, subject: world.Subject, plain: Path, hollowed: Path, progress: Watch | None = None
+    base: BaseModel,
+    subject: world.Subject,
+    plain: Path,
+    hollowed: Path,
+    progress: Watch | None = None,
+    *,
+    device: torch.device | str = "cpu",
 ) -> list[Row]:
     """The base model, plain LoRA, and the hollowed LoRA on two paths and on one, each in four new scenes."""
     plain_lora, hollowed_lora = (lora_file.load(file, base.unet) for file in (plain, hollowed))
@@ -183,7 +194,7 @@ def draw_rows(
     scenes = world.NEW_SCENES
     rows = []
     for name, lora, single_path in ways:
-        drawn = draw(base, called(subject), scenes, lora=lora, single_path=single_path)
+        drawn = draw(base, called(subject), scenes, lora=lora, single_path=single_path, device=device)
         rows.append(Row(name, drawn, *score(drawn, subject, scenes)))
         if progress is not None:
             progress("sample", Progress(len(rows), len(ways), 0.0))
