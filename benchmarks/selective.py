@@ -35,7 +35,7 @@ from hollow_core.nets.network import at_cut
 from hollow_core.road import Request, personalize
 from hollow_core.training.selective import Probability, Strategy, count_by_time, falling, heat_map
 from hollow_core.training.settings import TrainSettings
-from hollow_core.training.steps import part_loss
+from hollow_core.training.steps import part_loss, read_parts
 from hollow_core.training.store import Kind, Store
 
 STEPS = 200
@@ -177,8 +177,8 @@ def loss(base: BaseModel, store: Store, lora: LoraFile | None, cut: int | None =
     if lora is not None:
         load_lora_state(network.module, lora.state, lora.alpha)
     weighted = [(index, 1.0) for index in store.indices(kind)]
-    parts = [weighted[first : first + AT_ONCE] for first in range(0, len(weighted), AT_ONCE)]
-    return sum(part_loss(network, base.schedule, store, part).item() for part in parts) / len(weighted)
+    parts = read_parts(store, base.schedule, weighted, together=AT_ONCE)
+    return sum(part_loss(network, part).item() for part in parts) / len(weighted)
 
 
 def _stem(name: str, steps: int) -> str:

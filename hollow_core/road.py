@@ -129,6 +129,7 @@ def personalize(
                     made_by=made_by,
                     resolution=request.side,
                     seed=training.seed if request.class_folder is None else 0,
+                    together=training.together,
                     device=device,
                     progress=watch("class pictures"),
                     stop=stop,
@@ -154,6 +155,7 @@ def personalize(
             samples=setting.samples,
             seed=training.seed,
             dtype=setting.store_dtype,
+            together=training.together,
             progress=watch("precompute"),
             stop=stop,
         )

@@ -18,7 +18,7 @@ from hollow_core.nets.schedule import NoiseSchedule
 from hollow_core.nets.unet import UNet, hollow
 from hollow_core.nets.unet_layers import exit_shape
 from hollow_core.training.settings import TrainSettings
-from hollow_core.training.steps import backpropagate, part_loss
+from hollow_core.training.steps import backpropagate, part_loss, read_parts
 from hollow_core.training.store import Store
 from hollow_core.training.train import steps_ahead
 
@@ -39,7 +39,8 @@ def finetune(unet: UNet2DConditionModel, schedule: NoiseSchedule, store: Store, 
     )
     losses = []
     for choice in islice(steps_ahead(store, schedule, settings), settings.steps):
-        losses.append(backpropagate(partial(part_loss, UNet(unet), schedule, store), [choice.weighted]))
+        parts = read_parts(store, schedule, choice.weighted, together=len(choice.weighted))
+        losses.append(backpropagate(partial(part_loss, UNet(unet)), parts).item())
         if not math.isfinite(losses[-1]):
             raise Diverged(f"Full fine-tuning ended with a non-finite loss at step {len(losses)}.")
         nn.utils.clip_grad_norm_(unet.parameters(), settings.max_grad_norm)

@@ -18,6 +18,7 @@ from ..models.base_model import Outlines, outline
 from ..nets.network import Cut, removed_fraction
 from ..nets.residency import stream_middle
 from ..training.settings import DTYPES, Precision, TrainSettings
+from ..training.store import SHARD
 from .dry_run import Peak
 from .setting import Setting, levels_in_words
 from .stages import RUNS, STAGES
@@ -200,17 +201,20 @@ class Planner:
         """Peak and operations of a stage; settings that do not matter to it are one to it."""
         training = setting.training
         if stage != "train":
-            training = TrainSettings(precision=training.precision)
+            training, old = TrainSettings(precision=training.precision), training
             if stage == "sample":
-                old = setting.training
                 training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets)
+            elif stage == "precompute":
+                training = replace(training, together=min(old.together, SHARD))
+            elif setting.class_images:
+                training = replace(training, together=min(old.together, setting.class_images))
         setting = replace(
             setting, resolution=setting.resolution or self.resolution, low_resolution=None, training=training
         )
         if stage == "train":  # records of the class are like any others
             setting = replace(setting, training=replace(training, batch=setting.step_records))
         if stage == "encode":
-            setting = replace(setting, cut=None, class_images=min(setting.class_images, 1))
+            setting = replace(setting, cut=None, class_images=min(setting.class_images, training.together))
             if not setting.class_images:  # without the U-Net
                 setting = replace(setting, base_bits=None)
         else:  # without class pictures

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from ..errors import HollowError
+from ..training.store import SHARD
 from .planner import GIB, Planner
 from .setting import Setting
 
@@ -91,7 +92,8 @@ def _smaller(
     """Settings that need less, from those that cost least on, and what they take in words."""
     words: list[str] = []
     yield words, setting
-    if "train" in stages and min(setting.training.together, setting.step_records) > 1:
+    most = {"encode": setting.class_images, "precompute": SHARD, "train": setting.step_records}
+    if any(min(setting.training.together, most.get(stage, 1)) > 1 for stage in stages):
         words = ["together 1"]
         setting = replace(setting, training=replace(setting.training, together=1))
         yield words, setting

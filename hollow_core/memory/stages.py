@@ -20,9 +20,9 @@ from ..nets.network import at_cut
 from ..nets.residency import away
 from ..nets.schedule import NoiseSchedule
 from ..progress import Progress
-from ..sampling.sample import SampleSettings, draw, encode_guided
+from ..sampling.sample import SampleSettings, batched, draw, encode_guided
 from ..training.precompute import Example, run_base
-from ..training.store import Fingerprint, Record, Store
+from ..training.store import SHARD, Fingerprint, Record, Store
 from ..training.train import train
 from .dry_run import DryRun, Peak
 from .setting import Setting
@@ -48,7 +48,8 @@ def _encode(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
         text = encode_guided(model, prompt, settings)
     with DryRun() as drawing:
         _hold(drawing, model.network.module)
-        draw(model, text, [0], settings)
+        together = min(setting.training.together, setting.class_images)
+        draw(model, batched([text] * together), [0] * together, settings)
     return _in_turn(images, prompts, guided, drawing)
 
 
@@ -60,8 +61,9 @@ def _precompute(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
         if setting.cut is not None:
             base = model.network.base(setting.cut)
             _hold(run, base.module)
+            together = min(setting.training.together, SHARD)
             for _ in range(_passes(setting)):
-                run_base(base, model.schedule, _RECORD, example)
+                run_base(base, model.schedule, [_RECORD] * together, [example] * together)
     return run.peak(), run.flops
 
 

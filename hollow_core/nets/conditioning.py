@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .transfer import send
+
 
 class Conditioning(NamedTuple):
     """A prompt as the U-Net sees it."""
@@ -28,5 +30,5 @@ class Conditioning(NamedTuple):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
         """The same conditioning elsewhere; None leaves device or dtype as it is."""
-        parts = (part if part is None else part.to(device=device, dtype=dtype) for part in self)
+        parts = (part if part is None else send(part, device or part.device, dtype) for part in self)
         return Conditioning._make(parts)

@@ -26,8 +26,9 @@ class BasePath(Protocol):
         """What must be on the device while it runs."""
         ...
 
-    def __call__(self, noisy: Tensor, timestep: int, conditioning: Conditioning) -> Stored:
-        """What to keep for one noisy latent (1, channels, height, width), without gradients."""
+    def __call__(self, noisy: Tensor, timesteps: Sequence[int], conditioning: Conditioning) -> Stored:
+        """What to keep for `noisy` latents (batch, channels, height, width), one time step each, without gradients:
+        tensors (batch, …)."""
         ...
 
 

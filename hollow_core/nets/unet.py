@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import HollowError
 from .conditioning import Conditioning
 from .network import Stored
+from .transfer import send
 from .unet_layers import check_cut, exit_shape, hollowed_layers, layers, leaves_attention, max_cut
 
 EXIT_ACTIVATION = ""
@@ -130,10 +131,10 @@ class UNet:
             )
         device, dtype = self._weight.device, self._weight.dtype
         # a hollowed U-Net looks time steps up, which needs their numbers
-        steps = torch.tensor(timesteps, device=device if self.cut is None else "cpu")
-        handed_in = {} if self.cut is None else {"exit_activation": stored[EXIT_ACTIVATION]}
+        steps = send(torch.tensor(timesteps), device if self.cut is None else "cpu")
+        handed_in = {} if self.cut is None else {"exit_activation": send(stored[EXIT_ACTIVATION], device, dtype)}
         prediction: Tensor = self.module(
-            noisy.to(device, dtype), steps, **conditioning.to(device, dtype).kwargs(), **handed_in
+            send(noisy, device, dtype), steps, **conditioning.to(device, dtype).kwargs(), **handed_in
         ).sample
         return prediction.float()
 
@@ -163,11 +164,12 @@ class UNetBasePath:
     module: UNet2DConditionModel
 
     @torch.no_grad()
-    def __call__(self, noisy: Tensor, timestep: int, conditioning: Conditioning) -> Stored:
-        """The exit activation (1, channels, h, w) for noisy latents (1, channels, height, width)."""
+    def __call__(self, noisy: Tensor, timesteps: Sequence[int], conditioning: Conditioning) -> Stored:
+        """The exit activations (batch, channels, h, w) for noisy latents (batch, channels, height, width)."""
         weight = self.module.conv_in.weight
-        told = conditioning.to(weight.device, weight.dtype).kwargs()
-        return {EXIT_ACTIVATION: self.module(noisy.to(weight.device, weight.dtype), timestep, **told).sample}
+        device, dtype = weight.device, weight.dtype
+        steps, told = send(torch.tensor(timesteps), device), conditioning.to(device, dtype).kwargs()
+        return {EXIT_ACTIVATION: self.module(send(noisy, device, dtype), steps, **told).sample}
 
 
 class HollowedUNet(UNet2DConditionModel):
@@ -261,7 +263,8 @@ class _TimeTable(nn.Module):
                 f"Time step {missing[0]} was not precomputed for this hollowed U-Net. "
                 "Name it when hollowing, or pass timesteps=None to keep the time-embedding MLP."
             )
-        return self.outputs[[self.rows[timestep] for timestep in timesteps]]
+        # row by row, as a list of rows would be sent to the device, and waited for
+        return torch.stack([self.outputs[self.rows[timestep]] for timestep in timesteps])
 
 
 def head(unet: UNet2DConditionModel, cut: int) -> UNet2DConditionModel:

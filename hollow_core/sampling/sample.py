@@ -138,7 +138,7 @@ def portions(
         with _lora(model, lora, settings.strength), visiting(device, model.unet):
             for few in _slices(portion.start, portion.stop, settings.together):
                 generic = None if recipe is None else Conditioning.batch(texts.generic[few])
-                latents += draw(model, _batch(texts.guided[few]), seeds[few], settings, recipe, generic).split(1)
+                latents += draw(model, batched(texts.guided[few]), seeds[few], settings, recipe, generic).split(1)
                 if progress is not None:
                     progress(few.stop, number)
         with visiting(device, model.vae):
@@ -172,7 +172,8 @@ def encode_guided(model: BaseModel, prompt: str, settings: SampleSettings) -> di
     return dict(zip(names, embeds, strict=False))
 
 
-def _batch(texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def batched(texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `encode_guided` gives for several prompts, as one batch for `draw`."""
     return {
         name: None if part is None else torch.cat([text[name] for text in texts]) for name, part in texts[0].items()
     }

@@ -30,19 +30,19 @@ class Optimizer:
         weight_decay: float,
         fused: bool = False,
     ) -> None:
-        make = partial(optimizer_class(name, parameters[0].is_meta), lr=learning_rate, weight_decay=weight_decay)
+        make = partial(optimizer_class(name, parameters[0].device.type), lr=learning_rate, weight_decay=weight_decay)
         self.parameters, self.fused = parameters, fused
         self._optimizers = [make([parameter]) for parameter in parameters] if fused else [make(parameters)]
         one_each = self._optimizers if fused else self._optimizers * len(parameters)
         self._pairs = list(zip(parameters, one_each, strict=True))
-        self._squared_norm = torch.zeros(())
+        self._consumed: list[Tensor] = []  # norms of the gradients that a fused backward pass let go
         self.begun = False
         """Whether the backward pass under way has updated anything yet."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While inside, fused updates happen in backward passes; others wait for `step`."""
-        self._squared_norm, self.begun = torch.zeros(()), False
+        self._consumed, self.begun = [], False
         with ExitStack() as hooks:
             for parameter, optimizer in self._pairs:
                 parameter.grad = None
@@ -51,16 +51,18 @@ class Optimizer:
                     hooks.callback(hook.remove)
             yield
 
-    def clip(self, max_norm: float) -> Tensor:
-        """The norm of the gradient, which is scaled down to `max_norm` if it is longer and not consumed yet."""
-        if self.fused:
-            return self._squared_norm.sqrt()
-        return nn.utils.clip_grad_norm_(self.parameters, max_norm)
+    def norm(self) -> Tensor:
+        """Of the gradient, also where it is consumed: a scalar on its device."""
+        norms = self._consumed if self.fused else torch._foreach_norm(self._gradients())
+        return torch.linalg.vector_norm(torch.stack(list(norms)), dtype=torch.float32)
 
-    def step(self) -> None:
-        """Update what was not updated in the backward pass."""
-        if not self.fused:
-            self._optimizers[0].step()
+    def step(self, factor: float = 1.0) -> None:
+        """Update what was not updated in the backward pass, by `factor` times the gradient."""
+        if self.fused:
+            return
+        if factor != 1:
+            torch._foreach_mul_(self._gradients(), factor)
+        self._optimizers[0].step()
 
     def state(self) -> dict[int, dict[str, Tensor]]:
         """A snapshot on the CPU of all that `load` needs to go on: {index of the parameter: {part: tensor}}."""
@@ -74,30 +76,37 @@ class Optimizer:
         """Go on from what `state` gave."""
         for index, parts in state.items():
             parameter, optimizer = self._pairs[index]
-            optimizer.state[parameter] = {part: _restored(value, parameter.device) for part, value in parts.items()}
+            steps_there = optimizer.defaults.get("fused", False)
+            optimizer.state[parameter] = {
+                part: _restored(value, parameter.device, steps_there) for part, value in parts.items()
+            }
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     def _consume(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self.begun = True
-        norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
-        self._squared_norm = self._squared_norm.to(norm.device) + norm.square()
+        self._consumed.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
         optimizer.step()
         parameter.grad = None
 
 
-def _restored(value: Tensor, device: torch.device) -> Tensor | float:
-    """A part of a state; the number of steps is on the CPU to torch, and no tensor to bitsandbytes."""
-    if value.dim():
-        return value.to(device)
+def _restored(value: Tensor, device: torch.device, steps_there: bool) -> Tensor | float:
+    """A part of a state. The number of steps is where the parameter is to torch's fused AdamW, on the CPU to another,
+    and no tensor to bitsandbytes."""
+    if value.dim() or steps_there:
+        return value.to(device, copy=True)
     return value.clone() if value.is_floating_point() else value.item()
 
 
-def optimizer_class(name: OptimizerName, dry_run: bool = False) -> Callable[..., torch.optim.Optimizer]:
-    """The class of an optimizer, in a dry run a stand-in for it. Raises HollowError where bitsandbytes is missing."""
+def optimizer_class(name: OptimizerName, device: str = "cpu") -> Callable[..., torch.optim.Optimizer]:
+    """What makes an optimizer for parameters on a kind of device; on "meta", in a dry run, a stand-in for it. Raises
+    HollowError where bitsandbytes is missing."""
+    if device == "meta":
+        return AdamWStates if name == "adamw" else AdamW8bitStates
     if name == "adamw":
-        return torch.optim.AdamW
-    if dry_run:
-        return AdamW8bitStates
+        return partial(torch.optim.AdamW, fused=device in ("cpu", "cuda"))  # one kernel for all; others have none
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -107,10 +116,8 @@ def optimizer_class(name: OptimizerName, dry_run: bool = False) -> Callable[...,
     return AdamW8bit
 
 
-class AdamW8bitStates(torch.optim.Optimizer):
-    """What bitsandbytes' AdamW8bit keeps, whose kernels know no meta device: two bytes an element and a scale
-    for each block of 256 in both moments; 32 bits where a parameter has less than 4096 elements. It does nothing.
-    """
+class AdamWStates(torch.optim.Optimizer):
+    """What AdamW keeps: two moments, in the parameter's precision. It does nothing, as its kernel makes no more."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -119,11 +126,25 @@ class AdamW8bitStates(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Makes the states."""
         for parameter in (each for group in self.param_groups for each in group["params"] if each.grad is not None):
-            size, state = parameter.numel(), self.state[parameter]
-            if state:
-                continue
-            for number in (1, 2):
-                moment = torch.float32 if size < 4096 else torch.uint8
-                state[f"state{number}"] = torch.zeros_like(parameter, dtype=moment)
-                if size >= 4096:
-                    state[f"absmax{number}"] = torch.zeros(-(-size // 256), device=parameter.device)
+            if not self.state[parameter]:
+                self.state[parameter] = self.states(parameter)
+
+    def states(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Of one parameter."""
+        return {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+
+class AdamW8bitStates(AdamWStates):
+    """What bitsandbytes' AdamW8bit keeps, whose kernels know no meta device: two bytes an element and a scale
+    for each block of 256 in both moments; 32 bits where a parameter has less than 4096 elements.
+    """
+
+    def states(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Of one parameter."""
+        size = parameter.numel()
+        moment = torch.float32 if size < 4096 else torch.uint8
+        states = {f"state{number}": torch.zeros_like(parameter, dtype=moment) for number in (1, 2)}
+        if size >= 4096:
+            scales = {f"absmax{number}": torch.zeros(-(-size // 256), device=parameter.device) for number in (1, 2)}
+            states |= scales
+        return states

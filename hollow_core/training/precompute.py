@@ -4,10 +4,10 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -17,7 +17,9 @@ from ..lora.layers import lora_parameters
 from ..nets.conditioning import Conditioning
 from ..nets.network import BasePath, Cut, Network, Stored
 from ..nets.schedule import NoiseSchedule
+from ..nets.transfer import Arriving
 from ..progress import Clock, Stop, Watch
+from .ahead import one_behind
 from .store import Fingerprint, Kind, Record, Store, store_id
 
 STORE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -49,6 +51,7 @@ def precompute(
     samples: int = 200,
     seed: int = 0,
     dtype: torch.dtype = torch.float16,
+    together: int = 1,
     apart: bool = False,
     progress: Watch | None = None,
     stop: Stop | None = None,
@@ -58,9 +61,11 @@ def precompute(
     `samples` is the number of records, half of them (rounded down) for the prior if it has examples; low
     examples add as many again, see `plan`. What the base path leaves is kept in `dtype`: float16, bfloat16 or float32.
     With `cut` None nothing is to be hollowed, and of the records, for an ordinary LoRA, nothing is stored.
+    `together` lets so many records of one size pass the network at once, at most the eight of a shard: faster where the
+    device is not busy with one, for the memory of so many, and the same but for rounding.
     `apart` keeps the store in a folder of its own inside `folder`, named by what it is made from, so that other
-    inputs never meet it. `progress` is called after each record, `stop` asked before each; a stopped run gives
-    back a store with shards missing.
+    inputs never meet it. `progress` is called after each record, `stop` asked before those that go together; a stopped
+    run gives back a store with shards missing. A shard is written while the next one is made.
 
     Raises HollowError for wrong arguments, for a store in `folder` that is damaged or was made from something
     else, for an activation that overflows, and where the disk is full. What is written by then stays good.
@@ -76,32 +81,59 @@ def precompute(
 
     base = network.base(cut)
     base.module.eval()
+    examples = [replace(example, latents=example.latents.float().cpu()) for example in examples]  # where noise is made
     step = len(records) - sum(len(store.shard(shard)) for shard in store.missing)
     clock = Clock(step, len(records))
-    for shard in store.missing:
-        stored: dict[int, Stored] = {}
-        for index in store.shard(shard):
-            if stop is not None and stop():
-                return store
-            record = store.records[index]
-            left = run_base(base, schedule, record, examples[record.image])
-            stored[index] = {name: tensor.to("cpu", dtype) for name, tensor in left.items()}
-            if not all(tensor.isfinite().all() for tensor in stored[index].values()):
-                raise HollowError(
-                    f"The exit activation at time step {record.timestep} is not finite in {_name(dtype)}. "
-                    "Keep the records in bfloat16, or load the model in float32."
-                )
-            step += 1
-            if progress is not None:
-                progress(clock(step))
-        store.write_shard(shard, stored)
+    with one_behind() as later:
+        for shard in store.missing:
+            left: list[tuple[list[int], Arriving]] = []
+            for indices in _alike(store.shard(shard), store.records, examples, together):
+                if stop is not None and stop():
+                    return store
+                records_now = [store.records[index] for index in indices]
+                of_each = [examples[record.image] for record in records_now]
+                left.append((indices, Arriving(run_base(base, schedule, records_now, of_each))))
+                for _ in indices:
+                    step += 1
+                    if progress is not None:
+                        progress(clock(step))
+            later(_write, store, shard, left, dtype)
     return store
 
 
-def run_base(base: BasePath, schedule: NoiseSchedule, record: Record, example: Example) -> Stored:
-    """What the base path leaves for a record, under the generic prompt."""
-    noisy, _ = record.noisy(schedule, example.latents)
-    return base(noisy, record.timestep, example.generic)
+def run_base(base: BasePath, schedule: NoiseSchedule, records: Sequence[Record], examples: Sequence[Example]) -> Stored:
+    """What the base path leaves for records, each of its example, under the generic prompts: tensors (batch, …)."""
+    noisy = [record.noisy(schedule, example.latents)[0] for record, example in zip(records, examples, strict=True)]
+    generic = Conditioning.batch([example.generic for example in examples])
+    return base(torch.cat(noisy), [record.timestep for record in records], generic)
+
+
+def _alike(
+    indices: Iterable[int], records: Sequence[Record], examples: Sequence[Example], together: int
+) -> Iterator[list[int]]:
+    """`indices` in lots of up to so many whose pictures and prompts are of one size."""
+    sizes: dict[Any, list[int]] = {}
+    for index in indices:
+        example = examples[records[index].image]
+        size = example.latents.shape, example.generic.encoder_hidden_states.shape
+        sizes.setdefault(size, []).append(index)
+    for alike in sizes.values():
+        yield from (alike[first : first + together] for first in range(0, len(alike), together))
+
+
+def _write(store: Store, shard: int, left: Sequence[tuple[Sequence[int], Arriving]], dtype: torch.dtype) -> None:
+    """Keep a shard of what the base path has left, as it arrives."""
+    stored: dict[int, Stored] = {}
+    for indices, arriving in left:
+        tensors = {name: tensor.to(dtype) for name, tensor in arriving.wait().items()}
+        for place, index in enumerate(indices):
+            stored[index] = {name: tensor[place : place + 1] for name, tensor in tensors.items()}
+            if not all(tensor.isfinite().all() for tensor in stored[index].values()):
+                raise HollowError(
+                    f"The exit activation at time step {store.records[index].timestep} is not finite in "
+                    f"{_name(dtype)}. Keep the records in bfloat16, or load the model in float32."
+                )
+    store.write_shard(shard, stored)
 
 
 def plan(kinds: Sequence[Kind], samples: int, timesteps: int, seed: int) -> list[Record]:

@@ -1,38 +1,79 @@
 """What one training step minimises, and how it finds the gradient of the LoRA: backwards, or from forwards alone."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import groupby
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..nets.conditioning import Conditioning
-from ..nets.network import Network
+from ..nets.network import Network, Stored
 from ..nets.schedule import NoiseSchedule
+from ..nets.transfer import send
 from .store import Record, Store
 
-Part = Sequence[tuple[int, float]]  # records that pass the U-Net together, each with its weight
+Inputs = tuple[Tensor, Conditioning]  # of a record: latents (1, channels, height, width) and prompt
+
+
+class Part(NamedTuple):
+    """Records that pass the network together, with all that their losses need, in main memory."""
+
+    noisy: Tensor  # (batch, channels, height, width)
+    timesteps: list[int]
+    conditioning: Conditioning
+    stored: Stored  # its tensors (batch, …)
+    target: Tensor  # (batch, channels, height, width)
+    weights: Tensor  # (batch,)
+
+    @classmethod
+    def of(
+        cls,
+        schedule: NoiseSchedule,
+        records: Sequence[Record],
+        inputs: Sequence[Inputs],
+        weights: Sequence[float],
+        *,
+        snr_gamma: float | None = None,
+    ) -> "Part":
+        """Records whose latents are of one size and whose prompts have as many tokens, each with its weight."""
+        timesteps = [record.timestep for record in records]
+        noised = [record.noisy(schedule, latents) for record, (latents, _) in zip(records, inputs, strict=True)]
+        targets = [
+            schedule.target(latents.float().cpu(), noise, timestep)
+            for (latents, _), (_, noise), timestep in zip(inputs, noised, timesteps, strict=True)
+        ]
+        return cls(
+            torch.cat([noisy for noisy, _ in noised]),
+            timesteps,
+            Conditioning.batch([conditioning for _, conditioning in inputs]),
+            {name: torch.cat([record.stored[name] for record in records]) for name in records[0].stored},
+            torch.cat(targets),
+            torch.tensor([w * schedule.loss_weight(t, snr_gamma) for w, t in zip(weights, timesteps, strict=True)]),
+        )
+
+
 Loss = Callable[[Part], Tensor]  # Σ weight · loss(record) over a part: a scalar
 
 
 class Step(Protocol):
     """A way to find the gradient of the loss over all parts: adds it to `.grad` of the parameters."""
 
-    def __call__(self, loss: Loss, parts: Sequence[Part], scale: float = 1.0) -> float:
-        """The gradient is `scale` times as large. Returns the sum of the parts' losses."""
+    def __call__(self, loss: Loss, parts: Sequence[Part], scale: float = 1.0) -> Tensor:
+        """The gradient is `scale` times as large. Returns the sum of the parts' losses, a scalar where they are."""
         ...
 
 
-def backpropagate(loss: Loss, parts: Sequence[Part], scale: float = 1.0) -> float:
+def backpropagate(loss: Loss, parts: Sequence[Part], scale: float = 1.0) -> Tensor:
     """A `Step` that goes backward after each part: the peak of memory is one part's, however many there are."""
-    total = 0.0
+    terms = []
     for part in parts:
         term = loss(part)
-        (scale * term).backward()
-        total += term.item()
-    return total
+        term.backward(torch.full_like(term, scale))
+        terms.append(term.detach())
+    return torch.stack(terms).sum()
 
 
 @dataclass(frozen=True)
@@ -42,14 +83,14 @@ class ZerothOrder:
     For each query z ~ N(0, 1), drawn from its seed wherever it is needed and never kept, two losses L(θ ± ε z)
     give the projected gradient g = (L⁺ − L⁻) / 2ε, and the queries' mean of g z, whose expectation is the
     gradient for ε → 0, is added to `.grad`, for any optimizer. No graph is built: beyond an inference's, the
-    peak has a copy of the LoRA, its gradient, and one matrix of z.
+    peak has a copy of the LoRA and z, and at the end its gradient.
 
     The LoRA is small, so θ + ε z and θ − ε z are both made from a copy of θ, and so is what is left behind:
     θ bit by bit. (MeZO adds and subtracts in place and keeps no copy, and θ drifts by the rounding of each sum.)
     """
 
     parameters: Sequence[Tensor]
-    """θ: all that is to have a gradient."""
+    """θ: all that is to have a gradient, on one device and in one precision."""
     seed: int
     """Of z; another one each step."""
     epsilon: float = 1e-3
@@ -58,72 +99,73 @@ class ZerothOrder:
     """Directions z that are averaged, two forward passes each; two are ZOODiP's."""
 
     @torch.no_grad()
-    def __call__(self, loss: Loss, parts: Sequence[Part], scale: float = 1.0) -> float:
+    def __call__(self, loss: Loss, parts: Sequence[Part], scale: float = 1.0) -> Tensor:
         """As `Step` says, with the mean of all L⁺ and L⁻ for the sum; θ is untouched also if `loss` raises."""
-        before = [parameter.clone() for parameter in self.parameters]
+        parameters = list(self.parameters)
+        (_, before), (flat, z) = self._room(), self._room()
+        torch._foreach_copy_(before, parameters)
 
-        def loss_at(query: int, distance: float) -> float:
-            for parameter, start, z in zip(self.parameters, before, self._directions(query), strict=True):
-                parameter.copy_(start).add_(z, alpha=distance)
-            return sum(loss(part).item() for part in parts)
+        def loss_at(query: int, distance: float) -> Tensor:
+            self._draw(flat, query)
+            torch._foreach_copy_(parameters, before)
+            torch._foreach_add_(parameters, z, alpha=distance)
+            return torch.stack([loss(part) for part in parts]).sum()
 
         try:
             losses = [(loss_at(query, self.epsilon), loss_at(query, -self.epsilon)) for query in range(self.queries)]
         finally:
-            for parameter, start in zip(self.parameters, before, strict=True):
-                parameter.copy_(start)
+            torch._foreach_copy_(parameters, before)
+        gradient, gradients = self._room()
+        gradient.zero_()
         for query, (above, below) in enumerate(losses):
-            projected = (above - below) / (2 * self.epsilon)
-            for parameter, z in zip(self.parameters, self._directions(query), strict=True):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.add_(z, alpha=scale * projected / self.queries)
-        return sum(above + below for above, below in losses) / (2 * self.queries)
+            projected = (above - below) * (scale / (2 * self.epsilon * self.queries))
+            gradient.addcmul_(self._draw(flat, query), projected.to(flat.dtype))
+        for parameter, mine in zip(parameters, gradients, strict=True):
+            parameter.grad = mine if parameter.grad is None else parameter.grad.add_(mine)
+        return torch.stack([part for pair in losses for part in pair]).mean()
 
-    def _directions(self, query: int) -> Iterator[Tensor]:
-        """z of a query, one tensor for each parameter, drawn where the parameters are."""
-        device = self.parameters[0].device
+    def _room(self) -> tuple[Tensor, list[Tensor]]:
+        """A tensor as large as all parameters, and views of it in their shapes."""
+        sizes, like = [parameter.numel() for parameter in self.parameters], self.parameters[0]
+        flat = torch.empty(sum(sizes), device=like.device, dtype=like.dtype)
+        return flat, [part.view_as(p) for part, p in zip(flat.split(sizes), self.parameters, strict=True)]
+
+    def _draw(self, flat: Tensor, query: int) -> Tensor:
+        """z of a query, drawn where the parameters are."""
         # a dry run, on "meta", draws nothing
-        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(self.seed + query)
-        for parameter in self.parameters:
-            yield torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=parameter.dtype)
+        generator = None if flat.is_meta else torch.Generator(flat.device).manual_seed(self.seed + query)
+        return flat.normal_(generator=generator)
 
 
-def part_loss(
-    network: Network, schedule: NoiseSchedule, store: Store, part: Part, *, snr_gamma: float | None = None
-) -> Tensor:
-    """Σ weight · loss over a part of a store's records, a scalar: a `Loss`, once all but the part is given."""
-    records = [store.record(index) for index, _ in part]
-    inputs = [store.inputs(record.image) for record in records]
-    losses = record_losses(network, schedule, records, inputs, snr_gamma=snr_gamma)
-    return torch.stack([weight * loss for (_, weight), loss in zip(part, losses, strict=True)]).sum()
+def part_loss(network: Network, part: Part) -> Tensor:
+    """Σ weight · ‖ε − ε_θ(z_t, t, E_T(P))‖² over a part (Hollowed Net, Eq. 1; of prior records Eq. 2), a scalar where
+    the network is: a `Loss`, once the network is given.
 
-
-def record_losses(
-    network: Network,
-    schedule: NoiseSchedule,
-    records: Sequence[Record],
-    inputs: Sequence[tuple[Tensor, Conditioning]],
-    *,
-    snr_gamma: float | None = None,
-) -> list[Tensor]:
-    """‖ε − ε_θ(z_t, t, E_T(P))‖² of each record (Hollowed Net, Eq. 1; of a prior record Eq. 2), all of them in one
-    pass of the network.
-
-    `inputs` are each record's latents (1, channels, height, width), all of one size, and prompt, all of as many
-    tokens. A loss is the mean over the latents, in float32, times `schedule.loss_weight`; what takes ε's place, the
-    schedule's prediction says.
+    A record's loss is the mean over its latents, in float32; what takes ε's place, the schedule's prediction says.
     """
-    noised = [record.noisy(schedule, latents) for record, (latents, _) in zip(records, inputs, strict=True)]
-    predictions = network.predict(
-        torch.cat([noisy for noisy, _ in noised]),
-        [record.timestep for record in records],
-        Conditioning.batch([conditioning for _, conditioning in inputs]),
-        {name: torch.cat([record.stored[name] for record in records]) for name in records[0].stored},
-    )
-    losses = []
-    for record, (latents, _), (_, noise), prediction in zip(records, inputs, noised, predictions.split(1), strict=True):
-        target = schedule.target(latents.float(), noise, record.timestep)
-        loss = F.mse_loss(prediction, target.to(prediction.device))
-        losses.append(schedule.loss_weight(record.timestep, snr_gamma) * loss)
-    return losses
+    predicted = network.predict(part.noisy, part.timesteps, part.conditioning, part.stored)
+    target, weights = (send(tensor, predicted.device) for tensor in (part.target, part.weights))
+    return torch.dot(weights, F.mse_loss(predicted, target, reduction="none").flatten(1).mean(1))
+
+
+def read_parts(
+    store: Store,
+    schedule: NoiseSchedule,
+    weighted: Sequence[tuple[int, float]],
+    *,
+    together: int = 1,
+    snr_gamma: float | None = None,
+) -> list[Part]:
+    """Records of a store with their weights, in order, in parts of up to so many neighbours whose pictures and prompts
+    are of one size. Raises HollowError as `Store.record` does."""
+    read = []
+    for index, weight in weighted:
+        record = store.record(index)
+        read.append((record, store.inputs(record.image), weight))
+    parts = []
+    for _, alike in groupby(read, lambda each: (each[1][0].shape, each[1][1].encoder_hidden_states.shape)):
+        same = list(alike)
+        for first in range(0, len(same), together):
+            records, inputs, weights = zip(*same[first : first + together], strict=True)
+            parts.append(Part.of(schedule, records, inputs, weights, snr_gamma=snr_gamma))
+    return parts

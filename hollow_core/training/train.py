@@ -1,7 +1,7 @@
 """Stage 2: train a LoRA on the records of a store; the loop reads top to bottom."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -15,12 +15,14 @@ from ..errors import HollowError
 from ..lora.layers import add_lora, load_lora_state, lora_state, named_lora_parameters, snapshot
 from ..nets.network import Network
 from ..nets.schedule import NoiseSchedule
+from ..nets.transfer import Copies
 from ..progress import Clock, Stop, Watch
+from .ahead import one_ahead
 from .checkpoint import Checkpoint
 from .optimizer import Optimizer
 from .selective import Choice, Taken, choices, taken
 from .settings import DTYPES, TrainSettings, check_unfused
-from .steps import Part, Step, ZerothOrder, backpropagate, part_loss
+from .steps import Step, ZerothOrder, backpropagate, part_loss, read_parts
 from .store import Store
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -108,46 +110,47 @@ def train(
     ahead = steps_ahead(store, schedule, settings)
     trained_on = [record for choice in islice(ahead, len(losses)) for record in taken(store, choice)]
 
-    loss_of = partial(part_loss, network, schedule, store, snr_gamma=settings.snr_gamma)
+    loss_of = partial(part_loss, network)
+    read = partial(read_parts, store, schedule, together=settings.together, snr_gamma=settings.snr_gamma)
 
     def save() -> None:
         moments = {way: optimizer.state() for way, optimizer in optimizers.items()}
         Checkpoint(snapshot(named), moments, losses, loss_scale, made_for).save(path)
 
-    good = snapshot(named)
+    before, good = Copies(parameters), Copies(parameters)
+    good.take()
     loss_scale = (2.0**16 if settings.precision == "fp16" else 1.0) if begun is None else begun.loss_scale
     stopped: Stopped = "finished"
     clock = Clock(len(losses), settings.steps)
-    while len(losses) < settings.steps:
+    left = islice(ahead, settings.steps - len(losses))
+    for choice, parts in one_ahead(lambda choice: read(choice.weighted), left):
         if stop is not None and stop():
             stopped = "stop"
             break
 
         # the gradient, a part of the records at a time, backwards or from forwards alone
-        choice = next(ahead)
         forward_only = choice.kind == "zo-high"
         zeroth_order = ZerothOrder(parameters, choice.seed, settings.zo_epsilon, settings.zo_queries)
         step: Step = zeroth_order if forward_only else backpropagate
         optimizer = optimizers["forward" if forward_only else "backward"]
-        before = snapshot(named)
+        before.take()
         try:
             with optimizer.watching():
-                loss = step(loss_of, _parts(store, choice.weighted, settings.together), loss_scale)
+                loss_there = step(loss_of, parts, loss_scale)
         except torch.cuda.OutOfMemoryError:
             if not optimizer.begun:  # half an update is none to go on from
                 save()
             raise
+        # where Python waits for the device, once a step
+        loss, scaled_norm = torch.stack([loss_there, optimizer.norm()]).tolist()
         if not math.isfinite(loss):
             stopped = "non-finite loss"
             break
-        good = before
+        good, before = before, good
 
         # the update; fp16 gradients that overflow are left out, and the loss scaled less from then on
-        for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
-            gradient /= loss_scale
-        norm = optimizer.clip(settings.max_grad_norm)
-        if norm.isfinite():
-            optimizer.step()
+        if math.isfinite(norm := scaled_norm / loss_scale):
+            optimizer.step(min(settings.max_grad_norm / (norm + 1e-6), 1.0) / loss_scale)
         elif loss_scale > 1:
             loss_scale /= 2
         else:
@@ -166,7 +169,7 @@ def train(
     if stopped in ("finished", "stop"):
         save()
     else:
-        load_lora_state(module, good, settings.lora_alpha)
+        good.give_back()
     return TrainResult(lora_state(module), losses, stopped, trained_on)
 
 
@@ -189,21 +192,6 @@ def _seeds(settings: TrainSettings) -> list[int]:
     """For the LoRA's first values, then those of `choices`."""
     seeds: list[int] = torch.randint(2**32, (5,), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     return seeds
-
-
-def _parts(store: Store, weighted: Sequence[tuple[int, float]], together: int) -> list[Part]:
-    """`weighted` in order, in parts of up to so many neighbours whose pictures and prompts are of one size."""
-    if together == 1:
-        return [[each] for each in weighted]
-    parts: list[list[tuple[int, float]]] = []
-    sizes = None
-    for index, weight in weighted:
-        latents, conditioning = store.inputs(store.records[index].image)
-        before, sizes = sizes, (latents.shape, conditioning.encoder_hidden_states.shape)
-        if sizes != before or len(parts[-1]) == together:
-            parts.append([])
-        parts[-1].append((index, weight))
-    return list(parts)
 
 
 def _check(network: Network, schedule: NoiseSchedule, store: Store, settings: TrainSettings) -> None:

@@ -23,7 +23,7 @@ from hollow_core.nets.schedule import NoiseSchedule, PredictionKind
 from hollow_core.nets.unet import UNet
 from hollow_core.training.precompute import Example, precompute
 from hollow_core.training.settings import TrainSettings
-from hollow_core.training.steps import record_losses
+from hollow_core.training.steps import Part, part_loss
 from hollow_core.training.store import Record
 from hollow_core.training.train import train
 
@@ -146,9 +146,9 @@ class ToyBase:
     cut: int
 
     @torch.no_grad()
-    def __call__(self, noisy: torch.Tensor, timestep: int, conditioning: Conditioning) -> dict[str, torch.Tensor]:
+    def __call__(self, noisy: torch.Tensor, timesteps: Any, conditioning: Conditioning) -> dict[str, torch.Tensor]:
         device = self.module.out.weight.device
-        states = [self.module.enter(noisy.to(device), torch.tensor([timestep], device=device))]
+        states = [self.module.enter(noisy.to(device), torch.tensor(timesteps, device=device))]
         for block in self.module.blocks:
             states.append(block(states[-1], conditioning.encoder_hidden_states.to(device)))
         return {"state": states[self.cut], "residual": states[-1] - states[BLOCKS - self.cut]}
@@ -179,9 +179,10 @@ def test_it_is_precomputed_and_trained_and_goes_on(toy, examples, schedule, tmp_
     hollowed = toy.hollow(2, None)
     records = [store.record(index) for index in range(10)]
     inputs = [store.inputs(record.image) for record in records]
-    whole = record_losses(toy, schedule, [record._replace(stored={}) for record in records], inputs, snr_gamma=5.0)
-    part = record_losses(hollowed, schedule, records, inputs, snr_gamma=5.0)
-    torch.testing.assert_close(torch.stack(part), torch.stack(whole))
+    for record, given in zip(records, inputs, strict=True):
+        whole = Part.of(schedule, [record._replace(stored={})], [given], [1.0], snr_gamma=5.0)
+        part = Part.of(schedule, [record], [given], [1.0], snr_gamma=5.0)
+        torch.testing.assert_close(part_loss(hollowed, part), part_loss(toy, whole))
 
     expected = train(hollowed, schedule, store, FEW, folder=tmp_path / "whole")
     assert {key.split(".")[1] for key in expected.state} == {"0", "1"}  # what is left, by its place there
@@ -198,7 +199,7 @@ def test_the_loss_of_flow_matching_is_that_of_its_papers(tiny_unet, examples):
     record, (latents, prompt) = Record(0, "image", 399, 7), (examples[0].latents, examples[0].personal)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))
     predicted = network.module(0.6 * latents + 0.4 * noise, 399, **prompt.kwargs()).sample
-    [loss] = record_losses(network, FLOW, [record], [(latents, prompt)])
+    loss = part_loss(network, Part.of(FLOW, [record], [(latents, prompt)], [1.0]))
     assert loss.item() == pytest.approx((noise - latents - predicted).square().mean().item(), rel=1e-4)
 
 

@@ -1,6 +1,7 @@
 """The loss of a record and its gradient, against the papers' formulas and the whole U-Net."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hollow_core.errors import HollowError
 from hollow_core.lora.layers import add_lora, lora_parameters
 from hollow_core.nets.unet import EXIT_ACTIVATION, UNet, hollow
 from hollow_core.training.precompute import run_base
-from hollow_core.training.steps import backpropagate, record_losses
+from hollow_core.training.steps import Part, backpropagate, part_loss
 from hollow_core.training.store import Record
 
 CUT = 2
@@ -21,7 +22,7 @@ def seeded(seed=0):
 
 
 def record_loss(unet, schedule, record, latents, personal, **options):
-    return record_losses(UNet(unet), schedule, [record], [(latents, personal)], **options)[0]
+    return part_loss(UNet(unet), Part.of(schedule, [record], [(latents, personal)], [1.0], **options))
 
 
 def gradients(parameters):
@@ -41,7 +42,7 @@ def problem(tiny_unet):
     examples = tiny_examples(unet)
     records = [Record(0, "image", 731, 11), Record(1, "image", 40, 12)]
     base = UNet(unet).base(CUT)
-    records = [r._replace(stored=run_base(base, schedule, r, examples[r.image])) for r in records]
+    records = [r._replace(stored=run_base(base, schedule, [r], [examples[r.image]])) for r in records]
     return unet, schedule, examples, records
 
 
@@ -108,12 +109,9 @@ def test_accumulated_records_have_the_gradient_of_one_batch(problem):
     hollowed = hollow(unet, CUT)
     parameters = lora_parameters(hollowed)
 
-    def loss_of(part):
-        [(index, weight)] = part
-        example = examples[index]
-        return weight * record_loss(hollowed, schedule, records[index], example.latents, example.personal)
-
-    accumulated = backpropagate(loss_of, [[(0, 0.5)], [(1, 0.5)]], scale=4.0)
+    inputs = [(example.latents, example.personal) for example in examples]
+    halves = [Part.of(schedule, [r], [i], [0.5]) for r, i in zip(records, inputs, strict=True)]
+    accumulated = backpropagate(partial(part_loss, UNet(hollowed)), halves, scale=4.0)
     one_by_one = gradients(parameters)
 
     noisy, noise = map(torch.cat, zip(*(r.noisy(schedule, examples[r.image].latents) for r in records), strict=True))
@@ -125,10 +123,9 @@ def test_accumulated_records_have_the_gradient_of_one_batch(problem):
     ).sample
     loss = (predicted - noise).square().mean()
     loss.backward()
-    assert accumulated == pytest.approx(loss.item(), rel=1e-5)
+    assert accumulated.item() == pytest.approx(loss.item(), rel=1e-5)
     expected = gradients(parameters)
-    inputs = [(example.latents, example.personal) for example in examples]
-    sum(record_losses(UNet(hollowed), schedule, records, inputs)).backward()
+    part_loss(UNet(hollowed), Part.of(schedule, records, inputs, [1.0, 1.0])).backward()
     for mine, together, batched in zip(one_by_one, gradients(parameters), expected, strict=True):
         torch.testing.assert_close(mine, 4 * batched, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(together, 2 * batched, rtol=1e-4, atol=1e-6)
