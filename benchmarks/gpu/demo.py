@@ -6,6 +6,7 @@ import torch
 
 from hollow_core.demo import run, world
 from hollow_core.files import read_safetensors
+from hollow_core.training.settings import TrainSettings
 
 from .measurement import Figures
 
@@ -22,9 +23,9 @@ ON_A_CPU = {
 """Scores in the report of `hollow demo` on a CPU, with torch 2.13 and diffusers 0.42.1."""
 
 
-def measure_scores(folder: Path, device: torch.device) -> Figures:
+def measure_scores(folder: Path, settings: TrainSettings, device: torch.device) -> Figures:
     """The report's scores, and the seconds of its stages."""
-    report = run.run(folder, device=device)
+    report = run.run(folder, settings=settings, device=device)
     seconds = {
         f"{way}, {stage['name']}, s": stage["seconds"]
         for way in ("plain", "hollowed")
@@ -36,13 +37,15 @@ def measure_scores(folder: Path, device: torch.device) -> Figures:
     return scores | seconds
 
 
-def measure_repetition(folder: Path, device: torch.device) -> Figures:
-    """How far the demo's hollowed LoRA is from another of the same seed, of the same class pictures, trained anew."""
-    run.run(folder, device=device)  # which is there, in parts or whole
-    subject = world.HELD_OUT[0]
-    first, second = folder / "work" / "hollowed", folder / "again"
-    run.train(second, folder / "references", subject, run.CUT, class_folder=folder / "work" / "class", device=device)
+def measure_repetition(folder: Path, settings: TrainSettings, device: torch.device) -> Figures:
+    """How far the demo's hollowed LoRA is from another of the same seed and class pictures, trained anew."""
+    if not (folder / "work" / "hollowed" / run.LORA_FILE).exists():
+        run.run(folder, settings=settings, device=device)
+    first, second, shared = folder / "work" / "hollowed", folder / "again", folder / "work" / "class"
+    subject, references = world.HELD_OUT[0], folder / "references"
+    run.train(second, references, subject, run.CUT, settings, class_folder=shared, device=device)
     one, other = (read_safetensors(each / run.LORA_FILE)[0] for each in (first, second))
-    apart = max((one[key].float() - other[key].float()).abs().max().item() for key in one)
-    largest = max(tensor.float().abs().max().item() for tensor in one.values())
-    return {"largest difference of two trainings": apart, "largest number in the LoRA": largest}
+    return {
+        "largest difference": max((one[key].float() - other[key].float()).abs().max().item() for key in one),
+        "largest number": max(tensor.float().abs().max().item() for tensor in one.values()),
+    }

@@ -123,7 +123,7 @@ def _precompute(model: BaseModel, setting: Setting, device: torch.device, figure
     example = Example(latents, prompt, prompt, "", "")
     with peak("precompute", device, figures):
         for number in range(PASSES):
-            run_base(base, model.schedule, Record(0, "image", 500, number), example)
+            run_base(base, model.schedule, [Record(0, "image", 500, number)], [example])
 
 
 def _sample(model: BaseModel, setting: Setting, device: torch.device, figures: Figures) -> None:

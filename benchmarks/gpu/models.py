@@ -1,5 +1,6 @@
 """Whose models are measured, on weights that mean nothing: a true layout's, or tiny ones of the same blocks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -67,12 +68,16 @@ def _tiny(model: BaseModel, dtype: torch.dtype) -> BaseModel:
             "projection_class_embeddings_input_dim": unet["projection_class_embeddings_input_dim"] // 64,
         }
     vae |= {"block_out_channels": [4, 4, 8, 8], "norm_num_groups": 2, "sample_size": 128}
-    makers = [partial(UNet2DConditionModel.from_config, unet), partial(AutoencoderKL.from_config, vae)]
+    makers: list[Callable[[], nn.Module]] = [
+        partial(UNet2DConditionModel.from_config, unet),
+        partial(AutoencoderKL.from_config, vae),
+    ]
     encoders: tuple[Any, ...] = model.text_encoders
     for encoder in encoders:
         config = encoder.config.to_dict()
         small = {name: config[name] // 64 for name in ("hidden_size", "intermediate_size", "projection_dim")}
         config |= {**small, "num_attention_heads": 2, "num_hidden_layers": 2}
-        makers.append(partial(type(encoder), CLIPTextConfig.from_dict(config)))
+        kind: Any = type(encoder)
+        makers.append(partial(kind, CLIPTextConfig.from_dict(config)))
     small_unet, small_vae, *small_encoders = without_data(makers, dtype)
     return replace(model, unet=small_unet, vae=small_vae, text_encoders=tuple(small_encoders), resolution=128)

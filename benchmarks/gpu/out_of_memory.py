@@ -31,7 +31,7 @@ from .models import Shape
 BEFORE, STEPS = 3, 6
 """Steps until memory runs out, and in all."""
 
-SETTING = Setting(3, samples=2, training=TrainSettings(precision="bf16", steps=STEPS))
+SETTING = Setting(3, samples=2, training=TrainSettings(steps=STEPS))
 
 SPARE = 16 * 2**20
 """Bytes that are left for a step, which takes far more."""
@@ -41,7 +41,7 @@ def measure_out_of_memory(shape: Shape, device: torch.device) -> Figures:
     """What became of a training whose memory ran out; in a process of its own, which alone it can spoil."""
     command = [sys.executable, "-m", "benchmarks.gpu.out_of_memory", shape.layout, str(device)]
     command += ["--tiny"] * shape.tiny
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     if run.returncode:
         raise RuntimeError(f"The process ended with {run.returncode}: {run.stderr.strip()[-2000:]}")
     figures: Figures = json.loads(run.stdout.splitlines()[-1])
