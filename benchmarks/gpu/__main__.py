@@ -14,13 +14,15 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -203,20 +205,9 @@ def measure_all(todo: Sequence[Measurement], found: Found, device: torch.device,
     """What is not measured yet, as long as there is time, and the table; predictions meanwhile."""
     of_cublas = workspace(device) if device.type == "cuda" else dry_run.WORKSPACE
     about = _about(device, name, of_cublas)
-    print(f"{about}\n\n{HEAD}", flush=True)
     missing: list[str] = []
-    pool = ProcessPoolExecutor(
-        max((os.cpu_count() or 1) // 2, 1),
-        mp_context=get_context("spawn"),
-        initializer=begin_predicting,
-        initargs=(of_cublas,),
-    )
-    with pool:
-        predictions = {
-            pool.submit(kept, found.predicted_path(each.name), each.predict): each.name
-            for each in todo
-            if each.predict is not None
-        }
+    print(f"{about}\n\n{HEAD}", flush=True)
+    with _predicting(todo, found, of_cublas) as predictions:
         for each in todo:
             if not found.path(each.name).exists():
                 trouble = "no time left" if time.monotonic() > end else _measure(each, found, device)
@@ -226,11 +217,25 @@ def measure_all(todo: Sequence[Measurement], found: Found, device: torch.device,
             print("".join(f"{line}\n" for line in each.lines(found)), end="", flush=True)
         done = wait(predictions, timeout=max(end - time.monotonic(), 0)).done
         missing += [f"prediction of {predictions[one]}: {_one_line(e)}" for one in done if (e := one.exception())]
-        pool.shutdown(cancel_futures=True)
     lines = [about, "", HEAD, *(line for each in todo for line in each.lines(found))]
     lines += ["", *(f"- {each}" for each in missing)] if missing else []
     write_bytes(found.folder / "TABLE.md", "\n".join([*lines, ""]).encode())
     print(f"\nWith all predictions, also in {found.folder / 'TABLE.md'}:\n\n" + "\n".join(lines), flush=True)
+
+
+@contextmanager
+def _predicting(todo: Sequence[Measurement], found: Found, of_cublas: int) -> Iterator[dict[Future[Any], str]]:
+    """While inside, half of the cores predict what is not predicted yet; gives what is under way."""
+    cores, spawn = max((os.cpu_count() or 1) // 2, 1), get_context("spawn")
+    pool = ProcessPoolExecutor(cores, spawn, initializer=begin_predicting, initargs=(of_cublas,))
+    try:
+        yield {
+            pool.submit(kept, found.predicted_path(each.name), each.predict): each.name
+            for each in todo
+            if each.predict is not None and not found.predicted_path(each.name).exists()
+        }
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _measure(measurement: Measurement, found: Found, device: torch.device) -> str | None:
