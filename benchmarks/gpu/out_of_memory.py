@@ -43,7 +43,8 @@ def measure_out_of_memory(shape: Shape, device: torch.device) -> Figures:
     command += ["--tiny"] * shape.tiny
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     if run.returncode:
-        raise RuntimeError(f"The process ended with {run.returncode}: {run.stderr.strip()[-2000:]}")
+        *_, last = ["", *run.stderr.strip().splitlines()]
+        raise RuntimeError(f"The process ended with {run.returncode}: {last}\n\n{run.stderr}")
     figures: Figures = json.loads(run.stdout.splitlines()[-1])
     return figures
 
