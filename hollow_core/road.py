@@ -117,7 +117,7 @@ def personalize(
             setting=setting,
             free=partial(free_bytes, torch.device(device)),
         )
-        made_by = model_id(model.network) if setting.class_images else ""
+        made_by = model_id(model.network) if setting.class_images or setting.base_bits is None else ""
         setting.keep_small(model, device)
         with told("encode", going_on=(folder / "store").exists()):
             drawn: list[torch.Tensor] = []
@@ -140,6 +140,8 @@ def personalize(
             if training.strategy == "selective":
                 examples += low_examples(model, request, examples, drawn, device)
         free_encoders(model)
+        if setting.base_bits is not None:  # other weights, then
+            made_by = model_id(model.network)
 
     with meter.stage("precompute"), told("precompute"):
         if setting.cut is not None:
@@ -156,6 +158,7 @@ def personalize(
             seed=training.seed,
             dtype=setting.store_dtype,
             together=training.together,
+            made_by=made_by,
             progress=watch("precompute"),
             stop=stop,
         )

@@ -82,6 +82,7 @@ def precompute(
     network = frozen_network(hollowed, device)
     if setting.stream_middle:
         stream_middle(network, hollowed.cut, device)
+    made_by = stage.model_id(network)  # here, as from the GPU it takes longer
     base = network.base(hollowed.cut).module
     with memory_told(lambda: planner, "precompute", setting, free), alone_on_device(base):
         store = stage.precompute(
@@ -94,6 +95,7 @@ def precompute(
             seed=seed,
             dtype=getattr(torch, storage),
             together=together,
+            made_by=made_by,
             apart=True,
             progress=watch.tell,
             stop=watch.stop,
