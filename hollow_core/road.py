@@ -25,9 +25,9 @@ from .models.base_model import (
     encode_prompt,
     free_encoders,
     outlines,
+    told_size,
     visiting,
 )
-from .nets.conditioning import Conditioning
 from .nets.network import Network, at_cut
 from .nets.residency import stream_middle
 from .progress import Progress, Stop, Watch
@@ -117,7 +117,7 @@ def personalize(
             setting=setting,
             free=partial(free_bytes, torch.device(device)),
         )
-        made_by = model_id(model.network) if setting.class_images else ""
+        made_by = model_id(model.network) if setting.class_images or setting.base_bits is None else ""
         setting.keep_small(model, device)
         with told("encode", going_on=(folder / "store").exists()):
             drawn: list[torch.Tensor] = []
@@ -138,8 +138,10 @@ def personalize(
                     return Outcome(None, None, None, meter)
             examples = make_examples(model, request, drawn, device)
             if training.strategy == "selective":
-                examples += low_examples(model, request, drawn, device)
+                examples += low_examples(model, request, examples, drawn, device)
         free_encoders(model)
+        if setting.base_bits is not None:  # other weights, then
+            made_by = model_id(model.network)
 
     with meter.stage("precompute"), told("precompute"):
         if setting.cut is not None:
@@ -156,6 +158,7 @@ def personalize(
             seed=training.seed,
             dtype=setting.store_dtype,
             together=training.together,
+            made_by=made_by,
             progress=watch("precompute"),
             stop=stop,
         )
@@ -190,13 +193,7 @@ def make_examples(
     VAE and text encoders visit `device` in turn; None leaves them where they are.
     Raises HollowError for an empty class word and for a caption that lacks the identifier.
     """
-    encoded: dict[tuple[str, int], Conditioning] = {}
-
-    def encode(prompt: str, side: int) -> Conditioning:
-        if (prompt, side) not in encoded:
-            encoded[prompt, side] = encode_prompt(model, prompt, (side, side))
-        return encoded[prompt, side]
-
+    encode = cache(partial(encode_prompt, model, size=(request.side, request.side)))
     with visiting(device, model.vae):
         encoded_images = encode_images(model, request.images)
     examples = []
@@ -204,10 +201,9 @@ def make_examples(
         for image, latents in zip(request.images, encoded_images, strict=True):
             personal = _prompt(request, image)
             generic = generic_prompt(personal, request.identifier)
-            side = image.picture.width
-            examples.append(Example(latents, encode(personal, side), encode(generic, side), personal, generic))
+            examples.append(Example(latents, encode(personal), encode(generic), personal, generic))
         for latents, prompt in zip(class_latents, class_prompts(request), strict=True):
-            conditioning = encode(prompt, request.side)
+            conditioning = encode(prompt)
             examples.append(Example(latents, conditioning, conditioning, prompt, prompt, "prior"))
     return examples
 
@@ -215,10 +211,12 @@ def make_examples(
 def low_examples(
     model: BaseModel,
     request: Request,
+    examples: Sequence[Example],
     class_latents: Sequence[torch.Tensor],
     device: torch.device | str | None = None,
 ) -> list[Example]:
-    """The twins of `make_examples` at the lower resolution, whose size SDXL is told; class pictures are decoded.
+    """The twins of `examples`, of `make_examples`, at the lower resolution, whose size SDXL is told; class pictures are
+    decoded.
 
     Raises HollowError for a resolution that is no multiple of 8, or not below that of the pictures.
     """
@@ -226,10 +224,18 @@ def low_examples(
     with visiting(device, model.vae):
         pictures = decode_images(model, class_latents)
         of_class = [TrainingImage(picture, None, "", (0, 0, full, full)) for picture in pictures]
-        drawn = encode_images(model, [at_resolution(image, side) for image in of_class])
-    small = replace(request, images=[at_resolution(image, side) for image in request.images])
+        latents = encode_images(model, [at_resolution(image, side) for image in (*request.images, *of_class)])
     kinds: dict[Kind, Kind] = {"image": "low image", "prior": "low prior"}
-    return [replace(example, kind=kinds[example.kind]) for example in make_examples(model, small, drawn, device)]
+    return [
+        replace(
+            example,
+            latents=small,
+            personal=told_size(example.personal, (side, side)),
+            generic=told_size(example.generic, (side, side)),
+            kind=kinds[example.kind],
+        )
+        for example, small in zip(examples, latents, strict=True)
+    ]
 
 
 def low_side(request: Request) -> int:

@@ -88,6 +88,15 @@ class HollowPrecompute(io.ComfyNode):
                     optional=True,
                     tooltip="For the strategy selective: the class pictures likewise, if there are any.",
                 ),
+                io.Int.Input(
+                    "together",
+                    default=1,
+                    min=1,
+                    max=8,
+                    optional=True,
+                    tooltip="How many records of one size pass the U-Net at once: faster, for the memory of so many. "
+                    "The plan of Hollow U-Net counts one.",
+                ),
             ],
             outputs=[HollowActivationsType.Output("activations", display_name="activations")],
         )
@@ -107,6 +116,7 @@ class HollowPrecompute(io.ComfyNode):
         class_prompt: list[Any] | None = None,
         low_latents: list[dict[str, Any]] | None = None,
         low_class_latents: list[dict[str, Any]] | None = None,
+        together: list[int] | None = None,
     ) -> io.NodeOutput:
         """A handle on the finished store, and what of it was there."""
         from .host.precompute import precompute
@@ -124,6 +134,7 @@ class HollowPrecompute(io.ComfyNode):
             seed=seed[0],
             storage=storage[0],
             name=name[0],
+            together=together[0] if together else 1,
             node_id=cls.hidden.unique_id,
         )
         return io.NodeOutput(activations, ui={"text": (told,)})

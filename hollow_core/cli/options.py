@@ -100,7 +100,7 @@ StreamMiddle = Annotated[
 Together = Annotated[
     int,
     typer.Option(
-        help="How many of a step's records, those of the class included, pass the U-Net at once: faster, for the memory of so many."
+        help="How many of a step's records, those of the class included, pass the U-Net at once, how many while precomputing (8 at most), and how many class pictures are drawn: faster, for the memory of so many."
     ),
 ]
 TiledVae = Annotated[

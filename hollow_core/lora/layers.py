@@ -102,9 +102,8 @@ def set_strength(unet: nn.Module, strength: float) -> None:
 
 
 @contextmanager
-def lora_off(unet: nn.Module) -> Iterator[None]:
-    """While inside, `unet` and every view that shares its layers compute without any LoRA, at no cost."""
-    layers = _layers_of_any_lora(unet)
+def lora_off(layers: Sequence[Any]) -> Iterator[None]:
+    """While inside, these layers, of `layers_of_any_lora`, compute without any LoRA, at no cost."""
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True  # peft's public switch would also change what is trainable
@@ -118,7 +117,7 @@ def lora_off(unet: nn.Module) -> Iterator[None]:
 @contextmanager
 def lora_strength(unet: nn.Module, strength: float) -> Iterator[None]:
     """`set_strength` of any LoRA, whoever put it in, and as before afterwards."""
-    layers = _layers_of_any_lora(unet)
+    layers = layers_of_any_lora(unet)
     before = [dict(layer.scaling) for layer in layers]
     for layer in layers:
         for adapter in layer.active_adapters:
@@ -181,7 +180,8 @@ def _lora_layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, module
 
 
-def _layers_of_any_lora(unet: nn.Module) -> list[Any]:
+def layers_of_any_lora(unet: nn.Module) -> list[Any]:
+    """Those that carry a LoRA, whoever put it in."""
     return [module for module in unet.modules() if isinstance(module, LoraLayer)]
 
 

@@ -102,6 +102,8 @@ class _Ledger(TorchDispatchMode):
             return torch.ones((), dtype=args[0].dtype).item()
         if func is torch.ops.aten._to_copy.default and args[0].is_meta and _is_host(kwargs.get("device")):
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            return args[0]
         if func is torch.ops.aten._foreach_copy_.default and args[1][0].is_meta and not args[0][0].is_meta:
             return None
         out = func(*args, **kwargs)

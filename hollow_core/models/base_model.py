@@ -222,9 +222,15 @@ def encode_prompt(model: BaseModel, text: str, size: tuple[int, int] | None = No
     )
     if model.layout != "sdxl":
         return Conditioning(embeds, None, None)
-    height, width = size or (model.resolution, model.resolution)
-    time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=embeds.dtype, device=device)
-    return Conditioning(embeds, pooled[0], time_ids)
+    return told_size(Conditioning(embeds, pooled[0]), size or (model.resolution, model.resolution))
+
+
+def told_size(prompt: Conditioning, size: tuple[int, int]) -> Conditioning:
+    """An encoded prompt as `encode_prompt` gives it for a picture of another `size`, (height, width) in pixels."""
+    if prompt.text_embeds is None:
+        return prompt
+    height, width = size
+    return prompt._replace(time_ids=prompt.text_embeds.new_tensor([[height, width, 0, 0, height, width]]))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ..errors import HollowError
-from ..lora.layers import lora_off, lora_strength
+from ..lora.layers import layers_of_any_lora, lora_off, lora_strength
 from ..nets.conditioning import Conditioning
 from ..nets.unet import head, hollow
 
@@ -65,9 +65,12 @@ class _TwoPaths:
     def __init__(self, pipeline: Any, cut: int, generic: Conditioning, refresh: int) -> None:
         self.pipeline, self.unet = pipeline, pipeline.unet
         self.base, self.personal = head(self.unet, cut), hollow(self.unet, cut, timesteps=None)
+        self.lora_layers = layers_of_any_lora(self.unet)  # to look for them takes as long as to launch a small U-Net
         self.generic, self.refresh = generic, refresh
         self.run: Any = None
         """The time steps of the present run: every run of a pipeline sets new ones."""
+        self.numbers: list[float] = []
+        """The same, read from the device once."""
         self.step, self.timestep = 0, float("nan")
         self.exit_activation: Tensor | None = None
 
@@ -81,15 +84,26 @@ class _TwoPaths:
     def _count(self, timestep: Tensor | float) -> None:
         """Count time steps, not calls: schedulers of second order call twice at one, and each call of a step
         that is due deserves an activation of its own."""
-        now = float(torch.as_tensor(timestep).flatten()[0])
-        if self.pipeline.scheduler.timesteps is not self.run:
-            self.run, self.step, self.exit_activation = self.pipeline.scheduler.timesteps, 0, None
-        elif now != self.timestep:
+        timesteps = self.pipeline.scheduler.timesteps
+        begins = timesteps is not self.run
+        if begins:
+            self.run, self.numbers, self.step, self.exit_activation = timesteps, timesteps.tolist(), 0, None
+        now = self._number(timestep)
+        if not begins and now != self.timestep:
             self.step += 1
         self.timestep = now
 
+    def _number(self, timestep: Tensor | float) -> float:
+        """Of one of the run's time steps, found by its place, as to read it is to wait for the device."""
+        if isinstance(timestep, Tensor) and self.run.is_contiguous():
+            place, between = divmod(timestep.data_ptr() - self.run.data_ptr(), self.run.element_size())
+            if not between and 0 <= place < len(self.numbers):
+                return self.numbers[place]
+        return float(torch.as_tensor(timestep).flatten()[0])
+
     def _run_base(self, sample: Tensor, timestep: Tensor | float, prompts: Tensor, **kwargs: Any) -> Tensor:
         kwargs["return_dict"] = True
+        self.generic = self.generic.to(prompts.device, prompts.dtype)
         prompts = self._with_generic(prompts, self.generic.encoder_hidden_states)
         added = kwargs.get("added_cond_kwargs")
         if added and "text_embeds" in added:
@@ -97,7 +111,7 @@ class _TwoPaths:
                 raise HollowError("The generic prompt lacks SDXL's pooled embedding. Encode it with this model.")
             pooled = self._with_generic(added["text_embeds"], self.generic.text_embeds)
             kwargs["added_cond_kwargs"] = {**added, "text_embeds": pooled}
-        with lora_off(self.unet):
+        with lora_off(self.lora_layers):
             return self.base(sample, timestep, prompts, **kwargs).sample
 
     def _with_generic(self, prompts: Tensor, generic: Tensor) -> Tensor:
@@ -112,7 +126,7 @@ class _TwoPaths:
                 f"The generic prompt has shape {tuple(generic.shape)}, which does not fit {positive} prompts of "
                 f"{tuple(prompts.shape[1:])}. Encode one with this model, or as many as there are prompts."
             )
-        rows = generic.to(prompts.device, prompts.dtype).repeat_interleave(positive // len(generic), dim=0)
+        rows = generic.repeat_interleave(positive // len(generic), dim=0)
         return torch.cat([prompts[:negative], rows])
 
 

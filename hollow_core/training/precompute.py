@@ -52,6 +52,7 @@ def precompute(
     seed: int = 0,
     dtype: torch.dtype = torch.float16,
     together: int = 1,
+    made_by: str | None = None,
     apart: bool = False,
     progress: Watch | None = None,
     stop: Stop | None = None,
@@ -62,7 +63,8 @@ def precompute(
     examples add as many again, see `plan`. What the base path leaves is kept in `dtype`: float16, bfloat16 or float32.
     With `cut` None nothing is to be hollowed, and of the records, for an ordinary LoRA, nothing is stored.
     `together` lets so many records of one size pass the network at once, at most the eight of a shard: faster where the
-    device is not busy with one, for the memory of so many, and the same but for rounding.
+    device is not busy with one, for the memory of so many, and the same but for rounding. `made_by` is the network's
+    `model_id`; None computes it, which takes seconds for a large one, and more from a GPU.
     `apart` keeps the store in a folder of its own inside `folder`, named by what it is made from, so that other
     inputs never meet it. `progress` is called after each record, `stop` asked before those that go together; a stopped
     run gives back a store with shards missing. A shard is written while the next one is made.
@@ -71,7 +73,8 @@ def precompute(
     else, for an activation that overflows, and where the disk is full. What is written by then stays good.
     """
     _check(network, schedule, examples, cut=cut, samples=samples, dtype=dtype)
-    fingerprint, inputs = _fingerprint(network, schedule, examples, cut, samples, seed, dtype)
+    made_by = model_id(network) if made_by is None else made_by
+    fingerprint, inputs = _fingerprint(made_by, schedule, examples, cut, samples, seed, dtype)
     records = plan(fingerprint.kinds, samples, len(schedule), seed)
     if apart:
         folder = Path(folder) / store_id(fingerprint, records)[:12]
@@ -188,7 +191,7 @@ def model_id(network: Network) -> str:
 
 
 def _fingerprint(
-    network: Network,
+    made_by: str,
     schedule: NoiseSchedule,
     examples: Sequence[Example],
     cut: Cut | None,
@@ -207,7 +210,7 @@ def _fingerprint(
         trained = tensors["personal" if example.kind.endswith("image") else "generic"]
         inputs.update({digest(t): t.detach().cpu().clone() for t in [z, *trained.values()]})
     return Fingerprint(
-        model=model_id(network),
+        model=made_by,
         cut=cut,
         schedule=schedule.id,
         samples=samples,

@@ -42,7 +42,7 @@ class TrainSettings:
     """Image records a step; as many of the prior come on top. Costs time, and memory only for what is `together`."""
     together: int = 1
     """How many of a step's records pass the U-Net at once, as a batch: faster where the GPU is not busy with one, for
-    the memory of so many."""
+    the memory of so many. The stages before go by it, too."""
     prior_weight: float = 1.0
     """How much the prior-preservation loss (Eq. 2) counts if the store has prior records; 0 leaves it out."""
     snr_gamma: float | None = None

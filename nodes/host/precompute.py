@@ -46,6 +46,7 @@ def precompute(
     seed: int,
     storage: str,
     name: str,
+    together: int,
     node_id: str,
 ) -> tuple[HollowActivations, str]:
     """Run the base to the exit for each record that is not stored yet; with what was done, in words.
@@ -74,12 +75,14 @@ def precompute(
     watch = NodeProgress(node_id, "Precompute")
     clear_device(hollowed.model)
     planner, free = planner_of(hollowed.model), partial(free_bytes, hollowed.model)
-    setting = planner.eased(setting_of(hollowed, [example.latents for example in examples]), free())
+    setting = setting_of(hollowed, [example.latents for example in examples])
+    setting = planner.eased(replace(setting, training=replace(setting.training, together=together)), free())
     check_fits(planner, setting, free(), ["precompute"])
     device = comfy.model_management.get_torch_device()
     network = frozen_network(hollowed, device)
     if setting.stream_middle:
         stream_middle(network, hollowed.cut, device)
+    made_by = stage.model_id(network)  # here, as from the GPU it takes longer
     base = network.base(hollowed.cut).module
     with memory_told(lambda: planner, "precompute", setting, free), alone_on_device(base):
         store = stage.precompute(
@@ -91,6 +94,8 @@ def precompute(
             samples=samples,
             seed=seed,
             dtype=getattr(torch, storage),
+            together=together,
+            made_by=made_by,
             apart=True,
             progress=watch.tell,
             stop=watch.stop,

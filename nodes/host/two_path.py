@@ -142,7 +142,7 @@ class _Run:
     ) -> Tensor:
         """PREDICT_NOISE: at every n-th step forget. Steps count, not evaluations, of which one may take several."""
         sigmas = model_options["transformer_options"]["sample_sigmas"]  # falling; a step lasts until the next one
-        steps_begun = int((sigmas >= float(timestep.flatten()[0]) * 0.9999).sum())
+        steps_begun = int((sigmas >= timestep.flatten()[0].to(sigmas) * 0.9999).sum())
         if (steps_begun - 1) % self.refresh == 0:
             self.exit_activations.clear()
         self.calls.clear()

@@ -12,7 +12,7 @@ from tiny_models import POOLED_WIDTH, SIZE
 from torch import Tensor
 
 from hollow_core.lora import file as lora_file
-from hollow_core.lora.layers import load_lora_state, lora_off, set_strength
+from hollow_core.lora.layers import layers_of_any_lora, load_lora_state, lora_off, set_strength
 from hollow_core.nets.conditioning import Conditioning
 from hollow_core.nets.unet import head, hollow
 
@@ -70,9 +70,9 @@ class Reference:
         own = _conditioning(len(x), context, pooled)
         generic = _conditioning(len(x), self.generic, None if y is None else self.generic_pooled)
         if self.step % self.refresh == 0 or (uuid, kind) not in self.kept:
-            with lora_off(self.unet):
+            with lora_off(layers_of_any_lora(self.unet)):
                 self.kept[uuid, kind] = self.base(x, timestep, **(own if kind else generic).kwargs()).sample
-        with lora_off(self.unet) if kind and not self.lora_on_negatives else nullcontext():
+        with lora_off(layers_of_any_lora(self.unet)) if kind and not self.lora_on_negatives else nullcontext():
             return self.personal(x, timestep, **own.kwargs(), exit_activation=self.kept[uuid, kind]).sample
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from hollow_core.errors import HollowError
 from hollow_core.lora.layers import (
     add_lora,
+    layers_of_any_lora,
     load_lora_state,
     lora_off,
     lora_parameters,
@@ -83,7 +84,7 @@ def test_strength_off_and_removal(tiny_unet, tiny_conditioning):
         for path, a, b in matrices(lora_state(unet)):
             merged.get_submodule(path).weight += 0.5 * 2.0 / 4 * b @ a
     torch.testing.assert_close(half, predict(merged, tiny_conditioning), atol=1e-4, rtol=1e-4)
-    with lora_off(unet):
+    with lora_off(layers_of_any_lora(unet)):
         assert torch.equal(predict(unet, tiny_conditioning), base)
     assert torch.equal(predict(unet, tiny_conditioning), half)
     assert all(parameter.requires_grad for parameter in lora_parameters(unet))
@@ -109,7 +110,7 @@ def test_views_share_the_lora(tiny_unet):
     assert lora_state(unet).keys() == state.keys()
     assert set(lora_state(base_path)) < set(state)
     assert not any(key.startswith(("mid_block", "down_blocks.2.attentions.1")) for key in state)
-    with lora_off(unet):
+    with lora_off(layers_of_any_lora(unet)):
         assert all(layer.disable_adapters for layer in hollowed.modules() if hasattr(layer, "lora_A"))
     remove_lora(unet)
     assert not lora_state(hollowed)

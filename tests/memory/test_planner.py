@@ -267,6 +267,14 @@ def test_records_that_pass_together_need_more_and_are_given_up_first(tiny: Plann
     assert fit.gave_up[-1] == "the speed of 4 records at once"
     flops = {pair: tiny.step_flops(setting(*pair)) for pair in [(4, 1), (4, 4), (2, 1, 2), (2, 4, 2)]}
     assert len(set(flops.values())) == 1
+    of_stage = {
+        stage: [tiny.peak(stage, setting(1, n, class_images=4)).bytes["activations"] for n in (1, 4, 8, 64)]
+        for stage in ("encode", "precompute")
+    }
+    one, four, eight, more = of_stage["precompute"]
+    assert one * 2 < four < eight == more  # a shard has eight
+    one, four, eight, more = of_stage["encode"]
+    assert one <= four == eight == more  # there are four pictures of the class
     fused = replace(SMALL.training, fused_backward=True, max_grad_norm=math.inf, together=2)
     with pytest.raises(HollowError, match=r"but there are pictures of the class too\. Set prior_weight to 0"):
         tiny.predict(replace(SMALL, class_images=2, training=fused))

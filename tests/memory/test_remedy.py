@@ -86,6 +86,8 @@ def test_records_at_once_are_the_first_to_go(planner: Planner) -> None:
     alone = replace(SETTING, training=replace(SETTING.training, together=4))  # at batch 1
     enough = needs(planner, ["train"], with_checkpointing(alone))
     assert advice(planner, ["train"], alone, enough).startswith("Take gradient checkpointing:")
+    enough = needs(planner, ["precompute"], SETTING)
+    assert advice(planner, ["precompute"], alone, enough).startswith("Take together 1:")
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hollow_core.errors import HollowError
 from hollow_core.lora import file as lora_file
-from hollow_core.lora.layers import add_lora, lora_off, lora_parameters, lora_state, remove_lora
+from hollow_core.lora.layers import add_lora, layers_of_any_lora, lora_off, lora_parameters, lora_state, remove_lora
 from hollow_core.lora.metadata import Recipe
 from hollow_core.nets.conditioning import Conditioning
 from hollow_core.nets.unet_layers import exit_shape
@@ -86,7 +86,7 @@ def by_definition(pipeline: Pipeline, cut: int, generic: Conditioning, guided: b
             base["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": added["time_ids"]}
         read: list[Tensor] = []
         hook = up.register_forward_pre_hook(lambda _, args: read.append(args[0][:, :channels]))
-        with lora_off(unet):
+        with lora_off(layers_of_any_lora(unet)):
             whole(sample, timestep, mixed(encoder_hidden_states, generic.encoder_hidden_states), **base)
         hook.remove()
         hook = up.register_forward_pre_hook(

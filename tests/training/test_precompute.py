@@ -110,6 +110,26 @@ def test_pictures_of_different_and_odd_sizes(tiny_unet, tmp_path):
     assert shapes == {0: (2, 2), 1: (4, 3)}
 
 
+def test_records_of_one_size_go_together_and_are_what_each_would_be_alone(tiny_unet, tmp_path):
+    unet, schedule = tiny_unet("sd21"), tiny_schedule()
+    small, large = tiny_examples(unet, images=2)
+    large = replace(large, latents=torch.randn(1, 4, 13, 10, generator=torch.Generator()))
+    batches = []
+    unet.conv_in.register_forward_pre_hook(lambda _, args: batches.append(tuple(args[0].shape)))
+    told, asked = [], {"cut": 3, "samples": 12, "dtype": torch.float32}
+    alone = precompute(UNet(unet), schedule, [small, large], tmp_path / "alone", **asked)
+    batches.clear()
+    store = precompute(
+        UNet(unet), schedule, [small, large], tmp_path / "three", together=3, progress=told.append, **asked
+    )
+    assert [progress.step for progress in told] == list(range(1, 13))
+    of_one_size = [(3, 4, 8, 8), (1, 4, 8, 8), (3, 4, 13, 10), (1, 4, 13, 10), (2, 4, 8, 8), (2, 4, 13, 10)]
+    assert sorted(batches) == sorted(of_one_size)  # shards of eight and four
+    for index in range(12):
+        mine, expected = (each.record(index).stored[EXIT_ACTIVATION] for each in (store, alone))
+        torch.testing.assert_close(mine, expected)
+
+
 def test_without_a_cut_there_are_records_but_no_activations(tiny_unet, tmp_path):
     unet = tiny_unet("sd15")
     store = precompute(UNet(unet), tiny_schedule(), tiny_examples(unet), tmp_path, cut=None, samples=20)
@@ -119,17 +139,19 @@ def test_without_a_cut_there_are_records_but_no_activations(tiny_unet, tmp_path)
 
 
 @pytest.mark.slow
-def test_broken_off_in_every_shard_and_run_again_gives_the_same_bytes(tiny_unet, tmp_path):
+@pytest.mark.parametrize("together", [1, 3])
+def test_broken_off_in_every_shard_and_run_again_gives_the_same_bytes(tiny_unet, tmp_path, together):
     unet, schedule = tiny_unet("sd15"), tiny_schedule()
     examples = tiny_examples(unet, images=3, priors=2)
     samples = 2 * SHARD + 3
-    whole = precompute(UNet(unet), schedule, examples, tmp_path / "whole", cut=2, samples=samples)
+    asked = {"cut": 2, "samples": samples, "together": together}
+    whole = precompute(UNet(unet), schedule, examples, tmp_path / "whole", **asked)
     for record in (1, SHARD - 1, SHARD, SHARD + 1, 2 * SHARD, samples):
         folder = tmp_path / f"broken at {record}"
         with pytest.raises(Broken):
-            precompute(UNet(unet), schedule, examples, folder, cut=2, samples=samples, progress=BreakAt(record))
+            precompute(UNet(unet), schedule, examples, folder, **asked, progress=BreakAt(record))
         told = []
-        precompute(UNet(unet), schedule, examples, folder, cut=2, samples=samples, progress=told.append)
+        precompute(UNet(unet), schedule, examples, folder, **asked, progress=told.append)
         assert content(folder) == content(whole.folder)
         kept = (record - 1) // SHARD * SHARD  # of the shards that were whole
         assert [progress.step for progress in told] == list(range(kept + 1, samples + 1))

@@ -286,7 +286,8 @@ def test_sdxl_is_told_the_size_of_each_picture(sdxl_request):
     loader, request = sdxl_request
     model = loader()
     of_class = [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(n)) for n in range(2)]
-    high, low = make_examples(model, request, of_class), low_examples(model, request, of_class)
+    high = make_examples(model, request, of_class)
+    low = low_examples(model, request, high, of_class)
     assert [example.kind for example in low] == ["low image"] * 2 + ["low prior"] * 2
     for examples, side in ((high, 128), (low, 64)):
         for example in examples:
@@ -295,7 +296,8 @@ def test_sdxl_is_told_the_size_of_each_picture(sdxl_request):
                 assert conditioning.time_ids.tolist() == [[side, side, 0, 0, side, side]]
     for one, other in zip(high, low, strict=True):
         assert (one.personal_prompt, one.generic_prompt) == (other.personal_prompt, other.generic_prompt)
-    picture = low_examples(model, replace(request, setting=replace(request.setting, low_resolution=32)), of_class)[0]
+    smaller = replace(request, setting=replace(request.setting, low_resolution=32))
+    picture = low_examples(model, smaller, high, of_class)[0]
     assert tuple(picture.latents.shape) == (1, 4, 4, 4)
 
 
@@ -317,7 +319,7 @@ def test_class_pictures_are_decoded_as_the_pipeline_does(tmp_path, layout):
 def test_a_low_resolution_that_cannot_be_is_refused(sdxl_request, side, said):
     loader, request = sdxl_request
     with pytest.raises(HollowError, match=said):
-        low_examples(loader(), replace(request, setting=replace(request.setting, low_resolution=side)), [])
+        low_examples(loader(), replace(request, setting=replace(request.setting, low_resolution=side)), [], [])
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from tiny_training import (
 from tiny_unets import make_shallow_unet, make_tiny_conditioning
 
 from hollow_core.errors import HollowError
-from hollow_core.lora.layers import ATTENTION, lora_off, lora_parameters, lora_state
+from hollow_core.lora.layers import ATTENTION, layers_of_any_lora, lora_off, lora_parameters, lora_state
 from hollow_core.nets.unet import EXIT_ACTIVATION, UNet
 from hollow_core.training.precompute import precompute
 from hollow_core.training.settings import DTYPES, TrainSettings
@@ -457,7 +457,7 @@ def test_it_tells_how_far_it_is_and_saves_on_the_way(begin, tmp_path):
 
     def progress(done):
         told.append(done)
-        with torch.no_grad(), lora_off(network.module):  # looking does not change the outcome
+        with torch.no_grad(), lora_off(layers_of_any_lora(network.module)):  # looking does not change the outcome
             saved.append((tmp_path / "run" / "checkpoint.safetensors").exists())
 
     settings = replace(FEW, save_every=2)
