@@ -21,7 +21,7 @@ class Shape:
 
     layout: str
     tiny: bool = False
-    """The same blocks, a few channels wide, for pictures of 128 pixels: to try the benchmark without a GPU."""
+    """The same kinds of blocks, a few channels wide, for pictures of 128 pixels: to try the benchmark without a GPU."""
 
     def outline(self, dtype: torch.dtype = torch.float32) -> BaseModel:
         """Its model without weights."""
@@ -67,6 +67,8 @@ def _tiny(model: BaseModel, dtype: torch.dtype) -> BaseModel:
             "addition_time_embed_dim": unet["addition_time_embed_dim"] // 64,
             "projection_class_embeddings_input_dim": unet["projection_class_embeddings_input_dim"] // 64,
         }
+    else:  # which has enough of them for the cut 5
+        unet["layers_per_block"] = 1
     vae |= {"block_out_channels": [4, 4, 8, 8], "norm_num_groups": 2, "sample_size": 128}
     makers: list[Callable[[], nn.Module]] = [
         partial(UNet2DConditionModel.from_config, unet),
