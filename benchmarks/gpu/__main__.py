@@ -54,6 +54,7 @@ OWN = {
     "plain, rank 128": Setting(None, training=TrainSettings(rank=128)),
     "k=3, bf16, 4 records": FOUR,
     "k=3, bf16, 4 records together": replace(FOUR, training=replace(FOUR.training, together=4)),
+    "k=3, bf16, 8 together": replace(HALF, training=replace(HALF.training, together=8)),
     "k=3, bf16, class pictures": replace(HALF, class_images=1),
     "k=3, bf16, checkpointing, streamed, tiled VAE, class pictures": replace(LOW, tiled_vae=True, class_images=1),
 }
@@ -168,10 +169,12 @@ def of_a_shape(shape: Shape, extent: Extent) -> list[Measurement]:
         ),
         *(
             Measurement(
-                f"{layout} precompute, together {together}",
-                partial(measure_precompute, shape, HALF, together, extent),
+                f"{layout} precompute {name}",
+                partial(measure_precompute, shape, ALL[name], extent),
+                (near_prediction,),
+                partial(predicted, shape, ALL[name], ("precompute",)),
             )
-            for together in (1, 8)
+            for name in ("k=3, bf16", "k=3, bf16, 8 together")
         ),
         *(
             Measurement(

@@ -89,11 +89,12 @@ def _unet_alone(
     return median(found)
 
 
-def measure_precompute(shape: Shape, setting: Setting, together: int, extent: Extent, device: torch.device) -> Figures:
-    """How many records a second the base path leaves, so many of them at once; they are written to disk, and there
-    are more than are timed."""
+def measure_precompute(shape: Shape, setting: Setting, extent: Extent, device: torch.device) -> Figures:
+    """Peak GiB, and how many records a second the base path leaves, as many at once as train together; they are
+    written to disk, and there are more than are timed."""
+    assert setting.cut is not None
     model = shape.outline(DTYPES[setting.training.precision])
-    give_weights(device, model.unet)
+    give_weights(device, model.network.base(setting.cut).module)
     latents, prompt = random_inputs(model)
     example = Example(latents, prompt, prompt, "a photo of a sks dog", "a photo of a dog")
     last = SHARD + extent.records
@@ -103,7 +104,8 @@ def measure_precompute(shape: Shape, setting: Setting, together: int, extent: Ex
         if done.step in (SHARD, last):
             moments[done.step] = _now(device)
 
-    with TemporaryDirectory() as folder:
+    figures: Figures = {}
+    with TemporaryDirectory() as folder, peak("precompute", device, figures):
         precompute(
             model.network,
             model.schedule,
@@ -112,10 +114,11 @@ def measure_precompute(shape: Shape, setting: Setting, together: int, extent: Ex
             cut=setting.cut,
             samples=last,
             dtype=setting.store_dtype,
-            together=together,
+            together=setting.training.together,
+            made_by="random weights",
             progress=watch,
         )
-    return {"records a second": extent.records / (moments[last] - moments[SHARD])}
+    return figures | {"records a second": extent.records / (moments[last] - moments[SHARD])}
 
 
 def measure_sampling(

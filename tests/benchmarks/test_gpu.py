@@ -22,7 +22,7 @@ TRIED = (
     "sd21 beside training k=3",
     "sd21 training plain",
     "sd21 training k=3",
-    "sd21 precompute, together 8",
+    "sd21 precompute k=3, bf16, 8 together",
     "sdxl drawing on one path",
     "sdxl drawing on two paths, refresh 3",
 )
