@@ -49,8 +49,6 @@ def one_step(device: str, cut: int | None, settings: TrainSettings, folder: Path
     model = make_model(device)
     store = OneRecord(model, Setting(cut, training=settings))
     network = at_cut(model.network, cut, [0])
-    latents, prompt = store.inputs(0)
-    latents.zero_(), prompt.encoder_hidden_states.zero_()
     marks = []
     with gpu(device), Dispatches() as step:
         train(network, store.schedule, store, settings, folder=folder, progress=lambda _: marks.append(step.counts()))

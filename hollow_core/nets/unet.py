@@ -104,14 +104,14 @@ class UNet:
         return {EXIT_ACTIVATION: exit_shape(self.config, cut, height, width)}
 
     def inputs(self, height: int, width: int) -> tuple[Tensor, Conditioning]:
-        """Latents (1, channels, height, width) and a prompt, with any content."""
+        """Latents (1, channels, height, width) and a prompt, of zeros."""
         config = self.module.config
-        latents = torch.empty(1, config.in_channels, height, width)
-        prompt = torch.empty(1, TOKENS, config.cross_attention_dim)
+        latents = torch.zeros(1, config.in_channels, height, width)
+        prompt = torch.zeros(1, TOKENS, config.cross_attention_dim)
         if config.addition_embed_type is None:
             return latents, Conditioning(prompt)
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        return latents, Conditioning(prompt, torch.empty(1, pooled), torch.empty(1, 6))
+        return latents, Conditioning(prompt, torch.zeros(1, pooled), torch.zeros(1, 6))
 
     def base(self, cut: int) -> "UNetBasePath":
         """Up to the exit. Raises HollowError for a cut out of range."""
