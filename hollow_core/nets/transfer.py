@@ -13,7 +13,7 @@ def send(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None =
     as `.to` does.
     """
     device = torch.device(device)
-    if tensor.device.type != "cpu" or device.type not in ("cuda", "meta"):  # in a dry run, "meta" is CUDA
+    if tensor.device.type != "cpu" or not _never_waits(device):
         return tensor.to(device, dtype)
     tensor = tensor.to(dtype=dtype)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
@@ -23,8 +23,10 @@ class Arriving:
     """Tensors of a device on their way to main memory, whatever the device does next."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = {name: _room(tensor).copy_(tensor, non_blocking=True) for name, tensor in tensors.items()}
         device = next(iter(tensors.values())).device
+        self._tensors = {
+            name: _room(tensor).copy_(tensor, non_blocking=_never_waits(device)) for name, tensor in tensors.items()
+        }
         self._arrival = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
     def wait(self) -> dict[str, Tensor]:
@@ -43,12 +45,17 @@ class Copies:
     @torch.no_grad()
     def take(self) -> None:
         """Copy them as they are when the device is done with what it was asked before."""
-        torch._foreach_copy_(self._copies, list(self._tensors), non_blocking=True)
+        torch._foreach_copy_(self._copies, list(self._tensors), non_blocking=_never_waits(self._tensors[0].device))
 
     @torch.no_grad()
     def give_back(self) -> None:
         """Make the tensors what they were at the last `take`."""
         torch._foreach_copy_(list(self._tensors), self._copies)
+
+
+def _never_waits(device: torch.device) -> bool:
+    """Whether copies may be left to themselves: elsewhere they might be read before they are whole."""
+    return device.type in ("cuda", "meta")  # which is CUDA in a dry run
 
 
 def _room(tensor: Tensor) -> Tensor:
