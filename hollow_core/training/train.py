@@ -22,7 +22,7 @@ from .checkpoint import Checkpoint
 from .optimizer import Optimizer
 from .selective import Choice, Taken, choices, taken
 from .settings import DTYPES, TrainSettings, check_unfused
-from .steps import Step, ZerothOrder, backpropagate, part_loss, read_parts
+from .steps import Part, Step, ZerothOrder, backpropagate, part_loss, read_parts
 from .store import Store
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -111,19 +111,21 @@ def train(
     trained_on = [record for choice in islice(ahead, len(losses)) for record in taken(store, choice)]
 
     loss_of = partial(part_loss, network)
-    read = partial(read_parts, store, schedule, together=settings.together, snr_gamma=settings.snr_gamma)
+
+    def read(choice: Choice) -> list[Part]:
+        return read_parts(store, schedule, choice.weighted, together=settings.together, snr_gamma=settings.snr_gamma)
 
     def save() -> None:
         moments = {way: optimizer.state() for way, optimizer in optimizers.items()}
         Checkpoint(snapshot(named), moments, losses, loss_scale, made_for).save(path)
 
-    before, good = Copies(parameters), Copies(parameters)
+    before, good = Copies(parameters), Copies(parameters)  # of a step's start, and of the last finite loss's
     good.take()
     loss_scale = (2.0**16 if settings.precision == "fp16" else 1.0) if begun is None else begun.loss_scale
     stopped: Stopped = "finished"
     clock = Clock(len(losses), settings.steps)
     left = islice(ahead, settings.steps - len(losses))
-    for choice, parts in one_ahead(lambda choice: read(choice.weighted), left):
+    for choice, parts in one_ahead(read, left):
         if stop is not None and stop():
             stopped = "stop"
             break
