@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -33,15 +34,17 @@ from PIL import Image
 from benchmarks.road import random_model
 from hollow_core import __version__
 from hollow_core.errors import HollowError
-from hollow_core.files import read_json, write_json
+from hollow_core.files import read_json, write_json, write_safetensors
 from hollow_core.memory.planner import GIB
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a photo of a sks dog"
 RECORDS = 4  # that Hollow precomputes; a step's costs are those of any number
 POLL = 0.1  # seconds
+TEXT_ENCODER = "comfyui/text_encoder_{}.safetensors"
 SCRIPTS = {"sd15": "train_dreambooth_lora.py", "sdxl": "train_dreambooth_lora_sdxl.py"}
 GPU = torch.cuda.is_available()
+ON_CPU = ["--cpu", "--use-pytorch-cross-attention"]  # of ComfyUI, which takes that by itself on a GPU only
 
 
 @dataclass(frozen=True)
@@ -122,12 +125,20 @@ def versions(options: argparse.Namespace) -> dict[str, str]:
 
 def prepare(options: argparse.Namespace) -> None:
     """The base model, a diffusers folder in fp16 as models are published, and the picture."""
-    options.model = options.out / f"model-{options.layout}"
+    options.model, options.images = options.out / f"model-{options.layout}", options.out / "images"
     if not (options.model / "model_index.json").exists():  # the last of its files
-        random_model(options.layout, torch.float16).pipeline().save_pretrained(options.model)
-    options.images = options.out / "images"
+        model = random_model(options.layout, torch.float16)
+        for number, encoder in enumerate(model.text_encoders):
+            write_safetensors(options.model / TEXT_ENCODER.format(number), clip_names(encoder.state_dict()))
+        model.pipeline().save_pretrained(options.model)
     options.images.mkdir(exist_ok=True)
     Image.effect_noise((options.resolution,) * 2, 64).convert("RGB").save(options.images / "picture.png")
+
+
+def clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As older transformers name a text encoder's weights, and ComfyUI expects them."""
+    names = {key: key.removeprefix("text_model.") for key in state}
+    return {name if "projection" in name else f"text_model.{name}": state[key] for key, name in names.items()}
 
 
 # Runs.
@@ -240,7 +251,7 @@ def in_comfyui(
     command = [options.python, "main.py", "--port", port, "--base-directory", folder, "--database-url", "sqlite://"]
     url = f"http://127.0.0.1:{port}"
     before = gpu_bytes()
-    with process(command + ([] if GPU else ["--cpu"]), options.comfyui, log) as running:
+    with process(command + ([] if GPU else ON_CPU), options.comfyui, log) as running:
         watched(running, lambda: "To see the GUI" in log.read_text(), log, before)
         asked = queue(url, graph(options, steps))
 
@@ -258,20 +269,15 @@ def lay_out(options: argparse.Namespace, folder: Path) -> None:
     """ComfyUI's folders, with the model's parts and this pack linked into them."""
     linked = {
         "custom_nodes/hollow": ROOT,
-        "input/picture.png": options.images / "picture.png",
         "models/diffusion_models/unet.safetensors": options.model / "unet" / "diffusion_pytorch_model.safetensors",
         "models/vae/vae.safetensors": options.model / "vae" / "diffusion_pytorch_model.safetensors",
     }
-    for number, part in enumerate(text_encoders(options)):
-        linked[f"models/text_encoders/{number}.safetensors"] = options.model / part / "model.safetensors"
+    for number in range(2 if options.layout == "sdxl" else 1):
+        linked[f"models/text_encoders/{number}.safetensors"] = options.model / TEXT_ENCODER.format(number)
     for name, target in linked.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(target.resolve())
-
-
-def text_encoders(options: argparse.Namespace) -> list[str]:
-    """Their folders in the model's."""
-    return ["text_encoder", "text_encoder_2"] if options.layout == "sdxl" else ["text_encoder"]
+    shutil.copytree(options.images, folder / "input")  # where ComfyUI follows no link
 
 
 def queue(url: str, graph: Graph) -> str:
@@ -294,7 +300,8 @@ def queue(url: str, graph: Graph) -> str:
         with urlopen(asked) as answer:
             return str(json.load(answer)["prompt_id"])
     except HTTPError as refusal:
-        raise HollowError(f"ComfyUI refuses the graph: {refusal.read().decode()}") from refusal
+        said = [error["details"] for node in json.load(refusal)["node_errors"].values() for error in node["errors"]]
+        raise HollowError(f"ComfyUI refuses the graph: {', '.join(said)}.") from refusal
 
 
 def default(what: list[Any]) -> Any:
