@@ -168,12 +168,15 @@ def watched(running: psutil.Popen, done: Callable[[], bool], log: Path, before: 
     """What a process takes from now until it is done, and on a CPU from its start; `before` bytes of the GPU were taken
     by others."""
     begun, peak = time.monotonic(), 0
-    while not (finished := done()) and running.status() != psutil.STATUS_ZOMBIE:
-        peak = max(peak, gpu_bytes() - before) if GPU else resident_peak(running)
+    while True:
+        ended, finished = running.status() == psutil.STATUS_ZOMBIE, done()
+        peak = max(peak, gpu_bytes() - before if GPU else resident_peak(running))
+        if finished:
+            break
+        if ended:
+            *_, last = [line for line in log.read_text().splitlines() if line.strip()] or ["nothing"]
+            raise HollowError(f"It ended and said: {last.strip().rstrip('.')}.")
         time.sleep(POLL)
-    if not finished:
-        *_, last = [line for line in log.read_text().splitlines() if line.strip()] or ["nothing"]
-        raise HollowError(f"It ended and said: {last.strip().rstrip('.')}.")
     seconds = time.monotonic() - begun if GPU else sum(running.cpu_times()[:4])  # children's, too
     return Cost(seconds, peak)
 
