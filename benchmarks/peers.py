@@ -4,8 +4,9 @@ ComfyUI's own Train LoRA, diffusers' DreamBooth script and Hollow, as nodes and 
 weights of a true shape: same picture, rank, precision and number of steps, batch 1, AdamW, no gradient checkpointing.
 Each runs twice in a process of its own, for a few steps and for more. The difference is the steps', so that loading
 and precomputing do not count. On a CPU seconds are those of the CPU, user and system, on one thread, and the peak is
-the process's resident memory until the LoRA is there; on a GPU, which should be idle, seconds are the clock's, and the
-peak is what nvidia-smi says beyond what was taken before.
+the process's resident memory until the LoRA is there, often that of loading: weights in fp32 beside the file in fp16
+that they come from. On a GPU, which should be idle, seconds are the clock's, so that it takes hundreds of steps, and
+the peak is what nvidia-smi says beyond what was taken before.
 """
 
 import argparse
@@ -246,6 +247,8 @@ def in_comfyui(
     graph: Callable[[argparse.Namespace, int], Graph], options: argparse.Namespace, steps: int, folder: Path
 ) -> Cost:
     """A graph in a server of its own, from the start of it (on a GPU, of the graph) to the end of the graph."""
+    if not (options.comfyui / "main.py").exists():
+        raise HollowError(f"{options.comfyui} is no checkout of ComfyUI.")
     lay_out(options, folder)
     log = folder / "log"
     with socket.socket() as free:

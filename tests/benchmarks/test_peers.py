@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks import peers
-from benchmarks.peers import Cost, clip_names, default, per_step, row, script, table
+from benchmarks.peers import Cost, built_in, clip_names, default, in_comfyui, per_step, row, script, table
 from benchmarks.peers import run as run_command
 
 
@@ -25,9 +25,10 @@ def test_the_table_has_figures_or_the_reason(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_peer_that_is_not_there_is_a_row_that_says_so(tmp_path: Path) -> None:
-    options = Namespace(layout="sd15", diffusers_scripts=tmp_path)
+    options = Namespace(layout="sd15", diffusers_scripts=tmp_path, comfyui=tmp_path)
     missing = "There is no train_dreambooth_lora.py in the folder of scripts."
     assert row(partial(script, options), (1, 2)) == {"why": missing}
+    assert row(partial(in_comfyui, built_in, options), (1, 2)) == {"why": f"{tmp_path} is no checkout of ComfyUI."}
 
 
 def test_a_command_costs_what_it_takes_until_it_is_done(tmp_path: Path) -> None:
