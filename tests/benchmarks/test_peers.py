@@ -9,9 +9,13 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks import peers
-from benchmarks.peers import Cost, built_in, clip_names, default, in_comfyui, per_step, row, script, table
-from benchmarks.peers import run as run_command
+from benchmarks.peers import __main__ as peers
+from benchmarks.peers.__main__ import row, table
+from benchmarks.peers.comfyui import built_in, default, in_comfyui
+from benchmarks.peers.commands import script
+from benchmarks.peers.cost import Cost, per_step
+from benchmarks.peers.cost import run as run_command
+from benchmarks.peers.prepare import clip_names
 
 
 def test_loading_counts_for_no_step() -> None:
