@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA (default 16)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--steps", type=int, nargs=2, default=[3, 9], help="of the two runs (default 3 9)")
-    parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS), help="which (default all)")
+    parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS), metavar="ROW", help="which (all)")
     parser.add_argument("--out", type=Path, default=Path("hollow-peers"), help="folder; what is in it is not run again")
     options = parser.parse_args()
     settings = {name: getattr(options, name) for name in ("layout", "resolution", "rank", "precision", "steps")}
