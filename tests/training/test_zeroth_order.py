@@ -164,5 +164,5 @@ def test_no_graph_is_built_and_the_peak_is_that_of_an_inference(problem):
         backpropagate(loss_of, [[(0, 1.0)]])
     assert graphs == [None] * 4
     lora = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    assert zeroth_order.peak <= inference.peak + 3 * lora  # a copy, a gradient, at most one more matrix
+    assert zeroth_order.peak <= inference.peak + 3 * lora  # a copy, z, at the end a gradient
     assert backpropagation.peak > 2 * inference.peak
