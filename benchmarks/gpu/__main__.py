@@ -161,6 +161,7 @@ def of_a_shape(shape: Shape, extent: Extent) -> list[Measurement]:
                 partial(measure_training, shape, ALL[name], extent),
                 (
                     near_prediction,
+                    within({"waits a step": 1}, 0),
                     *(at_most("step, ms", most, f"{layout} training {of}") for most, of in OF_STEPS.get(name, ())),
                 ),
                 partial(predicted, shape, ALL[name], ("train",)),

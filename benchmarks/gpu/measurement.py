@@ -111,7 +111,11 @@ def within(expected: Mapping[str, float], tolerance: float) -> Goals:
 
     def goal(name: str, found: Found) -> dict[str, Goal]:
         figures = found.figures(name)
-        off = {figure: abs(figures[figure] - value) for figure, value in expected.items() if figure in figures}
+        off = {
+            figure: abs(figures[figure] - value)
+            for figure, value in expected.items()
+            if figures.get(figure) is not None
+        }
         return {
             figure: Goal(f"{expected[figure]:g} ± {tolerance:g}", by <= tolerance, f"{by - tolerance:.2g}")
             for figure, by in off.items()

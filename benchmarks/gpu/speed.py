@@ -1,6 +1,7 @@
 """Milliseconds: of a training step, of a record, of a sampler's step."""
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -44,7 +45,8 @@ class Extent(NamedTuple):
 
 
 def measure_training(shape: Shape, setting: Setting, extent: Extent, device: torch.device) -> Figures:
-    """Peak GiB and the median of a step, and what of it is spent outside of the U-Net's forward and backward pass."""
+    """Peak GiB and the median of a step, what of it is spent outside of the U-Net's forward and backward pass, and how
+    often Python waits for the device in one, as CUDA counts it."""
     model = shape.outline(DTYPES[setting.training.precision])
     give_weights(device, at_cut(model.network, setting.cut, None).module)
     setting.keep_small(model, device)
@@ -55,17 +57,26 @@ def measure_training(shape: Shape, setting: Setting, extent: Extent, device: tor
     settings = replace(setting.training, steps=extent.warm_up + extent.steps)
     figures: Figures = {}
     moments: list[float] = []
+    waits: int | None = None
 
     def watch(done: Progress) -> None:
+        nonlocal waits
         moments.append(time.perf_counter())  # a step waits for the device once, and no more here
+        if device.type == "cuda" and done.step == extent.warm_up - 2:
+            told.clear()
+            torch.cuda.set_sync_debug_mode("warn")
+        if device.type == "cuda" and done.step == extent.warm_up - 1:
+            torch.cuda.set_sync_debug_mode("default")
+            waits = sum("synchronizing CUDA operation" in str(warning.message) for warning in told)
 
-    with TemporaryDirectory() as folder, peak("train", device, figures):
+    with TemporaryDirectory() as folder, peak("train", device, figures), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         result = train(network, store.schedule, store, settings, folder=folder, progress=watch)
     if result.stopped != "finished":
         raise RuntimeError(f"The training ended with a {result.stopped} after {result.steps} steps.")
     step = median(1000 * (after - before) for before, after in pairwise(moments[extent.warm_up - 1 :]))
     alone = _unet_alone(network, store, settings.batch, min(settings.batch, settings.together), extent, device)
-    return figures | {"step, ms": step, "outside of the U-Net, ms": step - alone}
+    return figures | {"step, ms": step, "outside of the U-Net, ms": step - alone, "waits a step": waits}
 
 
 def _unet_alone(

@@ -7,6 +7,7 @@ from PIL import Image
 
 from benchmarks.road import random_model
 from hollow_core.files import write_safetensors
+from hollow_core.models.base_model import outline
 
 PROMPT = "a photo of a sks dog"
 RECORDS = 4  # that Hollow precomputes; a step's costs are those of any number
@@ -17,7 +18,7 @@ def prepare(options: argparse.Namespace) -> None:
     """The base model, a diffusers folder in fp16 as models are published, and the picture."""
     options.model, options.images = options.out / f"model-{options.layout}", options.out / "images"
     if not (options.model / "model_index.json").exists():  # the last of its files
-        model = random_model(options.layout, torch.float16)
+        model = random_model(outline(options.layout, torch.float16))
         for number, encoder in enumerate(model.text_encoders):
             write_safetensors(options.model / TEXT_ENCODER.format(number), clip_names(encoder.state_dict()))
         model.pipeline().save_pretrained(options.model)

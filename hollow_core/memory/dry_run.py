@@ -197,8 +197,6 @@ def _optimizer_hooks(ledger: _Ledger) -> ExitStack:
 
     def before(optimizer: torch.optim.Optimizer, *_: object) -> None:
         for group in optimizer.param_groups:
-            if "foreach" in group:
-                group["foreach"] = True  # as PyTorch chooses by itself on CUDA
             ledger.name("lora", group["params"])
             ledger.name("gradients", [each.grad for each in group["params"] if each.grad is not None])
 

@@ -22,7 +22,7 @@ from ..nets.schedule import NoiseSchedule
 from ..progress import Progress
 from ..sampling.sample import SampleSettings, batched, draw, encode_guided
 from ..training.precompute import Example, run_base
-from ..training.store import SHARD, Fingerprint, Record, Store
+from ..training.store import Fingerprint, Record, Store
 from ..training.train import train
 from .dry_run import DryRun, Peak
 from .setting import Setting
@@ -48,7 +48,7 @@ def _encode(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
         text = encode_guided(model, prompt, settings)
     with DryRun() as drawing:
         _hold(drawing, model.network.module)
-        together = min(setting.training.together, setting.class_images)
+        together = setting.training.together
         draw(model, batched([text] * together), [0] * together, settings)
     return _in_turn(images, prompts, guided, drawing)
 
@@ -61,7 +61,7 @@ def _precompute(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
         if setting.cut is not None:
             base = model.network.base(setting.cut)
             _hold(run, base.module)
-            together = min(setting.training.together, SHARD)
+            together = setting.training.together
             for _ in range(_passes(setting)):
                 run_base(base, model.schedule, [_RECORD] * together, [example] * together)
     return run.peak(), run.flops

@@ -34,10 +34,10 @@ def class_latents(
     `device` in turn; None leaves them where they are. Raises HollowError where `folder` holds latents of another model,
     prompt, seed or size.
     """
-    settings = SampleSettings(steps=steps, size=(resolution, resolution))
+    settings = SampleSettings(steps=steps, size=(resolution, resolution), together=together)
     common = {"model": made_by, "resolution": str(resolution), "steps": str(steps), "seed": str(seed)}
     files = [(folder / f"class-{index:05}.safetensors", {**common, "prompt": p}) for index, p in enumerate(prompts)]
-    latents = {index: _read(*file) for index, file in enumerate(files) if file[0].exists()}
+    latents = {index: _read(path, made_for) for index, (path, made_for) in enumerate(files) if path.exists()}
     todo = [index for index in range(len(files)) if index not in latents]
     texts = {}
     if todo:

@@ -95,9 +95,10 @@ class _TwoPaths:
 
     def _number(self, timestep: Tensor | float) -> float:
         """Of one of the run's time steps, found by its place, as to read it is to wait for the device."""
-        if isinstance(timestep, Tensor) and self.run.is_contiguous():
-            place, between = divmod(timestep.data_ptr() - self.run.data_ptr(), self.run.element_size())
-            if not between and 0 <= place < len(self.numbers):
+        if isinstance(timestep, Tensor) and timestep.dtype == self.run.dtype and self.run.is_contiguous():
+            mine, theirs = timestep.untyped_storage(), self.run.untyped_storage()
+            place = timestep.storage_offset() - self.run.storage_offset()
+            if mine.data_ptr() == theirs.data_ptr() and 0 <= place < len(self.numbers):
                 return self.numbers[place]
         return float(torch.as_tensor(timestep).flatten()[0])
 

@@ -26,7 +26,7 @@ def one_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[t
 @contextmanager
 def one_behind() -> Iterator[Callable[..., None]]:
     """Gives what does a call later, in the background: the next waits for it, as does the end, and raises what it
-    raised."""
+    raised; but what is raised inside the `with` goes first."""
     with ThreadPoolExecutor(1) as thread:
         under_way: Future[Any] | None = None
 

@@ -54,7 +54,7 @@ class Optimizer:
     def norm(self) -> Tensor:
         """Of the gradient, also where it is consumed: a scalar on its device."""
         norms = self._consumed if self.fused else torch._foreach_norm(self._gradients())
-        return torch.linalg.vector_norm(torch.stack(list(norms)), dtype=torch.float32)
+        return torch.linalg.vector_norm(torch.stack([*norms]), dtype=torch.float32)
 
     def step(self, factor: float = 1.0) -> None:
         """Update what was not updated in the backward pass, by `factor` times the gradient."""
@@ -76,7 +76,7 @@ class Optimizer:
         """Go on from what `state` gave."""
         for index, parts in state.items():
             parameter, optimizer = self._pairs[index]
-            steps_there = optimizer.defaults.get("fused", False)
+            steps_there = bool(optimizer.defaults.get("fused"))
             optimizer.state[parameter] = {
                 part: _restored(value, parameter.device, steps_there) for part, value in parts.items()
             }
@@ -106,7 +106,7 @@ def optimizer_class(name: OptimizerName, device: str = "cpu") -> Callable[..., t
     if device == "meta":
         return AdamWStates if name == "adamw" else AdamW8bitStates
     if name == "adamw":
-        return partial(torch.optim.AdamW, fused=device in ("cpu", "cuda"))  # one kernel for all; others have none
+        return partial(torch.optim.AdamW, fused=device in ("cpu", "cuda") or None)  # one kernel for all; else by itself
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -117,7 +117,8 @@ def optimizer_class(name: OptimizerName, device: str = "cpu") -> Callable[..., t
 
 
 class AdamWStates(torch.optim.Optimizer):
-    """What AdamW keeps: two moments, in the parameter's precision. It does nothing, as its kernel makes no more."""
+    """What AdamW keeps: two moments in the parameter's precision, and a number of steps. It does nothing, as its kernel
+    makes no more."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -131,7 +132,8 @@ class AdamWStates(torch.optim.Optimizer):
 
     def states(self, parameter: Tensor) -> dict[str, Tensor]:
         """Of one parameter."""
-        return {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        return moments | {"step": torch.zeros((), device=parameter.device)}
 
 
 class AdamW8bitStates(AdamWStates):

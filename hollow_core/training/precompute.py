@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
@@ -66,13 +66,14 @@ def precompute(
     device is not busy with one, for the memory of so many, and the same but for rounding. `made_by` is the network's
     `model_id`; None computes it, which takes seconds for a large one, and more from a GPU.
     `apart` keeps the store in a folder of its own inside `folder`, named by what it is made from, so that other
-    inputs never meet it. `progress` is called after each record, `stop` asked before those that go together; a stopped
-    run gives back a store with shards missing. A shard is written while the next one is made.
+    inputs never meet it. `progress` is called after each record, on a GPU as soon as it is asked for; `stop` is asked
+    before those that go together, and a stopped run gives back a store with shards missing. A shard is written while
+    the next one is made.
 
     Raises HollowError for wrong arguments, for a store in `folder` that is damaged or was made from something
     else, for an activation that overflows, and where the disk is full. What is written by then stays good.
     """
-    _check(network, schedule, examples, cut=cut, samples=samples, dtype=dtype)
+    _check(network, schedule, examples, cut=cut, samples=samples, dtype=dtype, together=together)
     made_by = model_id(network) if made_by is None else made_by
     fingerprint, inputs = _fingerprint(made_by, schedule, examples, cut, samples, seed, dtype)
     records = plan(fingerprint.kinds, samples, len(schedule), seed)
@@ -95,12 +96,14 @@ def precompute(
                     return store
                 records_now = [store.records[index] for index in indices]
                 of_each = [examples[record.image] for record in records_now]
-                left.append((indices, Arriving(run_base(base, schedule, records_now, of_each))))
+                activations = run_base(base, schedule, records_now, of_each)
+                kept = {name: tensor.to(dtype) for name, tensor in activations.items()}
+                left.append((indices, Arriving(kept)))
                 for _ in indices:
                     step += 1
                     if progress is not None:
                         progress(clock(step))
-            later(_write, store, shard, left, dtype)
+            later(_write, store, shard, left)
     return store
 
 
@@ -115,7 +118,7 @@ def _alike(
     indices: Iterable[int], records: Sequence[Record], examples: Sequence[Example], together: int
 ) -> Iterator[list[int]]:
     """`indices` in lots of up to so many whose pictures and prompts are of one size."""
-    sizes: dict[Any, list[int]] = {}
+    sizes: dict[tuple[torch.Size, torch.Size], list[int]] = {}
     for index in indices:
         example = examples[records[index].image]
         size = example.latents.shape, example.generic.encoder_hidden_states.shape
@@ -124,17 +127,17 @@ def _alike(
         yield from (alike[first : first + together] for first in range(0, len(alike), together))
 
 
-def _write(store: Store, shard: int, left: Sequence[tuple[Sequence[int], Arriving]], dtype: torch.dtype) -> None:
+def _write(store: Store, shard: int, left: Sequence[tuple[Sequence[int], Arriving]]) -> None:
     """Keep a shard of what the base path has left, as it arrives."""
     stored: dict[int, Stored] = {}
     for indices, arriving in left:
-        tensors = {name: tensor.to(dtype) for name, tensor in arriving.wait().items()}
+        tensors = arriving.wait()
         for place, index in enumerate(indices):
             stored[index] = {name: tensor[place : place + 1] for name, tensor in tensors.items()}
             if not all(tensor.isfinite().all() for tensor in stored[index].values()):
                 raise HollowError(
                     f"The exit activation at time step {store.records[index].timestep} is not finite in "
-                    f"{_name(dtype)}. Keep the records in bfloat16, or load the model in float32."
+                    f"{store.fingerprint.dtype}. Keep the records in bfloat16, or load the model in float32."
                 )
     store.write_shard(shard, stored)
 
@@ -179,6 +182,12 @@ def check_samples(samples: int, kinds: int = 1) -> None:
     """Raises HollowError for fewer records than one of each kind: of the subject and, where it has any, its class."""
     if samples < kinds:
         raise HollowError(f"{samples} records are too few. Ask for at least {kinds}; 200 are usual.")
+
+
+def check_together(together: int) -> None:
+    """Raises HollowError for fewer at once than one."""
+    if together < 1:
+        raise HollowError(f"together is {together}. It must be at least 1.")
 
 
 def model_id(network: Network) -> str:
@@ -239,6 +248,7 @@ def _check(
     cut: Cut | None,
     samples: int,
     dtype: torch.dtype,
+    together: int,
 ) -> None:
     if cut is not None:
         network.check_cut(cut)
@@ -259,6 +269,7 @@ def _check(
         )
     _check_twins(examples)
     check_samples(samples, len(kinds))
+    check_together(together)
     schedule.check()
     for number, example in enumerate(examples):
         network.check_inputs(f"example {number}", example.latents, [example.personal, example.generic])

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..nets.conditioning import Conditioning
 from ..nets.network import Network, Stored
 from ..nets.schedule import NoiseSchedule
-from ..nets.transfer import send
+from ..nets.transfer import room_like, send
 from .store import Record, Store
 
 Inputs = tuple[Tensor, Conditioning]  # of a record: latents (1, channels, height, width) and prompt
@@ -102,7 +102,8 @@ class ZerothOrder:
     def __call__(self, loss: Loss, parts: Sequence[Part], scale: float = 1.0) -> Tensor:
         """As `Step` says, with the mean of all L⁺ and L⁻ for the sum; θ is untouched also if `loss` raises."""
         parameters = list(self.parameters)
-        (_, before), (flat, z) = self._room(), self._room()
+        device = parameters[0].device
+        (_, before), (flat, z) = room_like(parameters, device), room_like(parameters, device)
         torch._foreach_copy_(before, parameters)
 
         def loss_at(query: int, distance: float) -> Tensor:
@@ -115,7 +116,7 @@ class ZerothOrder:
             losses = [(loss_at(query, self.epsilon), loss_at(query, -self.epsilon)) for query in range(self.queries)]
         finally:
             torch._foreach_copy_(parameters, before)
-        gradient, gradients = self._room()
+        gradient, gradients = room_like(parameters, device)
         gradient.zero_()
         for query, (above, below) in enumerate(losses):
             projected = (above - below) * (scale / (2 * self.epsilon * self.queries))
@@ -123,12 +124,6 @@ class ZerothOrder:
         for parameter, mine in zip(parameters, gradients, strict=True):
             parameter.grad = mine if parameter.grad is None else parameter.grad.add_(mine)
         return torch.stack([part for pair in losses for part in pair]).mean()
-
-    def _room(self) -> tuple[Tensor, list[Tensor]]:
-        """A tensor as large as all parameters, and views of it in their shapes."""
-        sizes, like = [parameter.numel() for parameter in self.parameters], self.parameters[0]
-        flat = torch.empty(sum(sizes), device=like.device, dtype=like.dtype)
-        return flat, [part.view_as(p) for part, p in zip(flat.split(sizes), self.parameters, strict=True)]
 
     def _draw(self, flat: Tensor, query: int) -> Tensor:
         """z of a query, drawn where the parameters are."""

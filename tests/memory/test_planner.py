@@ -220,7 +220,7 @@ def test_memory_that_is_gone_is_not_counted() -> None:
 def test_an_optimizers_states_count_from_the_start() -> None:
     weight = torch.nn.Parameter(torch.empty(1024, 1024, device="meta"))
     with DryRun() as run:
-        optimizer = torch.optim.AdamW([weight])
+        optimizer = torch.optim.AdamW([weight], foreach=True)
         (weight * 2).sum().backward()
         optimizer.step()
     assert run.peak().bytes["optimizer"] >= 2 * weight.nbytes
