@@ -184,12 +184,6 @@ def check_samples(samples: int, kinds: int = 1) -> None:
         raise HollowError(f"{samples} records are too few. Ask for at least {kinds}; 200 are usual.")
 
 
-def check_together(together: int) -> None:
-    """Raises HollowError for fewer at once than one."""
-    if together < 1:
-        raise HollowError(f"together is {together}. It must be at least 1.")
-
-
 def model_id(network: Network) -> str:
     """A name for a network's config and weights, as they are loaded."""
     config = {name: value for name, value in network.config.items() if not name.startswith("_")}
@@ -269,7 +263,8 @@ def _check(
         )
     _check_twins(examples)
     check_samples(samples, len(kinds))
-    check_together(together)
+    if together < 1:
+        raise HollowError(f"together is {together}. It must be at least 1.")
     schedule.check()
     for number, example in enumerate(examples):
         network.check_inputs(f"example {number}", example.latents, [example.personal, example.generic])

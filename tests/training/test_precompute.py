@@ -292,6 +292,7 @@ def test_what_training_does_not_need_may_change(tiny_unet, tmp_path):
     [
         ({"cut": 12}, "has no cut 12. Choose a cut from 0 to 11"),
         ({"samples": 0}, "0 records are too few. Ask for at least 1"),
+        ({"together": 0}, r"together is 0\. It must be at least 1"),
         ({"dtype": torch.int8}, "cannot be kept in int8. Choose one of float16, bfloat16, float32"),
         ({"examples": []}, "no image to train on"),
         (
