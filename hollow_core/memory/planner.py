@@ -18,7 +18,6 @@ from ..models.base_model import Outlines, outline
 from ..nets.network import Cut, removed_fraction
 from ..nets.residency import stream_middle
 from ..training.settings import DTYPES, Precision, TrainSettings
-from ..training.store import SHARD
 from .dry_run import Peak
 from .setting import Setting, levels_in_words
 from .stages import RUNS, STAGES
@@ -201,13 +200,10 @@ class Planner:
         """Peak and operations of a stage; settings that do not matter to it are one to it."""
         training = setting.training
         if stage != "train":
-            training, old = TrainSettings(precision=training.precision), training
+            training = TrainSettings(precision=training.precision, together=setting.at_once(stage))
             if stage == "sample":
+                old = setting.training
                 training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets)
-            elif stage == "precompute":
-                training = replace(training, together=min(old.together, SHARD))
-            elif setting.class_images:
-                training = replace(training, together=min(old.together, setting.class_images))
         setting = replace(
             setting, resolution=setting.resolution or self.resolution, low_resolution=None, training=training
         )

@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 
 from ..errors import HollowError
-from ..training.store import SHARD
 from .planner import GIB, Planner
 from .setting import Setting
 
@@ -92,8 +91,7 @@ def _smaller(
     """Settings that need less, from those that cost least on, and what they take in words."""
     words: list[str] = []
     yield words, setting
-    most = {"encode": setting.class_images, "precompute": SHARD, "train": setting.step_records}
-    if any(min(setting.training.together, most.get(stage, 1)) > 1 for stage in stages):
+    if any(setting.at_once(stage) > 1 for stage in stages):
         words = ["together 1"]
         setting = replace(setting, training=replace(setting.training, together=1))
         yield words, setting

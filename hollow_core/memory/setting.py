@@ -9,6 +9,7 @@ from ..nets.network import Cut
 from ..nets.residency import Bits
 from ..training.precompute import check_samples
 from ..training.settings import TrainSettings, check_unfused
+from ..training.store import SHARD
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Setting:
     def step_records(self) -> int:
         """Records that a training step goes through, those of the class included."""
         return self.training.batch * (2 if self.class_images and self.training.prior_weight > 0 else 1)
+
+    def at_once(self, stage: str) -> int:
+        """How many records or pictures of a stage pass the U-Net together: as many as are asked for, and there."""
+        there = {"encode": self.class_images, "precompute": SHARD, "train": self.step_records}.get(stage, 1)
+        return max(min(self.training.together, there), 1)
 
     def check(self) -> None:
         """Raises HollowError for what does not go together, whatever the model."""

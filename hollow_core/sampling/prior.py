@@ -10,7 +10,7 @@ from ..errors import HollowError
 from ..files import read_safetensors, write_safetensors
 from ..models.base_model import BaseModel, visiting
 from ..progress import Clock, Stop, Watch
-from .sample import SampleSettings, batched, draw, encode_guided
+from .sample import SampleSettings, batched, draw, encode_guided, slices
 
 
 def class_latents(
@@ -46,10 +46,9 @@ def class_latents(
             texts = {prompt: encode_guided(model, prompt, settings) for prompt in wanted}
     clock = Clock(len(latents), len(files))
     with visiting(device if todo else None, model.unet):
-        for first in range(0, len(todo), together):
+        for few in (todo[part] for part in slices(0, len(todo), together)):
             if stop is not None and stop():
                 break
-            few = todo[first : first + together]
             text = batched([texts[prompts[index]] for index in few])
             drawn = draw(model, text, [seed * 1_000_003 + index for index in few], settings).cpu()
             for index, one in zip(few, drawn.split(1), strict=True):

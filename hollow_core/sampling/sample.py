@@ -136,7 +136,7 @@ def portions(
     def draw_portion(portion: slice) -> list[Image.Image]:
         latents: list[torch.Tensor] = []
         with _lora(model, lora, settings.strength), visiting(device, model.unet):
-            for few in _slices(portion.start, portion.stop, settings.together):
+            for few in slices(portion.start, portion.stop, settings.together):
                 generic = None if recipe is None else Conditioning.batch(texts.generic[few])
                 latents += draw(model, batched(texts.guided[few]), seeds[few], settings, recipe, generic).split(1)
                 if progress is not None:
@@ -144,7 +144,7 @@ def portions(
         with visiting(device, model.vae):
             return decode_images(model, latents)
 
-    of_all = _slices(0, number, size)
+    of_all = slices(0, number, size)
     return (draw_portion(portion) for portion in takewhile(lambda _: stop is None or not stop(), of_all))
 
 
@@ -153,7 +153,8 @@ def _check_seeds(number: int, seeds: Sequence[int]) -> None:
         raise HollowError(f"There are {number} prompts and {len(seeds)} seeds. Give one seed for each prompt.")
 
 
-def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+def slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    """From `start` to `stop`, each of `size` but for the last."""
     return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
 
 
