@@ -86,7 +86,8 @@ def train(
     from ..memory.meter import free_bytes
     from ..memory.planner import Planner
     from ..memory.remedy import check_fits
-    from ..road import Request, personalize
+    from ..request import Request
+    from ..road import personalize
     from ..training.selective import count_by_time
 
     personal_prompt(identifier, subject)  # refuse bad words before anything is loaded
@@ -131,7 +132,7 @@ def train(
         check_fits(planner, setting, free_bytes(torch.device(chosen)), planner.road, going_on=going_on)
     loaded = [load_model(model, precision, prediction_type)]  # its pop hands over the only reference
     side = loaded[0].resolution if resolution is None else resolution
-    request = Request(load_images(images, side), subject, identifier, setting, thumbnail=thumbnail)
+    request = Request(load_images(images, side, square=True), subject, identifier, setting, thumbnail=thumbnail)
     with watching() as watch, stopping() as stop:
         outcome = personalize(loaded.pop, request, out, device=chosen, progress=watch, stop=stop)
     stopped = outcome.result.stopped if outcome.result is not None else "stop"

@@ -22,7 +22,8 @@ from ..memory.setting import Setting
 from ..models.base_model import BaseModel, load
 from ..nets.network import removed_fraction
 from ..progress import Progress
-from ..road import LORA_FILE, Request, personalize
+from ..request import Request
+from ..road import personalize
 from ..sampling.sample import SampleSettings, sample
 from ..training.settings import TrainSettings
 from ..training.store import Store
@@ -31,6 +32,7 @@ from . import pictures, scorers, world
 MODEL = Path(__file__).parent / "model"
 IDENTIFIER = "sks"
 CUT = 3
+LORA_FILE = "lora.safetensors"
 
 # So small a model wants LoRA on more than attention, and a higher learning rate; the library keeps the paper's.
 SETTINGS = TrainSettings(
@@ -146,6 +148,7 @@ def train(
         IDENTIFIER,
         Setting(cut, samples=SAMPLES, class_images=CLASS_IMAGES, training=settings),
         class_folder,
+        keep=0,
     )
     outcome = personalize(model, request, folder, device=device, progress=watch)
     if outcome.file is None or outcome.result is None or outcome.store is None or outcome.result.stopped != "finished":

@@ -3,6 +3,7 @@
 What a hollowed LoRA needs beyond its weights to be sampled on two paths lies in the metadata, `hollow.*`.
 """
 
+import glob
 import json
 import re
 from collections import Counter
@@ -219,6 +220,13 @@ def convert(
     config = config or config_of(metadata, lora.shapes)
     described = describe_converted(metadata, target.stem, layout_name(config))
     return write_dialect(target, lora, config, described, dialect=dialect, zero_pad=zero_pad, dtype=dtype)
+
+
+def along_the_way(folder: Path, name: str) -> list[Path]:
+    """The files NAME-000200.safetensors and so on that a training has left in `folder`, the first steps first."""
+    return sorted(
+        path for path in folder.glob(f"{glob.escape(name)}-*.safetensors") if re.search(r"-\d{6,}$", path.stem)
+    )
 
 
 def config_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] | None = None) -> Config:

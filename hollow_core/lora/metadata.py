@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..data.prompts import generic_prompt, personal_prompt
+from ..data.prompts import Subject, generic_prompt, personal_prompt
 from ..errors import HollowError
 
 # The values that kohya's trainer writes.
@@ -64,14 +64,16 @@ class Recipe(NamedTuple):
 
 
 def recipe_for(cut: int | None, identifier: str, class_word: str, prediction_type: str) -> Recipe:
-    """The recipe of a training under the usual prompts, "a photo of a sks dog" and the same without its identifier."""
-    personal = personal_prompt(identifier, class_word)
+    """The recipe of a training under the usual prompts, "a photo of a sks dog" and the same without its identifier.
+
+    Without a class word, which only captions of a style or a concept go without, the prompts are empty."""
+    personal = personal_prompt(identifier, class_word) if class_word.strip(" ,") else ""
     return Recipe(cut, identifier, class_word, personal, generic_prompt(personal, identifier), prediction_type)
 
 
 def describe(title: str, layout: str, rank: int, alpha: float, recipe: Recipe) -> dict[str, str]:
     """What kohya's trainer and the modelspec standard write, as far as tools read it, and our own."""
-    trigger = f"{recipe.identifier} {recipe.class_word}".strip()
+    trigger = Subject(recipe.identifier, recipe.class_word).called
     return {
         **_common(title, layout, velocity=recipe.prediction_type == "v_prediction"),
         **kohya_network(rank, alpha),

@@ -55,8 +55,10 @@ def needs(planner: Planner, stages: Sequence[str], setting: Setting) -> int:
 
 def selective_peak(planner: Planner, setting: Setting) -> int:
     """Bytes of training by both kinds of steps: while one goes on, the other's optimizer states are there, too."""
-    side = setting.low_resolution or (setting.resolution or planner.resolution) // 2
-    low = replace(setting, resolution=-(-side // 64) * 64, training=replace(setting.training, strategy="bp"))
+    full = setting.resolution or planner.resolution
+    factor = (setting.low_resolution or full // 2) / full
+    width, height = (-(-round(side * factor) // 64) * 64 for side in setting.measured(planner.resolution))
+    low = replace(setting, size=(width, height), training=replace(setting.training, strategy="bp"))
     high = replace(setting, training=replace(setting.training, strategy="zo"))
     peaks = [planner.peak("train", part) for part in (low, high)]
     return max(peak.total + other.bytes["optimizer"] for peak, other in zip(peaks, reversed(peaks), strict=True))

@@ -23,6 +23,7 @@ class Checkpoint(NamedTuple):
     losses: list[float]
     loss_scale: float
     made_for: Mapping[str, Any]  # what a run must have in common with this one to go on from it
+    validation: list[tuple[int, float]] = []  # noqa: RUF012  # after how many steps the held-out loss was what
 
     def save(self, path: Path) -> None:
         """Write it to `path`; an older file there is replaced whole. Raises HollowError where it cannot."""
@@ -31,7 +32,7 @@ class Checkpoint(NamedTuple):
             for index, parts in state.items():
                 tensors |= {f"optimizer {way} {index} {part}": tensor for part, tensor in parts.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        about = {"loss_scale": self.loss_scale, "made_for": self.made_for}
+        about = {"loss_scale": self.loss_scale, "made_for": self.made_for, "validation": self.validation}
         write_safetensors(path, tensors, {_KEY: json.dumps(about)})
 
     @classmethod
@@ -63,4 +64,5 @@ class Checkpoint(NamedTuple):
                     lora[key] = tensor
                 case ["optimizer", way, index, part]:
                     optimizers[way].setdefault(int(index), {})[part] = tensor
-        return cls(lora, optimizers, tensors["losses"].tolist(), about["loss_scale"], stored)
+        validation = [(step, loss) for step, loss in about.get("validation", [])]
+        return cls(lora, optimizers, tensors["losses"].tolist(), about["loss_scale"], stored, validation)

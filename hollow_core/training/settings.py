@@ -64,6 +64,8 @@ class TrainSettings:
     """Of the LoRA's start and the order of the records."""
     save_every: int = 0
     """Steps from one checkpoint to the next; 0 writes one only at the end or when stopped."""
+    validate_every: int = 50
+    """Steps from one look at the held-out pictures to the next, if there are any; 0 looks at the end only."""
     strategy: Strategy = "bp"
     """How steps find the gradient: backwards, by MeZO's forward passes ("zo"), or by both ("selective")."""
     selective_gamma: float = 1.0
@@ -88,7 +90,8 @@ class TrainSettings:
     def fixed(self) -> dict[str, Any]:
         """Those that may not change when a run goes on; the others do not change what a step does, but for rounding
         where `together` is another."""
-        free = {"save_every", "together", "gradient_checkpointing", "checkpoint_levels", "fused_backward"}
+        free = {"save_every", "validate_every", "together", "fused_backward"}
+        free |= {"gradient_checkpointing", "checkpoint_levels"}
         if self.strategy != "selective":  # whose steps know how far the training is
             free |= {"steps", "selective_gamma", "probability"}
         if self.strategy == "bp":
@@ -127,6 +130,7 @@ class TrainSettings:
             ),
             ("seed", 0 <= self.seed < 2**63, "It must be from 0 to 2⁶³ - 1."),
             ("save_every", self.save_every >= 0, "It must be 0 or more."),
+            ("validate_every", self.validate_every >= 0, "It must be 0 or more."),
             ("strategy", self.strategy in get_args(Strategy), "Choose bp, zo or selective."),
             ("selective_gamma", 0 <= self.selective_gamma < math.inf, "It must be 0 or more."),
             ("zo_learning_rate", self.zo_learning_rate is None or 0 < self.zo_learning_rate < math.inf, positive),

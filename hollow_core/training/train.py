@@ -1,8 +1,8 @@
 """Stage 2: train a LoRA on the records of a store; the loop reads top to bottom."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from .checkpoint import Checkpoint
 from .optimizer import Optimizer
 from .selective import Choice, Taken, choices, taken
 from .settings import DTYPES, TrainSettings, check_unfused
-from .steps import Part, Step, ZerothOrder, backpropagate, part_loss, read_parts
+from .steps import Part, Step, ZerothOrder, backpropagate, held_out_loss, part_loss, read_parts
 from .store import Store
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -38,6 +38,8 @@ class TrainResult:
     losses: list[float]  # one a step, from the first step on
     stopped: Stopped
     taken: list[Taken]  # of every step its image records, one after the other
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    """After so many steps, the mean loss of the held-out records, each time of the same time steps and noise."""
 
     @property
     def steps(self) -> int:
@@ -54,6 +56,7 @@ def train(
     folder: Path | str,
     progress: Watch | None = None,
     stop: Stop | None = None,
+    saved: Callable[[int, dict[str, Tensor]], object] | None = None,
 ) -> TrainResult:
     """Train a fresh LoRA in `network`, or go on from the checkpoint in `folder`, and leave it in there.
 
@@ -61,7 +64,8 @@ def train(
     drop the base before, nothing here needs it. A step minimises the mean loss of `batch` image records
     (Eq. 1) plus `prior_weight` times that of `batch` prior records (Eq. 2), in the way that the strategy
     chooses; "selective" needs a store with low examples. `progress` is called after each
-    step, `stop` is asked before each step. Interrupted anywhere and called again, it ends with the same LoRA,
+    step, `stop` is asked before each step, `saved` gets the number of steps and the LoRA whenever a checkpoint was
+    saved on the way. Interrupted anywhere and called again, it ends with the same LoRA,
     on a CPU bit by bit, on a GPU but for rounding, as its backward pass is not the same twice; called with more
     `steps`, it goes on, but for "selective", whose schedule ends with the last of them.
 
@@ -117,12 +121,21 @@ def train(
 
     def save() -> None:
         moments = {way: optimizer.state() for way, optimizer in optimizers.items()}
-        Checkpoint(snapshot(named), moments, losses, loss_scale, made_for).save(path)
+        Checkpoint(snapshot(named), moments, losses, loss_scale, made_for, validation).save(path)
+
+    # held-out pictures, always at the same time steps and noise
+    validation = [] if begun is None else begun.validation
+    held_out = store.indices("held-out image")
+
+    def validate() -> None:
+        if held_out and (not validation or validation[-1][0] != len(losses)):
+            validation.append((len(losses), held_out_loss(loss_of, store, schedule, held_out)))
 
     before, good = Copies(parameters), Copies(parameters)  # of a step's start, and of the last finite loss's
     good.take()
     loss_scale = (2.0**16 if settings.precision == "fp16" else 1.0) if begun is None else begun.loss_scale
     stopped: Stopped = "finished"
+    validate()
     clock = Clock(len(losses), settings.steps)
     left = islice(ahead, settings.steps - len(losses))
     for choice, parts in one_ahead(read, left):
@@ -161,18 +174,24 @@ def train(
         losses.append(loss)
         trained_on += taken(store, choice)
 
-        # save, then tell
-        done = clock(len(losses), loss)
-        if settings.save_every and done.step % settings.save_every == 0 and done.step < done.steps:
+        # look, save, then tell
+        step_number = len(losses)
+        if settings.validate_every and step_number % settings.validate_every == 0:
+            validate()
+        if settings.save_every and step_number % settings.save_every == 0 and step_number < settings.steps:
             save()
+            if saved is not None:
+                saved(step_number, lora_state(module))
+        done = clock(step_number, loss, validation=validation[-1][1] if validation else None)
         if progress is not None:
             progress(done)
 
     if stopped in ("finished", "stop"):
+        validate()
         save()
     else:
         good.give_back()
-    return TrainResult(lora_state(module), losses, stopped, trained_on)
+    return TrainResult(lora_state(module), losses, stopped, trained_on, validation)
 
 
 def steps_ahead(store: Store, schedule: NoiseSchedule, settings: TrainSettings) -> Iterator[Choice]:
