@@ -219,10 +219,11 @@ def test_class_pictures_of_another_model_are_not_taken(model_folder: Path, photo
 def test_class_pictures_drawn_together_are_what_each_would_be_alone(model_folder: Path, tmp_path: Path) -> None:
     """Those that are missing, whichever they are."""
     model, prompts = load(model_folder), ["a dog", "a dog on the moon", "a dog", "a dog"]
+    asked_of = [(prompt, (128, 128)) for prompt in prompts]
     asked: dict[str, Any] = {"made_by": model_id(model.network), "steps": 2}
-    alone = class_latents(model, prompts, tmp_path / "alone", **asked)
-    class_latents(model, prompts[:1], tmp_path / "three", **asked)
-    together = class_latents(model, prompts, tmp_path / "three", together=3, **asked)
+    alone = class_latents(model, asked_of, tmp_path / "alone", **asked)
+    class_latents(model, asked_of[:1], tmp_path / "three", **asked)
+    together = class_latents(model, asked_of, tmp_path / "three", together=3, **asked)
     for mine, expected in zip(together, alone, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-4)
 
