@@ -23,12 +23,14 @@ from .nets.residency import stream_middle
 from .progress import Progress, Stop, Watch
 from .request import Request, low_examples, make_examples
 from .sampling.prior import class_latents
+from .training.curve import save_losses
 from .training.precompute import model_id, precompute
 from .training.selective import save_schedule
 from .training.settings import DTYPES
 from .training.store import Store
 from .training.train import TrainResult, train
 
+LOSS_FILE = "loss.png"
 SCHEDULE_FILE = "schedule.png"
 
 
@@ -57,7 +59,8 @@ def personalize(
     """Encode, precompute, train and save into `folder`; called again after any interruption, it goes on.
 
     On the way to NAME.safetensors there are NAME-000200.safetensors and so on, whenever a checkpoint is saved; the last
-    few are kept. The strategy selective leaves a picture of its schedule there, too, with the steps that were taken.
+    few are kept. The course of the loss is left there as a picture; by the strategy selective also its schedule, with
+    the steps that were taken.
 
     `load` gives the base model, on the CPU, and keeps no reference to it. Its parts visit `device` in turn: VAE,
     text encoders, the U-Net up to the exit, and what is left of it; the whole U-Net only to draw class pictures. What
@@ -161,6 +164,9 @@ def personalize(
 
     file = folder / f"{request.name}.safetensors"
     written = write(file, result.state)
+    if result.losses:
+        held_out = {"held out": result.validation} if result.validation else {}
+        save_losses(folder / LOSS_FILE, {"training": result.losses}, held_out)
     if training.strategy == "selective" and result.stopped == "finished":
         save_schedule(folder / SCHEDULE_FILE, training.bp_low_probability, result.taken, len(schedule))
     return Outcome(file, result, store, meter, written)

@@ -70,8 +70,8 @@ def load_image(path: Path, resolution: int, square: bool = False, alpha_mask: bo
     """One picture, as `load_images` loads it."""
     check_resolution(resolution)
     with opened(path) as file:
-        picture = upright_rgb(file)
-        mask = _mask(path, picture.size) or (_alpha(file) if alpha_mask else None)
+        picture, alpha = upright_rgb(file), _alpha(file) if alpha_mask else None
+    mask = _mask(path, picture.size) or alpha
     size = (resolution, resolution) if square else size_near(*picture.size, resolution)
     image = fit(picture, size, path.name, caption_of(path), mask)
     return image._replace(path=path)

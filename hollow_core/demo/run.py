@@ -25,6 +25,7 @@ from ..progress import Progress
 from ..request import Request
 from ..road import personalize
 from ..sampling.sample import SampleSettings, sample
+from ..training.curve import save_losses
 from ..training.settings import TrainSettings
 from ..training.store import Store
 from . import pictures, scorers, world
@@ -101,7 +102,7 @@ def run(
         {row.name: (row.pictures, f"subject {row.subject_score:.2f}\nprompt {row.prompt_score:.2f}") for row in rows},
         [world.SCENES[scene] for scene in world.NEW_SCENES],
     )
-    pictures.save_losses(out / "loss.png", {"plain LoRA": plain.losses, "hollowed LoRA": hollowed.losses})
+    save_losses(out / "loss.png", {"plain LoRA": plain.losses, "hollowed LoRA": hollowed.losses})
     report = {
         "versions": {
             "hollow": __version__,

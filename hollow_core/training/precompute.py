@@ -34,7 +34,8 @@ class Example:
 
     A prior example trains on its generic prompt (P_pr of Eq. 2), its personal one is not looked at. The first
     "low image" is the first "image" at a lower resolution, and so on; likewise "low prior". A "held-out image" is not
-    trained on. Examples of the same latents are one picture under several prompts.
+    trained on. Examples that share a tensor of latents are one picture
+    under several prompts.
     """
 
     latents: torch.Tensor  # (1, channels, height, width), scaled as the network expects them
@@ -83,9 +84,8 @@ def precompute(
     _check(network, schedule, examples, cut=cut, samples=samples, dtype=dtype, together=together)
     made_by = model_id(network) if made_by is None else made_by
     fingerprint, inputs = _fingerprint(made_by, schedule, examples, cut, samples, seed, dtype)
-    records = plan(
-        fingerprint.kinds, samples, len(schedule), seed, pictures=fingerprint.latents, repeats=fingerprint.repeats
-    )
+    pictures = [id(example.latents) for example in examples]
+    records = plan(fingerprint.kinds, samples, len(schedule), seed, pictures=pictures, repeats=fingerprint.repeats)
     if apart:
         folder = Path(folder) / store_id(fingerprint, records)[:12]
     store = Store.open_or_create(folder, fingerprint, records, inputs)
