@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 
@@ -12,6 +13,8 @@ class Progress(NamedTuple):
     steps: int  # steps in all
     seconds_left: float  # an estimate from the steps of this run
     loss: float | None = None  # of this step, where there is one
+    as_used: Callable[[], AbstractContextManager[None]] = nullcontext
+    """While inside, what is made is as it would be given out now, where that is another than what is worked on."""
 
 
 class Clock:
