@@ -38,9 +38,9 @@ _GROUP = "group"  # of a state, beside the numbers of the parameters
 
 class Optimizer:
     """AdamW, or bitsandbytes' with its two moments in 8 bits, block by block (Dettmers et al. 2022); or by the package
-    pytorch-optimizer, Prodigy (Mishchenko & Defazio 2023), which finds its rate itself and waits for the device once
-    more a step, Adafactor at a fixed rate without momentum (Shazeer & Stern 2018), Lion (Chen et al. 2023), or
-    schedule-free AdamW (Defazio et al. 2024), whose LoRA to use is an average that `use_averages` brings.
+    pytorch-optimizer, Prodigy (Mishchenko & Defazio 2023), which finds its rate itself and waits for the device as it
+    does, Adafactor at a fixed rate without momentum (Shazeer & Stern 2018), Lion (Chen et al. 2023), or schedule-free
+    AdamW (Defazio et al. 2024), whose LoRA to use is an average that `use_averages` brings.
 
     With `fused` each parameter is updated as soon as its gradient is complete, and the gradient let go: so never
     more than one is there. The gradient must then be that of one backward pass, and cannot be clipped, as its
@@ -195,7 +195,8 @@ def _packaged(name: OptimizerName) -> Callable[..., torch.optim.Optimizer]:
         import pytorch_optimizer
     except ImportError as error:
         raise HollowError(
-            f"The optimizer {name} needs pytorch-optimizer. Install it (pip install 'hollow[optimizers]'), or use adamw."
+            f"The optimizer {name} needs pytorch-optimizer. "
+            "Install it (pip install 'hollow[optimizers]'), or use adamw."
         ) from error
     spelling, usual = _PACKAGED[name]
     kind = getattr(pytorch_optimizer, spelling)

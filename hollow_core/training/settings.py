@@ -176,17 +176,17 @@ class TrainSettings:
             (
                 "strategy",
                 self.strategy != "selective" or self.optimizer not in ALL_AT_ONCE,
-                "Choose another of both: it would not know of the other kind of steps.",
+                "Choose another of both: each kind of steps would know of its own alone.",
             ),
             (
                 "lr_schedule",
                 self.lr_schedule == "constant" or self.optimizer != "schedulefree",
-                "Choose constant: it needs no schedule.",
+                "Choose constant: that one needs no schedule.",
             ),
             (
                 "ema",
                 self.ema is None or self.optimizer != "schedulefree",
-                "Leave it out: it has an average of its own.",
+                "Leave it out: that averages by itself.",
             ),
         ]:
             if not possible:

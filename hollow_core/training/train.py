@@ -63,9 +63,10 @@ def train(
     drop the base before, nothing here needs it. A step minimises the mean loss of `batch` image records
     (Eq. 1) plus `prior_weight` times that of `batch` prior records (Eq. 2), in the way that the strategy
     chooses; "selective" needs a store with low examples. `progress` is called after each
-    step, and inside its `as_used` the LoRA is as it would be given out after it; `stop` is asked before each step. Interrupted anywhere and called again, it ends with the same LoRA,
-    on a CPU bit by bit, on a GPU but for rounding, as its backward pass is not the same twice; called with more
-    `steps`, it goes on, but for "selective" and for learning rates that fall, whose schedules end with the last.
+    step, and inside its `as_used` the LoRA is as it would be given out then; `stop` is asked before each step.
+    Interrupted anywhere and called again, it ends with the same LoRA, on a CPU bit by bit, on a GPU but for rounding,
+    as its backward pass is not the same twice; called with more `steps`, it goes on, but for "selective" and for
+    learning rates that fall, whose schedules end with the last of them.
 
     Raises HollowError for a store that is unfinished or does not fit `network` and `schedule`; for a checkpoint
     that is damaged or of other settings, as going on would give a LoRA of neither and a fresh start would
