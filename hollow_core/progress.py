@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 
@@ -14,6 +15,8 @@ class Progress(NamedTuple):
     loss: float | None = None  # of this step, where there is one
     validation: float | None = None  # the latest loss of held-out pictures, where there are any
     learning_rate: float | None = None  # of this step
+    as_used: Callable[[], AbstractContextManager[None]] = nullcontext
+    """While inside, what is made is as it would be given out now, where that is another than what is worked on."""
 
 
 class Clock:

@@ -54,6 +54,20 @@ class OptimizerKind(str, Enum):
 
     adamw = "adamw"
     adamw8bit = "adamw8bit"
+    prodigy = "prodigy"
+    adafactor = "adafactor"
+    lion = "lion"
+    schedulefree = "schedulefree"
+
+
+class LRSchedule(str, Enum):
+    """How the learning rate goes along the training."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    cosine_with_restarts = "cosine_with_restarts"
+    polynomial = "polynomial"
 
 
 class Prediction(str, Enum):
@@ -66,7 +80,9 @@ class Prediction(str, Enum):
 
 Optimizer = Annotated[
     OptimizerKind,
-    typer.Option(help="AdamW with states in fp32, or in 8 bits by bitsandbytes: a quarter of their memory."),
+    typer.Option(
+        help="AdamW with states in fp32, or in 8 bits by bitsandbytes: a quarter of their memory. prodigy finds its rate itself, for twice the memory; adafactor takes nearly none, lion half; schedulefree gives out an average. These four need pytorch-optimizer."
+    ),
 ]
 FusedBackward = Annotated[
     bool,

@@ -61,6 +61,7 @@ class Prediction:
             "tiled_vae": self.setting.tiled_vae,
             "lora_precision": training.lora_precision,
             "optimizer": training.optimizer,
+            "ema": training.ema,
             "fused_backward": training.fused_backward,
             "rank": training.rank,
             "batch": training.batch,

@@ -11,6 +11,14 @@ from ..training.precompute import check_samples
 from ..training.settings import TrainSettings, check_unfused
 from ..training.store import SHARD
 
+_OPTIMIZERS = {
+    "adamw8bit": "8-bit AdamW",
+    "prodigy": "Prodigy",
+    "adafactor": "Adafactor",
+    "lion": "Lion",
+    "schedulefree": "schedule-free AdamW",
+}  # in words
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -82,7 +90,8 @@ class Setting:
                 *(["streamed middle"] if self.stream_middle else []),
                 *(["tiled VAE"] if self.tiled_vae else []),
                 *(["bf16 LoRA"] if training.lora_precision == "bf16" else []),
-                *(["8-bit AdamW"] if training.optimizer == "adamw8bit" else []),
+                *([_OPTIMIZERS[training.optimizer]] if training.optimizer != "adamw" else []),
+                *(["EMA"] if training.ema is not None else []),
                 *(["fused backward"] if training.fused_backward else []),
             ]
         )

@@ -18,8 +18,10 @@ from ..nets.schedule import NoiseSchedule
 from ..nets.transfer import Copies
 from ..progress import Clock, Stop, Watch
 from .ahead import one_ahead
+from .averages import Averages
 from .checkpoint import Checkpoint
 from .optimizer import Optimizer
+from .rates import rate_factor
 from .selective import Choice, Taken, choices, taken
 from .settings import DTYPES, TrainSettings, check_unfused
 from .steps import Part, Step, ZerothOrder, backpropagate, held_out_loss, part_loss, read_parts
@@ -32,9 +34,9 @@ Stopped = Literal["finished", "stop", "non-finite loss", "non-finite gradient"]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came out. After a non-finite loss or gradient, the LoRA of the last finite loss."""
+    """What came out. After a non-finite loss or gradient, the LoRA of the last finite loss, not averaged."""
 
-    state: dict[str, Tensor]  # as `lora_state` gives it
+    state: dict[str, Tensor]  # as `lora_state` gives it, and as it is to be used
     losses: list[float]  # one a step, from the first step on
     stopped: Stopped
     taken: list[Taken]  # of every step its image records, one after the other
@@ -64,10 +66,11 @@ def train(
     drop the base before, nothing here needs it. A step minimises the mean loss of `batch` image records
     (Eq. 1) plus `prior_weight` times that of `batch` prior records (Eq. 2), in the way that the strategy
     chooses; "selective" needs a store with low examples. `progress` is called after each
-    step, `stop` is asked before each step, `saved` gets the number of steps and the LoRA whenever a checkpoint was
-    saved on the way. Interrupted anywhere and called again, it ends with the same LoRA,
-    on a CPU bit by bit, on a GPU but for rounding, as its backward pass is not the same twice; called with more
-    `steps`, it goes on, but for "selective", whose schedule ends with the last of them.
+    step, and inside its `as_used` the LoRA is as it would be given out then; `stop` is asked before each step; `saved`
+    gets the number of steps and the LoRA as it would be given out whenever a checkpoint was saved on the way.
+    Interrupted anywhere and called again, it ends with the same LoRA, on a CPU bit by bit, on a GPU but for rounding,
+    as its backward pass is not the same twice; called with more `steps`, it goes on, but for "selective" and for
+    learning rates that fall, whose schedules end with the last of them.
 
     Raises HollowError for a store that is unfinished or does not fit `network` and `schedule`; for a checkpoint
     that is damaged or of other settings, as going on would give a LoRA of neither and a fresh start would
@@ -100,20 +103,23 @@ def train(
     for matrix in parameters:
         matrix.data = matrix.data.to(DTYPES[settings.lora_precision])
     optimizer_at = partial(Optimizer, parameters, settings.optimizer, weight_decay=settings.weight_decay)
-    zo_learning_rate = settings.zo_learning_rate or settings.learning_rate
+    zo_learning_rate = settings.zo_learning_rate or settings.rate
     optimizers = {
-        "backward": optimizer_at(learning_rate=settings.learning_rate, fused=settings.fused_backward),
+        "backward": optimizer_at(learning_rate=settings.rate, fused=settings.fused_backward),
         "forward": optimizer_at(learning_rate=zo_learning_rate),  # of zeroth-order steps, with moments of their own
     }
-    for way, optimizer in optimizers.items():
-        if begun is not None:
+    averages = Averages(parameters, [*optimizers.values()], settings.ema)
+    if begun is not None:
+        for way, optimizer in optimizers.items():
             optimizer.load(begun.optimizers[way])
+        averages.load(begun.averages)
 
     # what each step does, as only the seed decides: to go on is to skip ahead
     losses = [] if begun is None else begun.losses
     ahead = steps_ahead(store, schedule, settings)
     trained_on = [record for choice in islice(ahead, len(losses)) for record in taken(store, choice)]
 
+    factor_of_rate = rate_factor(settings.lr_schedule, settings.steps, settings.warmup)
     loss_of = partial(part_loss, network)
 
     def read(choice: Choice) -> list[Part]:
@@ -121,7 +127,8 @@ def train(
 
     def save() -> None:
         moments = {way: optimizer.state() for way, optimizer in optimizers.items()}
-        Checkpoint(snapshot(named), moments, losses, loss_scale, made_for, validation).save(path)
+        state = averages.state()
+        Checkpoint(snapshot(named), moments, state, losses, loss_scale, made_for, validation).save(path)
 
     # held-out pictures, always at the same time steps and noise
     validation = [] if begun is None else begun.validation
@@ -129,7 +136,8 @@ def train(
 
     def validate() -> None:
         if held_out and (not validation or validation[-1][0] != len(losses)):
-            validation.append((len(losses), held_out_loss(loss_of, store, schedule, held_out)))
+            with averages.as_used():
+                validation.append((len(losses), held_out_loss(loss_of, store, schedule, held_out)))
 
     before, good = Copies(parameters), Copies(parameters)  # of a step's start, and of the last finite loss's
     good.take()
@@ -148,6 +156,7 @@ def train(
         zeroth_order = ZerothOrder(parameters, choice.seed, settings.zo_epsilon, settings.zo_queries)
         step: Step = zeroth_order if forward_only else backpropagate
         optimizer = optimizers["forward" if forward_only else "backward"]
+        optimizer.set_rate(factor_of_rate(len(losses)))
         before.take()
         try:
             with optimizer.watching():
@@ -166,6 +175,7 @@ def train(
         # the update; fp16 gradients that overflow are left out, and the loss scaled less from then on
         if math.isfinite(norm := scaled_norm / loss_scale):
             optimizer.step(min(settings.max_grad_norm / (norm + 1e-6), 1.0) / loss_scale)
+            averages.follow()
         elif loss_scale > 1:
             loss_scale /= 2
         else:
@@ -181,14 +191,17 @@ def train(
         if settings.save_every and step_number % settings.save_every == 0 and step_number < settings.steps:
             save()
             if saved is not None:
-                saved(step_number, lora_state(module))
-        done = clock(step_number, loss, validation=validation[-1][1] if validation else None)
+                with averages.as_used():
+                    saved(step_number, lora_state(module))
         if progress is not None:
-            progress(done)
+            held_out_now = validation[-1][1] if validation else None
+            done = clock(step_number, loss, validation=held_out_now, learning_rate=optimizer.rate)
+            progress(done._replace(as_used=averages.as_used))
 
     if stopped in ("finished", "stop"):
         validate()
         save()
+        averages.use()
     else:
         good.give_back()
     return TrainResult(lora_state(module), losses, stopped, trained_on, validation)
