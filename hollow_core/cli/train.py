@@ -12,6 +12,7 @@ from .app import app, console
 from .options import (
     BaseBitsOption,
     CheckpointLevels,
+    Dora,
     FusedBackward,
     Json,
     LoraPrecision,
@@ -47,6 +48,7 @@ def train(
     prior_weight: Annotated[float, typer.Option(help="Weight of the prior-preservation loss.")] = 1.0,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
     alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA. (default: the rank)")] = None,
+    dora: Dora = False,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
     learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-4,
     optimizer: Optimizer = OptimizerKind.adamw,
@@ -102,6 +104,7 @@ def train(
         low_resolution=low_resolution,
         rank=rank,
         alpha=alpha,
+        dora=dora,
         steps=steps,
         learning_rate=learning_rate,
         optimizer=optimizer,

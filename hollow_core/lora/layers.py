@@ -25,7 +25,9 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ALL_LAYERS = (*ATTENTION, "conv1", "conv2", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 """Convolutions and feed-forward too: more is learned in fewer steps, in a file several times as large."""
 
-_MAGNITUDES = "lora_magnitude_vector"
+MAGNITUDES = "lora_magnitude_vector"
+"""peft's name for DoRA's magnitudes in a state."""
+
 _ADAPTER = "hollow"  # the name under which peft keeps our layers
 
 
@@ -40,9 +42,10 @@ def add_lora(
 ) -> None:
     """Put fresh LoRA layers into `unet` in place of any that are there; its output does not change yet.
 
-    A is drawn from the CPU `generator` (kaiming uniform, as peft does), B is zero, and with `dora` the magnitudes are the
-    norms of W; all are fp32 and all that is trainable. `alpha` None means alpha = rank. `targets` are names, or the ends of names, of linear and
-    convolution layers. Raises HollowError for a rank below 1 and for a target that cannot carry a LoRA.
+    A is drawn from the CPU `generator` (kaiming uniform, as peft does), B is zero, and with `dora` the magnitudes are
+    the norms of W; all are fp32 and all that is trainable. `alpha` None means alpha = rank. `targets` are names, or the
+    ends of names, of linear and convolution layers. Raises HollowError for a rank below 1 and for a target that cannot
+    carry a LoRA.
     """
     if rank < 1:
         raise HollowError(f"A LoRA of rank {rank} holds nothing. Choose a rank of at least 1.")
@@ -53,7 +56,7 @@ def add_lora(
             raise HollowError(f"This U-Net has no layer {target!r} to put a LoRA on. Check the targets.")
     _inject(unet, list(targets), rank, rank if alpha is None else alpha, dora=dora)
     for key, matrix in named_lora_parameters(unet).items():
-        if _MAGNITUDES in key:
+        if MAGNITUDES in key:
             continue
         fresh = torch.zeros(matrix.shape)
         if key.endswith("lora_A.weight"):
@@ -64,8 +67,8 @@ def add_lora(
 def load_lora_state(unet: nn.Module, state: Mapping[str, Tensor], alpha: float) -> None:
     """Put the LoRA of `state` (as `lora_state` gives it) into `unet` in place of any that is there.
 
-    Targets and ranks are those of `state`, and so is whether it is a DoRA. Raises HollowError, and changes nothing, where a key or a shape
-    does not fit `unet`.
+    Targets and ranks are those of `state`, and so is whether it is a DoRA. Raises HollowError, and changes nothing,
+    where a key or a shape does not fit `unet`.
     """
     paths = list(dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in state))
     ranks = {path: _checked_rank(unet, path, state) for path in paths}
@@ -81,7 +84,7 @@ def load_lora_state(unet: nn.Module, state: Mapping[str, Tensor], alpha: float) 
 
 def is_dora(state: Mapping[str, Tensor]) -> bool:
     """Whether a LoRA, as `lora_state` gives it, sets magnitudes."""
-    return any(_MAGNITUDES in key for key in state)
+    return any(MAGNITUDES in key for key in state)
 
 
 def lora_state(unet: nn.Module) -> dict[str, Tensor]:
@@ -96,11 +99,12 @@ def snapshot(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def named_lora_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
-    """Every trainable matrix of the LoRA in `unet`, and DoRA's magnitudes, by its name in `lora_state`, in the order of its modules."""
+    """Every trainable LoRA matrix of `unet`, and DoRA's magnitudes, by their names in `lora_state`, in the order of its
+    modules."""
     return {
         f"{path}.{name}.weight": getattr(layer, name)[_ADAPTER].weight
         for path, layer in _lora_layers(unet)
-        for name in ("lora_A", "lora_B", _MAGNITUDES)
+        for name in ("lora_A", "lora_B", MAGNITUDES)
         if _ADAPTER in getattr(layer, name)
     }
 
@@ -266,8 +270,10 @@ def _checked_rank(unet: nn.Module, path: str, state: Mapping[str, Tensor]) -> in
         weight: Tensor = base.weight
     except AttributeError:
         raise HollowError(f"The LoRA changes {path}, which this U-Net has not. {advice}") from None
-    if is_dora(state) and (given := state.get(f"{path}.{_MAGNITUDES}.weight", torch.empty(0))).shape != (len(up),):
-        raise HollowError(f"The DoRA has {len(given)} magnitudes for {path}, not {len(up)}. Get or make the file again.")
+    if is_dora(state) and (given := state.get(f"{path}.{MAGNITUDES}.weight", torch.empty(0))).shape != (len(up),):
+        raise HollowError(
+            f"The DoRA has {len(given)} magnitudes for {path}, not {len(up)}. Get or make the file again."
+        )
     rank = down.shape[0]
     expected = (rank, *weight.shape[1:]), (weight.shape[0], rank, *[1] * (weight.dim() - 2))
     if (tuple(down.shape), tuple(up.shape)) != expected:

@@ -71,6 +71,7 @@ class Setting:
                 *(["streaming"] if self.streaming else []),
                 *(["streamed middle"] if self.stream_middle else []),
                 *(["tiled VAE"] if self.tiled_vae else []),
+                *(["DoRA"] if training.dora else []),
                 *(["bf16 LoRA"] if training.lora_precision == "bf16" else []),
                 *(["8-bit AdamW"] if training.optimizer == "adamw8bit" else []),
                 *(["fused backward"] if training.fused_backward else []),

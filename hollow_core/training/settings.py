@@ -29,6 +29,8 @@ class TrainSettings:
     """The LoRA counts alpha / rank times; None means alpha = rank."""
     targets: tuple[str, ...] = ATTENTION
     """Ends of the names of the layers that get a LoRA; the attention projections by default."""
+    dora: bool = False
+    """Train a magnitude for each output of a layer, too (DoRA): for the LoRA in fp32."""
     steps: int = 1000
     """Optimizer steps in all."""
     learning_rate: float = 1e-4
@@ -91,6 +93,8 @@ class TrainSettings:
         free = {"save_every", "together", "gradient_checkpointing", "checkpoint_levels", "fused_backward"}
         if self.strategy != "selective":  # whose steps know how far the training is
             free |= {"steps", "selective_gamma", "probability"}
+        if not self.dora:  # so that what was begun before there was any goes on
+            free |= {"dora"}
         if self.strategy == "bp":
             free |= {"zo_learning_rate", "zo_epsilon", "zo_queries", "zo_timesteps"}
         fixed = {name: value for name, value in asdict(self).items() if name not in free}
@@ -140,6 +144,11 @@ class TrainSettings:
         ]:
             if not possible:
                 raise HollowError(f"{name} is {getattr(self, name)!r}. {advice}")
+        if self.dora and self.lora_precision != "fp32":
+            raise HollowError(
+                f"dora does not go with lora_precision {self.lora_precision}, which rounds what magnitudes learn away. "
+                "Choose fp32."
+            )
         for name, possible, advice in [
             (
                 "max_grad_norm",

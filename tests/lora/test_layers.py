@@ -254,7 +254,9 @@ def test_dora_has_pefts_gradients(tiny_unet, tiny_conditioning):
     for key, parameter in named_lora_parameters(ours).items():
         gradient = theirs[key].grad.view_as(parameter)
         tolerance = 1e-4 * float(gradient.abs().max()) + 1e-5
-        torch.testing.assert_close(parameter.grad, gradient, atol=tolerance, rtol=1e-3, msg=lambda told, key=key: key + told)
+        torch.testing.assert_close(
+            parameter.grad, gradient, atol=tolerance, rtol=1e-3, msg=lambda told, key=key: key + told
+        )
 
 
 def test_dora_finds_the_norms_of_weights_that_are_quantised_or_away(tiny_unet, tiny_conditioning):
