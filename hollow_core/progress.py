@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Progress(NamedTuple):
@@ -25,7 +25,7 @@ class Clock:
     def __init__(self, done: int, steps: int) -> None:
         self._first, self._steps, self._started = done, steps, time.monotonic()
 
-    def __call__(self, step: int, loss: float | None = None, **more: float | None) -> Progress:
+    def __call__(self, step: int, loss: float | None = None, **more: Any) -> Progress:
         """`step` steps are done now; `more` goes by the names of Progress."""
         seconds_a_step = (time.monotonic() - self._started) / (step - self._first)
         return Progress(step, self._steps, seconds_a_step * (self._steps - step), loss, **more)

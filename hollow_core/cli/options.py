@@ -94,6 +94,9 @@ LoraPrecisionOption = Annotated[
     LoraPrecision,
     typer.Option(help="Of the LoRA, its gradients and AdamW's states; bf16 halves them and rounds small updates away."),
 ]
+Dora = Annotated[
+    bool, typer.Option(help="Train DoRA, a magnitude for each output of a layer, too: slower, and in fp32.")
+]
 BaseBitsOption = Annotated[
     BaseBits | None,
     typer.Option(

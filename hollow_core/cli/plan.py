@@ -16,6 +16,7 @@ from .app import app, console
 from .options import (
     BaseBitsOption,
     CheckpointLevels,
+    Dora,
     FusedBackward,
     Json,
     LoraPrecision,
@@ -69,6 +70,7 @@ def plan(
     model: Annotated[str, typer.Argument(help="sd15, sd21, sdxl, or a diffusers folder or .safetensors checkpoint.")],
     resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. (default: the model's own)")] = None,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
+    dora: Dora = False,
     batch: Annotated[int, typer.Option(help="Records a step.")] = 1,
     together: Together = 1,
     samples: Annotated[int, typer.Option(help="Records to precompute.")] = 200,
@@ -100,6 +102,7 @@ def plan(
         stream_middle=stream_middle,
         tiled_vae=tiled_vae,
         rank=rank,
+        dora=dora,
         batch=batch,
         together=together,
         checkpointing=checkpointing,

@@ -12,6 +12,7 @@ from .app import app, console
 from .options import (
     BaseBitsOption,
     CheckpointLevels,
+    Dora,
     FusedBackward,
     Json,
     LoraPrecision,
@@ -48,6 +49,7 @@ def train(
     prior_weight: Annotated[float, typer.Option(help="Weight of the prior-preservation loss.")] = 1.0,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
     alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA. (default: the rank)")] = None,
+    dora: Dora = False,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
     learning_rate: Annotated[float | None, typer.Option(help="The learning rate at its highest. (default: the optimizer's usual one, 1e-4 of adamw)")] = None,
     lr_schedule: Annotated[LRSchedule, typer.Option(help="How the learning rate goes along the steps.")] = LRSchedule.constant,
@@ -107,6 +109,7 @@ def train(
         low_resolution=low_resolution,
         rank=rank,
         alpha=alpha,
+        dora=dora,
         steps=steps,
         learning_rate=learning_rate,
         lr_schedule=lr_schedule.value,

@@ -1,4 +1,4 @@
-"""A contact sheet: training pictures small and whole, what crop and mask take away dimmed, and what is learned of each."""
+"""A contact sheet: training pictures small and whole, what crop and mask take away dimmed, what is learned of each."""
 
 import textwrap
 from collections.abc import Sequence

@@ -64,6 +64,7 @@ class Prediction:
             "ema": training.ema,
             "fused_backward": training.fused_backward,
             "rank": training.rank,
+            "dora": training.dora,
             "batch": training.batch,
             "together": training.together,
             "bytes": self.bytes,
@@ -207,7 +208,7 @@ class Planner:
             training = TrainSettings(precision=training.precision, together=setting.at_once(stage))
             if stage == "sample":
                 old = setting.training
-                training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets)
+                training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets, dora=old.dora)
         setting = replace(
             setting, resolution=None, size=setting.measured(self.resolution), low_resolution=None, training=training
         )

@@ -89,6 +89,7 @@ class Setting:
                 *(["streaming"] if self.streaming else []),
                 *(["streamed middle"] if self.stream_middle else []),
                 *(["tiled VAE"] if self.tiled_vae else []),
+                *(["DoRA"] if training.dora else []),
                 *(["bf16 LoRA"] if training.lora_precision == "bf16" else []),
                 *([_OPTIMIZERS[training.optimizer]] if training.optimizer != "adamw" else []),
                 *(["EMA"] if training.ema is not None else []),

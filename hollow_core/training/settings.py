@@ -14,7 +14,12 @@ from .rates import LRSchedule
 from .selective import Probability, Strategy, falling, heat_map
 
 Precision = Literal["fp32", "bf16", "fp16"]
-_LATER = ("lr_schedule", "warmup", "ema")  # settings that checkpoints of before do not name; so nor does a default
+_LATER = (
+    "dora",
+    "lr_schedule",
+    "warmup",
+    "ema",
+)  # settings that checkpoints of before do not name; so nor does a default
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -31,6 +36,8 @@ class TrainSettings:
     """The LoRA counts alpha / rank times; None means alpha = rank."""
     targets: tuple[str, ...] = ATTENTION
     """Ends of the names of the layers that get a LoRA; the attention projections by default."""
+    dora: bool = False
+    """Train a magnitude for each output of a layer, too (DoRA): for the LoRA in fp32."""
     steps: int = 1000
     """Optimizer steps in all."""
     learning_rate: float | None = None
@@ -164,6 +171,11 @@ class TrainSettings:
         ]:
             if not possible:
                 raise HollowError(f"{name} is {getattr(self, name)!r}. {advice}")
+        if self.dora and self.lora_precision != "fp32":
+            raise HollowError(
+                f"dora does not go with lora_precision {self.lora_precision}, which rounds what magnitudes learn away. "
+                "Choose fp32."
+            )
         for name, possible, advice in [
             (
                 "max_grad_norm",

@@ -95,7 +95,7 @@ def train(
         network.checkpoint(settings.checkpoint_levels)
     if begun is None:
         generator = torch.Generator().manual_seed(_seeds(settings)[0])
-        add_lora(module, settings.rank, settings.lora_alpha, settings.targets, generator=generator)
+        add_lora(module, settings.rank, settings.lora_alpha, settings.targets, dora=settings.dora, generator=generator)
     else:
         load_lora_state(module, begun.lora, settings.lora_alpha)
     named = named_lora_parameters(module)
@@ -195,8 +195,8 @@ def train(
                     saved(step_number, lora_state(module))
         if progress is not None:
             held_out_now = validation[-1][1] if validation else None
-            done = clock(step_number, loss, validation=held_out_now, learning_rate=optimizer.rate)
-            progress(done._replace(as_used=averages.as_used))
+            now = {"validation": held_out_now, "learning_rate": optimizer.rate, "as_used": averages.as_used}
+            progress(clock(step_number, loss, **now))
 
     if stopped in ("finished", "stop"):
         validate()
