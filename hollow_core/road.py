@@ -258,6 +258,12 @@ def class_prompts(request: Request) -> list[str]:
     return [own[number % len(own)] for number in range(request.setting.class_images)]
 
 
+def check(request: Request, network: Network) -> None:
+    """Raises HollowError where `personalize` would at once, before anything is written."""
+    _check(request)
+    _check_cut(request.setting, network)
+
+
 def _check(request: Request) -> None:
     """Refuse at once what would otherwise be refused after the long stages."""
     if not request.images:

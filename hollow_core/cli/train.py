@@ -1,19 +1,35 @@
 """`hollow train`."""
 
 import json
+from functools import cache, partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
+from rich.console import Console
 
 from ..errors import HollowError
-from .app import app, console
+from . import run_file
+from .app import app, console, say
+from .levers import chosen, options_of
 from .options import (
+    CLASS_PICTURES,
+    FILES,
+    LORA,
+    MEMORY,
+    PICTURES,
+    PROMPTS,
+    TRAINING,
+    ZEROTH_ORDER,
+    BaseBits,
     BaseBitsOption,
+    Checkpointing,
     CheckpointLevels,
+    DeviceOption,
     FusedBackward,
     Json,
+    Layers,
+    LayersOption,
     LoraPrecision,
     LoraPrecisionOption,
     ModelPath,
@@ -30,64 +46,78 @@ from .options import (
     load_model,
     setting_of,
 )
+from .plan import tables
 from .watch import quiet, stopping, watching
+
+if TYPE_CHECKING:
+    from ..road import Outcome
 
 
 @app.command()
 def train(
+    ctx: typer.Context,
     model: ModelPath,
-    images: Annotated[Path, typer.Option(help="Folder with four or five pictures of the subject; NAME.txt beside NAME.png is its caption.")],
-    subject: Annotated[str, typer.Option(help="What the subject is, in a common word: dog, cup, backpack.")],
-    out: Annotated[Path, typer.Option(help="Folder for lora.safetensors, and for the work that lets a stopped run go on.")] = Path("hollow-lora"),
-    identifier: Annotated[str, typer.Option(help="The rare word that will call the subject in prompts.")] = "sks",
-    cut: Annotated[int, typer.Option(help="How much of the U-Net to hollow, see `hollow cuts`; -1 for an ordinary LoRA on all of it.")] = 3,
-    resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. (default: the model's own)")] = None,
-    samples: Annotated[int, typer.Option(help="Records to precompute; half are of the class where there are class images.")] = 200,
-    class_images: Annotated[int, typer.Option(help="Pictures of the class that the base model draws for prior preservation; 0 does without.")] = 0,
-    prior_weight: Annotated[float, typer.Option(help="Weight of the prior-preservation loss.")] = 1.0,
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
-    alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA. (default: the rank)")] = None,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-4,
-    optimizer: Optimizer = OptimizerKind.adamw,
-    max_grad_norm: Annotated[float, typer.Option(help="The gradient is scaled down to this norm if it is longer; inf never clips.")] = 1.0,
-    fused_backward: FusedBackward = False,
-    batch: Annotated[int, typer.Option(help="Records a step; costs time, and memory only for what is --together.")] = 1,
-    together: Together = 1,
-    snr_gamma: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, usually 5. (default: off)")] = None,
-    precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic.")] = Precision.fp32,
+    # pictures
+    images: Annotated[Path, typer.Option(help="Folder with four or five pictures of the subject; NAME.txt beside NAME.png is its caption.", rich_help_panel=PICTURES)],
+    # captions and prompts
+    subject: Annotated[str, typer.Option(help="What the subject is, in a common word: dog, cup, backpack.", rich_help_panel=PROMPTS)],
+    identifier: Annotated[str, typer.Option(help="The rare word that will call the subject in prompts.", rich_help_panel=PROMPTS)] = "sks",
+    # pictures, again
+    resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. (default: the model's own)", rich_help_panel=PICTURES)] = None,
+    thumbnail: Annotated[bool, typer.Option(help="Put the first picture, small, into the LoRA file, for tools that list files; whoever gets the file sees it.", rich_help_panel=PICTURES)] = False,
+    # LoRA
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA: how much it can hold.", rich_help_panel=LORA)] = 16,
+    alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA, which counts alpha / rank times. (default: the rank)", rich_help_panel=LORA)] = None,
+    layers: LayersOption = Layers.attention,
     lora_precision: LoraPrecisionOption = LoraPrecision.fp32,
-    base_bits: BaseBitsOption = None,
+    # training
+    steps: Annotated[int, typer.Option(help="Training steps.", rich_help_panel=TRAINING)] = 1000,
+    learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate.", rich_help_panel=TRAINING)] = 1e-4,
+    optimizer: Optimizer = OptimizerKind.adamw,
+    max_grad_norm: Annotated[float, typer.Option(help="The gradient is scaled down to this norm if it is longer; inf never clips.", rich_help_panel=TRAINING)] = 1.0,
+    batch: Annotated[int, typer.Option(help="Records a step; costs time, and memory only for what is --together.", rich_help_panel=TRAINING)] = 1,
+    samples: Annotated[int, typer.Option(help="Records to precompute; half are of the class where there are class images.", rich_help_panel=TRAINING)] = 200,
+    snr_gamma: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, usually 5. (default: off)", rich_help_panel=TRAINING)] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same LoRA on the same CPU, and on a GPU the same but for rounding.", rich_help_panel=TRAINING)] = 0,
+    # class pictures
+    class_images: Annotated[int, typer.Option(help="Pictures of the class that the base model draws for prior preservation; 0 does without.", rich_help_panel=CLASS_PICTURES)] = 0,
+    prior_weight: Annotated[float, typer.Option(help="Weight of the prior-preservation loss.", rich_help_panel=CLASS_PICTURES)] = 1.0,
+    # memory
+    budget: Annotated[str | None, typer.Option(help="Memory to stay within, such as 4GB. What of this group is not given is chosen: the least hollowing and the fastest that fit. (default: what is free on a GPU; on a CPU nothing is chosen)", rich_help_panel=MEMORY)] = None,
+    cut: Annotated[int, typer.Option(help="How much of the U-Net to hollow, see `hollow cuts`; -1 for an ordinary LoRA on all of it.", show_default="chosen to fit; 3 on a CPU", rich_help_panel=MEMORY)] = 3,
+    precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic.", show_default="bf16 where the GPU has it; fp32 on a CPU", rich_help_panel=MEMORY)] = Precision.fp32,
+    together: Together = 1,
+    checkpointing: Checkpointing = False,
+    checkpoint_levels: CheckpointLevels = None,
+    base_bits: BaseBitsOption = BaseBits.off,
+    tiled_vae: TiledVae = False,
     stream: Stream = False,
     stream_middle: StreamMiddle = False,
-    tiled_vae: TiledVae = False,
-    checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, a third more time.")] = False,
-    checkpoint_levels: CheckpointLevels = None,
-    strategy: Annotated[Strategy, typer.Option(help="bp: backpropagation. zo: MeZO, forward passes only, at an inference's memory, slow to learn. selective: bp on small pictures, by and by zo on large ones.")] = Strategy.bp,
-    low_resolution: Annotated[int | None, typer.Option(help="selective: side of the small pictures in pixels. (default: half the resolution)")] = None,
-    gamma: Annotated[float, typer.Option(help="selective: how soon zo takes over; bp has the probability (1 - t/T)^(gamma s) at time step t and progress s.")] = 1.0,
-    zo_learning_rate: Annotated[float | None, typer.Option(help="AdamW's at zo steps. (default: the learning rate)")] = None,
-    zo_epsilon: Annotated[float, typer.Option(help="How far a zo step moves the LoRA to look at the loss.")] = 1e-3,
-    zo_queries: Annotated[int, typer.Option(help="Directions a zo step looks in, two forward passes each.")] = 2,
-    zo_timesteps: Annotated[tuple[int, int] | None, typer.Option(help="zo steps draw from these time steps only, such as 500 900. (default: all)")] = None,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints from which a killed run goes on; 0 for none.")] = 100,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same LoRA on the same CPU, and on a GPU the same but for rounding.")] = 0,
-    thumbnail: Annotated[bool, typer.Option(help="Put the first picture, small, into the LoRA file, for tools that list files; whoever gets the file sees it.")] = False,
+    fused_backward: FusedBackward = False,
+    # zeroth order
+    strategy: Annotated[Strategy, typer.Option(help="bp: backpropagation. zo: MeZO, forward passes only, at an inference's memory, slow to learn. selective: bp on small pictures, by and by zo on large ones.", rich_help_panel=ZEROTH_ORDER)] = Strategy.bp,
+    low_resolution: Annotated[int | None, typer.Option(help="selective: side of the small pictures in pixels. (default: half the resolution)", rich_help_panel=ZEROTH_ORDER)] = None,
+    gamma: Annotated[float, typer.Option(help="selective: how soon zo takes over; bp has the probability (1 - t/T)^(gamma s) at time step t and progress s.", rich_help_panel=ZEROTH_ORDER)] = 1.0,
+    zo_learning_rate: Annotated[float | None, typer.Option(help="AdamW's at zo steps. (default: the learning rate)", rich_help_panel=ZEROTH_ORDER)] = None,
+    zo_epsilon: Annotated[float, typer.Option(help="How far a zo step moves the LoRA to look at the loss.", rich_help_panel=ZEROTH_ORDER)] = 1e-3,
+    zo_queries: Annotated[int, typer.Option(help="Directions a zo step looks in, two forward passes each.", rich_help_panel=ZEROTH_ORDER)] = 2,
+    zo_timesteps: Annotated[tuple[int, int] | None, typer.Option(help="zo steps draw from these time steps only, such as 500 900. (default: all)", rich_help_panel=ZEROTH_ORDER)] = None,
+    # files
+    out: Annotated[Path, typer.Option(help="Folder for lora.safetensors, for run.toml with every option, and for the work that lets a stopped run go on.", is_eager=True, callback=run_file.go_on, rich_help_panel=FILES)] = Path("hollow-lora"),
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints from which a killed run goes on; 0 for none.", rich_help_panel=FILES)] = 100,
+    config: Annotated[Path | None, typer.Option(help="A TOML file of these options, such as OUT/run.toml of a run to repeat; the command line wins. (default: none)", is_eager=True, callback=run_file.read_config, rich_help_panel=FILES)] = None,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Print what is chosen and what it will need, and stop before anything is loaded.", show_default="off", rich_help_panel=FILES)] = False,
+    # model and device
     prediction_type: PredictionType = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the GPU if there is one)")] = None,
+    device: DeviceOption = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Train a LoRA of a subject on a hollowed U-Net. Press Ctrl-C to stop; the same command goes on."""
     quiet()
-    import torch
-
     from ..data.images import load_images
     from ..data.prompts import personal_prompt
-    from ..memory.meter import free_bytes
     from ..memory.planner import Planner
-    from ..memory.remedy import check_fits
-    from ..road import Request, personalize
-    from ..training.selective import count_by_time
+    from ..road import Request, check, personalize
 
     personal_prompt(identifier, subject)  # refuse bad words before anything is loaded
     setting = setting_of(
@@ -101,6 +131,7 @@ def train(
         tiled_vae=tiled_vae,
         low_resolution=low_resolution,
         rank=rank,
+        layers=layers,
         alpha=alpha,
         steps=steps,
         learning_rate=learning_rate,
@@ -124,16 +155,36 @@ def train(
         zo_queries=zo_queries,
         zo_timesteps=zo_timesteps,
     )
-    chosen = device_of(device)
-    if chosen.startswith("cuda"):  # main memory can be swapped; a GPU's is there or it is not
-        planner = Planner(str(model))
-        going_on = (out / "store").exists()
-        check_fits(planner, setting, free_bytes(torch.device(chosen)), planner.road, going_on=going_on)
-    loaded = [load_model(model, precision, prediction_type)]  # its pop hands over the only reference
+    to = device_of(device)
+    planner = cache(partial(Planner, str(model)))
+    setting, choice = chosen(ctx, planner, setting, out=out, device=to, budget=budget)
+    if plan_only:
+        prediction = planner().predict(setting)
+        if as_json:
+            print(json.dumps(prediction.row()))
+        else:
+            for table in tables([prediction]):
+                Console().print(table)
+        return
+
+    loaded = [load_model(model, setting.training.precision, prediction_type)]  # its pop hands over the only reference
     side = loaded[0].resolution if resolution is None else resolution
     request = Request(load_images(images, side), subject, identifier, setting, thumbnail=thumbnail)
+    check(request, loaded[0].network)
+    keep_options = partial(run_file.write, out / run_file.RUN_FILE, ctx, options_of(setting), choice)
+    if not (out / "store").exists():
+        keep_options()
     with watching() as watch, stopping() as stop:
-        outcome = personalize(loaded.pop, request, out, device=chosen, progress=watch, stop=stop)
+        outcome = personalize(loaded.pop, request, out, device=to, progress=watch, stop=stop)
+    if outcome.file is not None:  # so that nothing refused them
+        keep_options()
+    _tell(outcome, as_json)
+
+
+def _tell(outcome: "Outcome", as_json: bool) -> None:
+    """How the run ended. Raises typer's Exit where it was stopped, and HollowError where it failed."""
+    from ..training.selective import count_by_time
+
     stopped = outcome.result.stopped if outcome.result is not None else "stop"
     if as_json:
         stages = [vars(stage) for stage in outcome.meter.stages]
@@ -157,4 +208,4 @@ def train(
             f"Training met a {stopped} after {outcome.result.steps if outcome.result else 0} steps; the last good LoRA is "
             f"{outcome.file}. Lower --learning-rate, or use --precision fp32, in a new --out folder."
         )
-    console.print(Text(outcome.written.sentence if outcome.written else ""), soft_wrap=True)
+    say(outcome.written.sentence if outcome.written else "")
