@@ -172,6 +172,12 @@ def personalize(
     return Outcome(file, result, store, meter, written)
 
 
+def check(request: Request, network: Network) -> None:
+    """Raises HollowError where `personalize` would at once, before anything is written."""
+    request.check()
+    _check_cut(request.setting, network)
+
+
 def _check_cut(setting: Setting, network: Network) -> None:
     """Refuse what no LoRA could be trained on."""
     if setting.cut is None:

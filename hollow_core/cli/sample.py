@@ -14,13 +14,16 @@ from ..errors import HollowError
 from ..progress import Progress
 from .app import app, console
 from .options import (
-    BaseBitsOption,
+    FILES,
+    LORA,
+    MEMORY,
+    PICTURES,
+    BaseBits,
+    DeviceOption,
     Json,
     ModelPath,
     Precision,
     PredictionType,
-    Stream,
-    TiledVae,
     bits_of,
     device_of,
     load_model,
@@ -31,27 +34,32 @@ from .watch import quiet, watching
 @app.command()
 def sample(
     model: ModelPath,
-    lora: Annotated[Path, typer.Option(help="A LoRA file; one of a hollowed training is used on two paths.")],
-    prompt: Annotated[list[str], typer.Option(help="What to draw, with the identifier; may be given several times.")],
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("hollow-pictures"),
-    images: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count up.")] = 0,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
-    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 7.5,
-    negative: Annotated[str, typer.Option(help="The negative prompt.")] = "",
-    strength: Annotated[float, typer.Option(help="Of the LoRA: 0 is none, 1 as trained.")] = 1.0,
-    refresh: Annotated[int, typer.Option(help="Run the base path every n-th step only: faster, and a little less exact.")] = 1,
-    generic: Annotated[str | None, typer.Option(help="The prompt of the base path. (default: the prompt without the identifier)")] = None,
-    single_path: Annotated[bool, typer.Option(help="Use the file as an ordinary LoRA, as other tools do.")] = False,
-    width: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")] = None,
-    together: Annotated[int, typer.Option(min=1, help="Pictures drawn at once: faster, for the memory of so many.")] = 1,
-    precision: Annotated[Precision, typer.Option(help="Of the model.")] = Precision.fp32,
-    base_bits: BaseBitsOption = None,
-    stream: Stream = False,
-    tiled_vae: TiledVae = False,
+    lora: Annotated[Path, typer.Option(help="A LoRA file; one of a hollowed training is used on two paths.", rich_help_panel=LORA)],
+    prompt: Annotated[list[str], typer.Option(help="What to draw, with the identifier; may be given several times.", rich_help_panel=PICTURES)],
+    # LoRA
+    strength: Annotated[float, typer.Option(help="Of the LoRA: 0 is none, 1 as trained.", rich_help_panel=LORA)] = 1.0,
+    refresh: Annotated[int, typer.Option(help="Run the base path every n-th step only: faster, and a little less exact.", rich_help_panel=LORA)] = 1,
+    generic: Annotated[str | None, typer.Option(help="The prompt of the base path. (default: the prompt without the identifier)", rich_help_panel=LORA)] = None,
+    single_path: Annotated[bool, typer.Option(help="Use the file as an ordinary LoRA, as other tools do.", rich_help_panel=LORA)] = False,
+    # pictures
+    negative: Annotated[str, typer.Option(help="The negative prompt.", show_default="none", rich_help_panel=PICTURES)] = "",
+    images: Annotated[int, typer.Option(help="Pictures a prompt.", rich_help_panel=PICTURES)] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count up.", rich_help_panel=PICTURES)] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=PICTURES)] = 30,
+    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.", rich_help_panel=PICTURES)] = 7.5,
+    width: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)", rich_help_panel=PICTURES)] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)", rich_help_panel=PICTURES)] = None,
+    # memory
+    together: Annotated[int, typer.Option(min=1, help="Pictures drawn at once: faster, for the memory of so many.", rich_help_panel=MEMORY)] = 1,
+    precision: Annotated[Precision, typer.Option(help="Of the model.", rich_help_panel=MEMORY)] = Precision.fp32,
+    base_bits: Annotated[BaseBits, typer.Option(help="Quantise the model's weights to 8 or 4 bits: a quarter or an eighth of the memory of fp32.", rich_help_panel=MEMORY)] = BaseBits.off,
+    stream: Annotated[bool, typer.Option(help="Keep weights in main memory and bring each to the GPU when it is needed: slower.", rich_help_panel=MEMORY)] = False,
+    tiled_vae: Annotated[bool, typer.Option(help="Decode pictures in overlapping tiles of half the side: less memory for large ones.", rich_help_panel=MEMORY)] = False,
+    # files
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.", rich_help_panel=FILES)] = Path("hollow-pictures"),
+    # model and device
     prediction_type: PredictionType = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the GPU if there is one)")] = None,
+    device: DeviceOption = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Draw pictures with a LoRA."""

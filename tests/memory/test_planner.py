@@ -17,6 +17,7 @@ from benchmarks.memory import INFERENCE, PUBLISHED, REACH, inference, reach, tra
 from benchmarks.memory import SMALL as HALF
 from hollow_core.cli import main
 from hollow_core.errors import HollowError
+from hollow_core.memory.choice import LEVERS, choose, precisions_for
 from hollow_core.memory.dry_run import DryRun
 from hollow_core.memory.planner import GIB, STAGES, Planner, Prediction, parse_bytes
 from hollow_core.memory.remedy import advice
@@ -278,6 +279,32 @@ def test_records_that_pass_together_need_more_and_are_given_up_first(tiny: Plann
     fused = replace(SMALL.training, fused_backward=True, max_grad_norm=math.inf, together=2)
     with pytest.raises(HollowError, match=r"but there are pictures of the class too\. Set prior_weight to 0"):
         tiny.predict(replace(SMALL, class_images=2, training=fused))
+
+
+def test_what_is_named_is_not_chosen(tiny: Planner) -> None:
+    """Named levers stay, the others give way; what is not named begins with the fastest."""
+    four = replace(SMALL, training=replace(SMALL.training, batch=4))
+    free = choose(tiny, GIB, four, named=(), precisions=["bf16"]).prediction.setting
+    assert (free.cut, free.training.precision, free.training.together) == (None, "bf16", 4)
+    room = tiny.predict(replace(SMALL, cut=None)).bytes - 1
+    named = {"cut", "precision", "gradient_checkpointing"}
+    asked = replace(SMALL, cut=None)
+    with pytest.raises(
+        HollowError, match=r"Nothing fits into .*: the smallest, the whole U-Net in fp32, 8-bit base, tiled"
+    ):
+        choose(
+            tiny,
+            1000,
+            replace(asked, streaming=False),
+            named={*named, "streaming", "stream_middle"},
+            precisions=["bf16"],
+        )
+    chosen = choose(tiny, room, asked, named=named, precisions=["bf16"]).prediction.setting
+    assert (chosen.cut, chosen.training.precision, chosen.training.gradient_checkpointing) == (None, "fp32", False)
+    assert chosen.base_bits == 8
+    with pytest.raises(HollowError, match="the smallest, the whole U-Net in fp32, needs"):
+        choose(tiny, room, asked, named=LEVERS, precisions=["bf16"])
+    assert precisions_for(torch.device("cpu"), asked) == ("fp32", "bf16")
 
 
 def test_refusals_are_sentences(tiny: Planner, folder: Path) -> None:
