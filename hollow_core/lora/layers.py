@@ -223,7 +223,7 @@ class _Magnitudes(DoraLinearLayer):
         magnitudes.register_buffer("squared", norms.square(), persistent=False)
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, *, lora_A: nn.Module, lora_B: nn.Module, scaling: float, base_layer: Any, base_result: Tensor,
+        self, x: Tensor, *, lora_A: Any, lora_B: Any, scaling: float, base_layer: Any, base_result: Tensor,
         **_: Any,
     ) -> Tensor:  # fmt: skip
         """What is to be added to `base_result`, what the base makes of `x`."""
