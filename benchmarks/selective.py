@@ -31,7 +31,8 @@ from hollow_core.memory.planner import GIB, Planner
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel
 from hollow_core.nets.network import at_cut
-from hollow_core.road import Request, personalize
+from hollow_core.request import Request
+from hollow_core.road import personalize
 from hollow_core.training.selective import Probability, Strategy, count_by_time, falling, heat_map
 from hollow_core.training.settings import TrainSettings
 from hollow_core.training.steps import part_loss, read_parts

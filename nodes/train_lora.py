@@ -168,6 +168,12 @@ class HollowTrainLoRA(io.ComfyNode):
                     tooltip="How many of a step's records, those of the class included, pass the U-Net at once: "
                     "faster, for the memory of so many. The plan of Hollow U-Net counts one.",
                 ),
+                io.Boolean.Input(
+                    "dora",
+                    default=False,
+                    optional=True,
+                    tooltip="Train a magnitude for each output of a layer, too (DoRA): slower, and in fp32.",
+                ),
             ],
             outputs=[
                 HollowLoraType.Output("hollow_lora", display_name="hollow LoRA"),

@@ -35,7 +35,7 @@ def finetune(unet: UNet2DConditionModel, schedule: NoiseSchedule, store: Store, 
     loss of each step. Raises Diverged where one is not finite."""
     unet.requires_grad_(True)
     optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=FULL_LEARNING_RATE * settings.learning_rate, weight_decay=settings.weight_decay
+        unet.parameters(), lr=FULL_LEARNING_RATE * settings.rate, weight_decay=settings.weight_decay
     )
     losses = []
     for choice in islice(steps_ahead(store, schedule, settings), settings.steps):

@@ -81,7 +81,7 @@ def _head(out: Path, extent: Extent) -> str:
 Made by `python -m benchmarks.paper`, on the embedded model: {len(world.HELD_OUT)} subjects that it has never seen, five
 pictures each, whose captions name their backgrounds; {extent.steps} steps of {settings.batch} records and as many
 of the class (which count {settings.prior_weight:g}), {run.SAMPLES} records, {run.CLASS_IMAGES} class pictures, LoRA
-on all layers, rank {settings.rank}, learning rate {settings.learning_rate:g}, k={run.CUT}
+on all layers, rank {settings.rank}, learning rate {settings.rate:g}, k={run.CUT}
 where nothing else is said. All ways train on records made beforehand, those without a hollow, too. Scores are of twelve
 pictures in four new scenes by the embedded scorers, which give real pictures of the same subject .92 and of another of
 its class .04.
@@ -207,7 +207,7 @@ def _table_1(out: Path, measured: Measured, predicted: Predicted) -> str:
     ]
     return (
         f"## Table 1: methods\n\n{_trainings(measured)} Rank 128 with a learning rate of {_CALM}, see Table 5; full "
-        f"fine-tuning with {FULL_LEARNING_RATE * run.SETTINGS.learning_rate:g}.\n\n"
+        f"fine-tuning with {FULL_LEARNING_RATE * run.SETTINGS.rate:g}.\n\n"
         + _table([*SCORES, "SD2.1, GiB", "published GiB", "published DINO"], rows)
     )
 
@@ -260,7 +260,7 @@ def _table_5(measured: Measured, predicted: Predicted) -> str:
     ]
     text = (
         f"## Table 5: ranks\n\n{_trainings(shared)} Rank 128 with a learning rate of {_CALM}, the others with "
-        f"{run.SETTINGS.learning_rate:g}; the paper has one for all.\n\n"
+        f"{run.SETTINGS.rate:g}; the paper has one for all.\n\n"
         + _table([*SCORES, "SD2.1, GiB", "published GiB", "published DINO"], rows)
     )
     for name, way in (("LoRA", LORA_RANKS[128]), ("hollowed", HOLLOWED_RANKS[128])):

@@ -27,7 +27,7 @@ class Way:
     """What stands for "sks cup" in the prompt of the base path, at training and at sampling."""
     called: str | None = None
     """The class word of all prompts; None is what the subject is."""
-    learning_rate: float = run.SETTINGS.learning_rate
+    learning_rate: float = run.SETTINGS.rate
 
     def kind_of(self, subject: Subject) -> str:
         """The class word by which all prompts call a subject."""
@@ -44,7 +44,7 @@ class Way:
             None if self.class_images == run.CLASS_IMAGES else f"c{self.class_images}",
             None if self.generic == "class word" else self.generic.replace(" ", "-"),
             None if self.called is None else f"called-{self.called}",
-            None if self.learning_rate == run.SETTINGS.learning_rate else f"lr{self.learning_rate:g}",
+            None if self.learning_rate == run.SETTINGS.rate else f"lr{self.learning_rate:g}",
         ]
         return "-".join(part for part in parts if part)
 

@@ -62,6 +62,20 @@ class OptimizerKind(str, Enum):
 
     adamw = "adamw"
     adamw8bit = "adamw8bit"
+    prodigy = "prodigy"
+    adafactor = "adafactor"
+    lion = "lion"
+    schedulefree = "schedulefree"
+
+
+class LRSchedule(str, Enum):
+    """How the learning rate goes along the training."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    cosine_with_restarts = "cosine_with_restarts"
+    polynomial = "polynomial"
 
 
 class Prediction(str, Enum):
@@ -102,7 +116,7 @@ LoraPrecisionOption = Annotated[
 Optimizer = Annotated[
     OptimizerKind,
     typer.Option(
-        help="AdamW with states in fp32, or in 8 bits by bitsandbytes: a quarter of their memory.",
+        help="AdamW with states in fp32, or in 8 bits by bitsandbytes: a quarter of their memory. prodigy finds its rate itself, for twice the memory; adafactor takes nearly none, lion half; schedulefree gives out an average. These four need pytorch-optimizer.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -112,6 +126,12 @@ FusedBackward = Annotated[
         help="Update each matrix as its gradient comes, so that gradients never all exist; needs --max-grad-norm inf and no class images.",
         show_default="off",
         rich_help_panel=MEMORY,
+    ),
+]
+Dora = Annotated[
+    bool,
+    typer.Option(
+        help="Train DoRA, a magnitude for each output of a layer, too: slower, and in fp32.", rich_help_panel=LORA
     ),
 ]
 BaseBitsOption = Annotated[

@@ -1,6 +1,7 @@
 """`hollow train`."""
 
 import json
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,12 +27,14 @@ from .options import (
     Checkpointing,
     CheckpointLevels,
     DeviceOption,
+    Dora,
     FusedBackward,
     Json,
     Layers,
     LayersOption,
     LoraPrecision,
     LoraPrecisionOption,
+    LRSchedule,
     ModelPath,
     Optimizer,
     OptimizerKind,
@@ -69,10 +72,14 @@ def train(
     rank: Annotated[int, typer.Option(help="Rank of the LoRA: how much it can hold.", rich_help_panel=LORA)] = 16,
     alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA, which counts alpha / rank times. (default: the rank)", rich_help_panel=LORA)] = None,
     layers: LayersOption = Layers.attention,
+    dora: Dora = False,
     lora_precision: LoraPrecisionOption = LoraPrecision.fp32,
     # training
     steps: Annotated[int, typer.Option(help="Training steps.", rich_help_panel=TRAINING)] = 1000,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate.", rich_help_panel=TRAINING)] = 1e-4,
+    learning_rate: Annotated[float | None, typer.Option(help="The learning rate at its highest. (default: the optimizer's usual one, 1e-4 of adamw)", rich_help_panel=TRAINING)] = None,
+    lr_schedule: Annotated[LRSchedule, typer.Option(help="How the learning rate goes along the steps.", rich_help_panel=TRAINING)] = LRSchedule.constant,
+    warmup: Annotated[int, typer.Option(help="Steps over which the learning rate rises from 0 first.", rich_help_panel=TRAINING)] = 0,
+    ema: Annotated[float | None, typer.Option(help="Decay of an average over the steps that is given out in the LoRA's place, such as 0.99. (default: off)", rich_help_panel=TRAINING)] = None,
     optimizer: Optimizer = OptimizerKind.adamw,
     max_grad_norm: Annotated[float, typer.Option(help="The gradient is scaled down to this norm if it is longer; inf never clips.", rich_help_panel=TRAINING)] = 1.0,
     batch: Annotated[int, typer.Option(help="Records a step; costs time, and memory only for what is --together.", rich_help_panel=TRAINING)] = 1,
@@ -98,13 +105,15 @@ def train(
     strategy: Annotated[Strategy, typer.Option(help="bp: backpropagation. zo: MeZO, forward passes only, at an inference's memory, slow to learn. selective: bp on small pictures, by and by zo on large ones.", rich_help_panel=ZEROTH_ORDER)] = Strategy.bp,
     low_resolution: Annotated[int | None, typer.Option(help="selective: side of the small pictures in pixels. (default: half the resolution)", rich_help_panel=ZEROTH_ORDER)] = None,
     gamma: Annotated[float, typer.Option(help="selective: how soon zo takes over; bp has the probability (1 - t/T)^(gamma s) at time step t and progress s.", rich_help_panel=ZEROTH_ORDER)] = 1.0,
-    zo_learning_rate: Annotated[float | None, typer.Option(help="AdamW's at zo steps. (default: the learning rate)", rich_help_panel=ZEROTH_ORDER)] = None,
+    zo_learning_rate: Annotated[float | None, typer.Option(help="The optimizer's at zo steps. (default: the learning rate)", rich_help_panel=ZEROTH_ORDER)] = None,
     zo_epsilon: Annotated[float, typer.Option(help="How far a zo step moves the LoRA to look at the loss.", rich_help_panel=ZEROTH_ORDER)] = 1e-3,
     zo_queries: Annotated[int, typer.Option(help="Directions a zo step looks in, two forward passes each.", rich_help_panel=ZEROTH_ORDER)] = 2,
     zo_timesteps: Annotated[tuple[int, int] | None, typer.Option(help="zo steps draw from these time steps only, such as 500 900. (default: all)", rich_help_panel=ZEROTH_ORDER)] = None,
     # files
-    out: Annotated[Path, typer.Option(help="Folder for lora.safetensors, for run.toml with every option, and for the work that lets a stopped run go on.", is_eager=True, callback=run_file.go_on, rich_help_panel=FILES)] = Path("hollow-lora"),
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints from which a killed run goes on; 0 for none.", rich_help_panel=FILES)] = 100,
+    out: Annotated[Path, typer.Option(help="Folder for NAME.safetensors, for run.toml with every option, and for the work that lets a stopped run go on.", is_eager=True, callback=run_file.go_on, rich_help_panel=FILES)] = Path("hollow-lora"),
+    name: Annotated[str, typer.Option(help="Of the LoRA's file, without .safetensors.", rich_help_panel=FILES)] = "lora",
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints from which a killed run goes on, each with a file NAME-000100.safetensors to choose from; 0 for none.", rich_help_panel=FILES)] = 100,
+    keep: Annotated[int, typer.Option(help="How many of these files stay, the last ones; 0 writes none.", rich_help_panel=FILES)] = 10,
     config: Annotated[Path | None, typer.Option(help="A TOML file of these options, such as OUT/run.toml of a run to repeat; the command line wins. (default: none)", is_eager=True, callback=run_file.read_config, rich_help_panel=FILES)] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Print what is chosen and what it will need, and stop before anything is loaded.", show_default="off", rich_help_panel=FILES)] = False,
     # model and device
@@ -115,11 +124,10 @@ def train(
     """Train a LoRA of a subject on a hollowed U-Net. Press Ctrl-C to stop; the same command goes on."""
     quiet()
     from ..data.images import load_images
-    from ..data.prompts import personal_prompt
     from ..memory.planner import Planner
-    from ..road import Request, check, personalize
+    from ..request import Request
+    from ..road import check_cut, personalize
 
-    personal_prompt(identifier, subject)  # refuse bad words before anything is loaded
     setting = setting_of(
         cut=cut,
         resolution=resolution,
@@ -133,8 +141,12 @@ def train(
         rank=rank,
         layers=layers,
         alpha=alpha,
+        dora=dora,
         steps=steps,
         learning_rate=learning_rate,
+        lr_schedule=lr_schedule.value,
+        warmup=warmup,
+        ema=ema,
         optimizer=optimizer,
         max_grad_norm=max_grad_norm,
         fused_backward=fused_backward,
@@ -157,7 +169,10 @@ def train(
     )
     to = device_of(device)
     planner = cache(partial(Planner, str(model)))
-    setting, choice = chosen(ctx, planner, setting, out=out, device=to, budget=budget)
+    pictures = load_images(images, resolution or planner().resolution, square=True)
+    request = Request(pictures, subject, identifier, setting, thumbnail=thumbnail, name=name, keep=keep)
+    request.check()
+    setting, choice = chosen(ctx, planner, request.planned, out=out, device=to, budget=budget)
     if plan_only:
         prediction = planner().predict(setting)
         if as_json:
@@ -168,12 +183,11 @@ def train(
         return
 
     loaded = [load_model(model, setting.training.precision, prediction_type)]  # its pop hands over the only reference
-    side = loaded[0].resolution if resolution is None else resolution
-    request = Request(load_images(images, side), subject, identifier, setting, thumbnail=thumbnail)
-    check(request, loaded[0].network)
+    check_cut(setting, loaded[0].network)
     keep_options = partial(run_file.write, out / run_file.RUN_FILE, ctx, options_of(setting), choice)
     if not (out / "store").exists():
         keep_options()
+    request = replace(request, setting=setting)
     with watching() as watch, stopping() as stop:
         outcome = personalize(loaded.pop, request, out, device=to, progress=watch, stop=stop)
     if outcome.file is not None:  # so that nothing refused them

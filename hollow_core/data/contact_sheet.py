@@ -1,4 +1,4 @@
-"""A contact sheet: training pictures small and whole, what the crop takes away dimmed, and what is learned of each."""
+"""A contact sheet: training pictures small and whole, what crop and mask take away dimmed, what is learned of each."""
 
 import textwrap
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Cell(NamedTuple):
     """One picture on the sheet."""
 
     picture: Image.Image
-    """RGB and whole, no side longer than `CELL`, what the crop takes away dimmed."""
+    """RGB and whole, no side longer than `CELL`, what crop and mask take away dimmed."""
     caption: str
     size: tuple[int, int]
     """Width and height in pixels at which it is learned."""
@@ -37,13 +37,13 @@ def cell(whole: Image.Image, image: TrainingImage, caption: str) -> Cell:
     left, top, right, bottom = (round(edge * scale) for edge in image.crop)
     kept = picture.crop((left, top, right, bottom))
     picture = Image.blend(picture, Image.new("RGB", picture.size, DIM), 0.7)
-    picture.paste(kept, (left, top))
+    picture.paste(kept, (left, top), image.mask and image.mask.resize(kept.size))
     return Cell(picture, caption, image.picture.size, image.picture.width / (image.crop[2] - image.crop[0]))
 
 
-def contact_sheet(cells: Sequence[Cell]) -> Image.Image:
-    """The first twelve of `cells` with caption and size, and how many more there are, as an RGB picture."""
-    drawn = cells[: COLUMNS * ROWS]
+def contact_sheet(cells: Sequence[Cell], most: int = COLUMNS * ROWS) -> Image.Image:
+    """The first of `cells`, at most so many, with caption and size, and how many more there are, as an RGB picture."""
+    drawn = cells[:most]
     more = len(cells) - len(drawn)
     columns = min(len(drawn), COLUMNS)
     row_height = CELL + 3 * LINE + GAP

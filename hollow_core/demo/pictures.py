@@ -1,13 +1,11 @@
-"""The demo's two figures: a labelled grid of pictures, and the training losses."""
+"""The demo's figure: a labelled grid of pictures."""
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files import write_figure, write_png
+from ..files import write_png
 
 CELL = 128  # pixels
 MARGIN = 6
@@ -41,14 +39,3 @@ def save_grid(
     for row, (name, (drawn, note)) in enumerate(rows.items(), start=1):
         put(row * height + 26, name, note, drawn)
     write_png(path, sheet)
-
-
-def save_losses(path: Path, losses: Mapping[str, Sequence[float]]) -> None:
-    """Each training's loss by step, smoothed."""
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (smoothed)")
-    for name, values in losses.items():
-        axes.plot(list(accumulate(values, lambda smooth, value: 0.97 * smooth + 0.03 * value)), label=name)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    write_figure(path, figure)

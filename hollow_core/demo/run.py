@@ -22,8 +22,10 @@ from ..memory.setting import Setting
 from ..models.base_model import BaseModel, load
 from ..nets.network import removed_fraction
 from ..progress import Progress
-from ..road import LORA_FILE, Request, personalize
+from ..request import Request
+from ..road import personalize
 from ..sampling.sample import SampleSettings, sample
+from ..training.curve import save_losses
 from ..training.settings import TrainSettings
 from ..training.store import Store
 from . import pictures, scorers, world
@@ -31,6 +33,7 @@ from . import pictures, scorers, world
 MODEL = Path(__file__).parent / "model"
 IDENTIFIER = "sks"
 CUT = 3
+LORA_FILE = "lora.safetensors"
 
 # So small a model wants LoRA on more than attention, and a higher learning rate; the library keeps the paper's.
 SETTINGS = TrainSettings(
@@ -99,7 +102,7 @@ def run(
         {row.name: (row.pictures, f"subject {row.subject_score:.2f}\nprompt {row.prompt_score:.2f}") for row in rows},
         [world.SCENES[scene] for scene in world.NEW_SCENES],
     )
-    pictures.save_losses(out / "loss.png", {"plain LoRA": plain.losses, "hollowed LoRA": hollowed.losses})
+    save_losses(out / "loss.png", {"plain LoRA": plain.losses, "hollowed LoRA": hollowed.losses})
     report = {
         "versions": {
             "hollow": __version__,
@@ -146,6 +149,7 @@ def train(
         IDENTIFIER,
         Setting(cut, samples=SAMPLES, class_images=CLASS_IMAGES, training=settings),
         class_folder,
+        keep=0,
     )
     outcome = personalize(model, request, folder, device=device, progress=watch)
     if outcome.file is None or outcome.result is None or outcome.store is None or outcome.result.stopped != "finished":

@@ -61,8 +61,10 @@ class Prediction:
             "tiled_vae": self.setting.tiled_vae,
             "lora_precision": training.lora_precision,
             "optimizer": training.optimizer,
+            "ema": training.ema,
             "fused_backward": training.fused_backward,
             "rank": training.rank,
+            "dora": training.dora,
             "batch": training.batch,
             "together": training.together,
             "bytes": self.bytes,
@@ -113,10 +115,10 @@ class Planner:
 
     def store_bytes(self, setting: Setting) -> int:
         """Of what the base path leaves on the disk. Raises HollowError as `predict` does."""
-        side = self._check(setting) // self._pixels
+        width, height = (side // self._pixels for side in self._check(setting))
         if setting.cut is None:
             return 0
-        shapes = self._network.stored_shapes(setting.cut, side, side).values()
+        shapes = self._network.stored_shapes(setting.cut, height, width).values()
         return setting.samples * sum(map(math.prod, shapes)) * setting.store_dtype.itemsize
 
     def peak(self, stage: str, setting: Setting) -> Peak:
@@ -183,15 +185,18 @@ class Planner:
             setting = _but(setting, fixed, stream_middle=True)
         return setting
 
-    def _check(self, setting: Setting) -> int:
-        """The side of the pictures in pixels."""
+    def _check(self, setting: Setting) -> tuple[int, int]:
+        """The size of the largest picture in pixels."""
         if setting.cut is not None:
             self._network.check_cut(setting.cut)
-        side = self.resolution if setting.resolution is None else setting.resolution
-        if side < 1 or side % self._pixels:
-            raise HollowError(f"The resolution {side} is no multiple of {self._pixels} pixels. Take 512, 768 or 1024.")
+        size = setting.measured(self.resolution)
+        for side in size:
+            if side < 1 or side % self._pixels:
+                raise HollowError(
+                    f"The resolution {side} is no multiple of {self._pixels} pixels. Take 512, 768 or 1024."
+                )
         setting.check()
-        return side
+        return size
 
     def _fits(self, setting: Setting, budget: int) -> bool:
         return all(self._run(stage, setting)[0].total <= budget for stage in self.road)
@@ -208,12 +213,13 @@ class Planner:
             training = TrainSettings(precision=training.precision, together=setting.at_once(stage))
             if stage == "sample":
                 old = setting.training
-                training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets)
+                training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets, dora=old.dora)
         setting = replace(
-            setting, resolution=setting.resolution or self.resolution, low_resolution=None, training=training
+            setting, resolution=None, size=setting.measured(self.resolution), low_resolution=None, training=training
         )
         if stage == "train":  # records of the class are like any others
             setting = replace(setting, training=replace(training, batch=setting.step_records))
+        setting = replace(setting, own_class_images=0)
         if stage == "encode":
             setting = replace(setting, cut=None, class_images=min(setting.class_images, training.together))
             if not setting.class_images:  # without the U-Net
@@ -239,8 +245,10 @@ class Planner:
     def _run_both(self, setting: Setting) -> tuple[Peak, int]:
         """Training by two kinds of steps, where the larger counts: while one goes on, the other's optimizer states are
         there, too."""
-        side = setting.low_resolution or (setting.resolution or self.resolution) // 2
-        low = replace(setting, resolution=-(-side // 64) * 64, training=replace(setting.training, strategy="bp"))
+        full = setting.resolution or self.resolution
+        factor = (setting.low_resolution or full // 2) / full
+        width, height = (-(-round(side * factor) // 64) * 64 for side in setting.measured(self.resolution))
+        low = replace(setting, size=(width, height), training=replace(setting.training, strategy="bp"))
         high = replace(setting, training=replace(setting.training, strategy="zo"))
         peaks, flops = zip(*(self._run("train", part) for part in (low, high)), strict=True)
         both = sum(peak.bytes["optimizer"] for peak in peaks)

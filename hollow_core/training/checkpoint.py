@@ -13,16 +13,19 @@ from ..errors import HollowError
 from ..files import read_safetensors, write_safetensors
 
 _KEY = "hollow.checkpoint"  # of the metadata; one key, as safetensors writes several in any order
+_USUAL = "the usual"  # of a setting that is named only where it is another
 
 
 class Checkpoint(NamedTuple):
     """A training run after so many steps as it has losses."""
 
     lora: dict[str, Tensor]  # as `lora_state` gives it
-    optimizers: dict[str, dict[int, dict[str, Tensor]]]  # of each way to step the "state" of its state_dict
+    optimizers: dict[str, dict[str, dict[str, Tensor]]]  # of each way to step, as `Optimizer.state` gives it
+    averages: dict[str, Tensor]  # as `Averages.state` gives them
     losses: list[float]
     loss_scale: float
     made_for: Mapping[str, Any]  # what a run must have in common with this one to go on from it
+    validation: list[tuple[int, float]] = []  # noqa: RUF012  # after how many steps the held-out loss was what
 
     def save(self, path: Path) -> None:
         """Write it to `path`; an older file there is replaced whole. Raises HollowError where it cannot."""
@@ -30,13 +33,14 @@ class Checkpoint(NamedTuple):
         for way, state in self.optimizers.items():
             for index, parts in state.items():
                 tensors |= {f"optimizer {way} {index} {part}": tensor for part, tensor in parts.items()}
+        tensors |= {f"average {name}": tensor for name, tensor in self.averages.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        about = {"loss_scale": self.loss_scale, "made_for": self.made_for}
+        about = {"loss_scale": self.loss_scale, "made_for": self.made_for, "validation": self.validation}
         write_safetensors(path, tensors, {_KEY: json.dumps(about)})
 
     @classmethod
-    def load(cls, path: Path, made_for: Mapping[str, Any]) -> "Checkpoint":
-        """The checkpoint at `path`.
+    def load(cls, path: Path, made_for: Mapping[str, Any] | None = None) -> "Checkpoint":
+        """The checkpoint at `path`, whatever it was made for if `made_for` is None.
 
         Raises HollowError for a damaged file, and for one made for something else, saying what.
         """
@@ -44,23 +48,28 @@ class Checkpoint(NamedTuple):
         if _KEY not in metadata:
             raise HollowError(f"{path} is no checkpoint of a training. Choose another folder.")
         about = json.loads(metadata[_KEY])
-        stored, asked = about["made_for"], json.loads(json.dumps(made_for))
+        stored = about["made_for"]
+        asked = stored if made_for is None else json.loads(json.dumps(made_for))
         differences = [
-            f"{name} ({stored.get(name)} there, {asked[name]} asked)"
-            for name in asked
-            if stored.get(name) != asked[name]
+            f"{name} ({stored.get(name, _USUAL)} there, {asked.get(name, _USUAL)} asked)"
+            for name in asked | stored
+            if stored.get(name, _USUAL) != asked.get(name, _USUAL)
         ]
         if differences:
             raise HollowError(
                 f"{path} is of a training that differs: {', '.join(differences)}. "
                 "Go back to what it was, choose another folder, or delete the file to start anew."
             )
-        lora = {}
-        optimizers = defaultdict[str, dict[int, dict[str, Tensor]]](dict)
+        lora, averages = {}, {}
+        optimizers = defaultdict[str, dict[str, dict[str, Tensor]]](dict)
         for name, tensor in tensors.items():
             match name.split(" "):
                 case ["lora", key]:
                     lora[key] = tensor
                 case ["optimizer", way, index, part]:
-                    optimizers[way].setdefault(int(index), {})[part] = tensor
-        return cls(lora, optimizers, tensors["losses"].tolist(), about["loss_scale"], stored)
+                    optimizers[way].setdefault(index, {})[part] = tensor
+                case ["average", name]:
+                    averages[name] = tensor
+        validation = [(step, loss) for step, loss in about.get("validation", [])]
+        losses = tensors["losses"].tolist()
+        return cls(lora, optimizers, averages, losses, about["loss_scale"], stored, validation)

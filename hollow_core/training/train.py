@@ -1,8 +1,8 @@
 """Stage 2: train a LoRA on the records of a store; the loop reads top to bottom."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,11 +18,13 @@ from ..nets.schedule import NoiseSchedule
 from ..nets.transfer import Copies
 from ..progress import Clock, Stop, Watch
 from .ahead import one_ahead
+from .averages import Averages
 from .checkpoint import Checkpoint
 from .optimizer import Optimizer
+from .rates import rate_factor
 from .selective import Choice, Taken, choices, taken
 from .settings import DTYPES, TrainSettings, check_unfused
-from .steps import Part, Step, ZerothOrder, backpropagate, part_loss, read_parts
+from .steps import Part, Step, ZerothOrder, backpropagate, held_out_loss, part_loss, read_parts
 from .store import Store
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -32,12 +34,14 @@ Stopped = Literal["finished", "stop", "non-finite loss", "non-finite gradient"]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came out. After a non-finite loss or gradient, the LoRA of the last finite loss."""
+    """What came out. After a non-finite loss or gradient, the LoRA of the last finite loss, not averaged."""
 
-    state: dict[str, Tensor]  # as `lora_state` gives it
+    state: dict[str, Tensor]  # as `lora_state` gives it, and as it is to be used
     losses: list[float]  # one a step, from the first step on
     stopped: Stopped
     taken: list[Taken]  # of every step its image records, one after the other
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    """After so many steps, the mean loss of the held-out records, each time of the same time steps and noise."""
 
     @property
     def steps(self) -> int:
@@ -54,6 +58,7 @@ def train(
     folder: Path | str,
     progress: Watch | None = None,
     stop: Stop | None = None,
+    saved: Callable[[int, dict[str, Tensor]], object] | None = None,
 ) -> TrainResult:
     """Train a fresh LoRA in `network`, or go on from the checkpoint in `folder`, and leave it in there.
 
@@ -61,9 +66,11 @@ def train(
     drop the base before, nothing here needs it. A step minimises the mean loss of `batch` image records
     (Eq. 1) plus `prior_weight` times that of `batch` prior records (Eq. 2), in the way that the strategy
     chooses; "selective" needs a store with low examples. `progress` is called after each
-    step, `stop` is asked before each step. Interrupted anywhere and called again, it ends with the same LoRA,
-    on a CPU bit by bit, on a GPU but for rounding, as its backward pass is not the same twice; called with more
-    `steps`, it goes on, but for "selective", whose schedule ends with the last of them.
+    step, and inside its `as_used` the LoRA is as it would be given out then; `stop` is asked before each step; `saved`
+    gets the number of steps and the LoRA as it would be given out whenever a checkpoint was saved on the way.
+    Interrupted anywhere and called again, it ends with the same LoRA, on a CPU bit by bit, on a GPU but for rounding,
+    as its backward pass is not the same twice; called with more `steps`, it goes on, but for "selective" and for
+    learning rates that fall, whose schedules end with the last of them.
 
     Raises HollowError for a store that is unfinished or does not fit `network` and `schedule`; for a checkpoint
     that is damaged or of other settings, as going on would give a LoRA of neither and a fresh start would
@@ -88,7 +95,7 @@ def train(
         network.checkpoint(settings.checkpoint_levels)
     if begun is None:
         generator = torch.Generator().manual_seed(_seeds(settings)[0])
-        add_lora(module, settings.rank, settings.lora_alpha, settings.targets, generator=generator)
+        add_lora(module, settings.rank, settings.lora_alpha, settings.targets, dora=settings.dora, generator=generator)
     else:
         load_lora_state(module, begun.lora, settings.lora_alpha)
     named = named_lora_parameters(module)
@@ -96,20 +103,23 @@ def train(
     for matrix in parameters:
         matrix.data = matrix.data.to(DTYPES[settings.lora_precision])
     optimizer_at = partial(Optimizer, parameters, settings.optimizer, weight_decay=settings.weight_decay)
-    zo_learning_rate = settings.zo_learning_rate or settings.learning_rate
+    zo_learning_rate = settings.zo_learning_rate or settings.rate
     optimizers = {
-        "backward": optimizer_at(learning_rate=settings.learning_rate, fused=settings.fused_backward),
+        "backward": optimizer_at(learning_rate=settings.rate, fused=settings.fused_backward),
         "forward": optimizer_at(learning_rate=zo_learning_rate),  # of zeroth-order steps, with moments of their own
     }
-    for way, optimizer in optimizers.items():
-        if begun is not None:
+    averages = Averages(parameters, [*optimizers.values()], settings.ema)
+    if begun is not None:
+        for way, optimizer in optimizers.items():
             optimizer.load(begun.optimizers[way])
+        averages.load(begun.averages)
 
     # what each step does, as only the seed decides: to go on is to skip ahead
     losses = [] if begun is None else begun.losses
     ahead = steps_ahead(store, schedule, settings)
     trained_on = [record for choice in islice(ahead, len(losses)) for record in taken(store, choice)]
 
+    factor_of_rate = rate_factor(settings.lr_schedule, settings.steps, settings.warmup)
     loss_of = partial(part_loss, network)
 
     def read(choice: Choice) -> list[Part]:
@@ -117,12 +127,23 @@ def train(
 
     def save() -> None:
         moments = {way: optimizer.state() for way, optimizer in optimizers.items()}
-        Checkpoint(snapshot(named), moments, losses, loss_scale, made_for).save(path)
+        state = averages.state()
+        Checkpoint(snapshot(named), moments, state, losses, loss_scale, made_for, validation).save(path)
+
+    # held-out pictures, always at the same time steps and noise
+    validation = [] if begun is None else begun.validation
+    held_out = store.indices("held-out image")
+
+    def validate() -> None:
+        if held_out and (not validation or validation[-1][0] != len(losses)):
+            with averages.as_used():
+                validation.append((len(losses), held_out_loss(loss_of, store, schedule, held_out)))
 
     before, good = Copies(parameters), Copies(parameters)  # of a step's start, and of the last finite loss's
     good.take()
     loss_scale = (2.0**16 if settings.precision == "fp16" else 1.0) if begun is None else begun.loss_scale
     stopped: Stopped = "finished"
+    validate()
     clock = Clock(len(losses), settings.steps)
     left = islice(ahead, settings.steps - len(losses))
     for choice, parts in one_ahead(read, left):
@@ -135,6 +156,7 @@ def train(
         zeroth_order = ZerothOrder(parameters, choice.seed, settings.zo_epsilon, settings.zo_queries)
         step: Step = zeroth_order if forward_only else backpropagate
         optimizer = optimizers["forward" if forward_only else "backward"]
+        optimizer.set_rate(factor_of_rate(len(losses)))
         before.take()
         try:
             with optimizer.watching():
@@ -153,6 +175,7 @@ def train(
         # the update; fp16 gradients that overflow are left out, and the loss scaled less from then on
         if math.isfinite(norm := scaled_norm / loss_scale):
             optimizer.step(min(settings.max_grad_norm / (norm + 1e-6), 1.0) / loss_scale)
+            averages.follow()
         elif loss_scale > 1:
             loss_scale /= 2
         else:
@@ -161,18 +184,27 @@ def train(
         losses.append(loss)
         trained_on += taken(store, choice)
 
-        # save, then tell
-        done = clock(len(losses), loss)
-        if settings.save_every and done.step % settings.save_every == 0 and done.step < done.steps:
+        # look, save, then tell
+        step_number = len(losses)
+        if settings.validate_every and step_number % settings.validate_every == 0:
+            validate()
+        if settings.save_every and step_number % settings.save_every == 0 and step_number < settings.steps:
             save()
+            if saved is not None:
+                with averages.as_used():
+                    saved(step_number, lora_state(module))
         if progress is not None:
-            progress(done)
+            held_out_now = validation[-1][1] if validation else None
+            now = {"validation": held_out_now, "learning_rate": optimizer.rate, "as_used": averages.as_used}
+            progress(clock(step_number, loss, **now))
 
     if stopped in ("finished", "stop"):
+        validate()
         save()
+        averages.use()
     else:
         good.give_back()
-    return TrainResult(lora_state(module), losses, stopped, trained_on)
+    return TrainResult(lora_state(module), losses, stopped, trained_on, validation)
 
 
 def steps_ahead(store: Store, schedule: NoiseSchedule, settings: TrainSettings) -> Iterator[Choice]:

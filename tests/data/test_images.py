@@ -28,7 +28,7 @@ def close(colour: tuple[int, ...], to: tuple[int, int, int], tolerance: int = 12
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (128, 128), (77, 513), (50, 40)])
 def test_any_shape_is_cropped_never_squashed(tmp_path: Path, size: tuple[int, int]) -> None:
     disc(*size).save(tmp_path / "disc.png")
-    (image,) = load_images(tmp_path, 128)
+    (image,) = load_images(tmp_path, 128, square=True)
     assert image.picture.size == (128, 128)
     red = np.asarray(image.picture)[..., 0] > 128
     wide, high = red.any(0).sum(), red.any(1).sum()
