@@ -78,7 +78,7 @@ def personalize(
 
     with meter.stage("encode"):
         model = load()
-        _check_cut(setting, model.network)
+        check_cut(setting, model.network)
         torch.nn.Module.to(model.network.module, DTYPES[training.precision])  # without diffusers' advice
         told = partial(
             memory_told,
@@ -172,14 +172,8 @@ def personalize(
     return Outcome(file, result, store, meter, written)
 
 
-def check(request: Request, network: Network) -> None:
-    """Raises HollowError where `personalize` would at once, before anything is written."""
-    request.check()
-    _check_cut(request.setting, network)
-
-
-def _check_cut(setting: Setting, network: Network) -> None:
-    """Refuse what no LoRA could be trained on."""
+def check_cut(setting: Setting, network: Network) -> None:
+    """Raises HollowError for a cut that is none, and for one that leaves nothing to train a LoRA on."""
     if setting.cut is None:
         return
     network.check_cut(setting.cut)

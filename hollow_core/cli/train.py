@@ -137,7 +137,7 @@ def train(
     from ..data.folders import load_pictures
     from ..memory.planner import Planner
     from ..request import Request
-    from ..road import check, personalize
+    from ..road import check_cut, personalize
 
     setting = setting_of(
         cut=cut,
@@ -220,11 +220,11 @@ def train(
         return
 
     loaded = [load_model(model, setting.training.precision, prediction_type)]  # its pop hands over the only reference
-    request = replace(request, setting=setting)
-    check(request, loaded[0].network)
+    check_cut(setting, loaded[0].network)
     keep_options = partial(run_file.write, out / run_file.RUN_FILE, ctx, options_of(setting), choice)
     if not (out / "store").exists():
         keep_options()
+    request = replace(request, setting=setting)
     with watching() as watch, stopping() as stop:
         outcome = personalize(loaded.pop, request, out, device=to, progress=watch, stop=stop)
     if outcome.file is not None:  # so that nothing refused them
