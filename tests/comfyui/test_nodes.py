@@ -225,6 +225,7 @@ def save_and_convert(lora: Any, demo: Any, folder: Path) -> None:
         ({}, {"precision": "bf16", "gradient_checkpointing": True}),
         ({"base_bits": 8, "streaming": True}, {"lora_precision": "bf16", "fused_backward": True}),
         ({"base_bits": 4}, {"optimizer": "adamw8bit"}),
+        ({}, {"optimizer": "prodigy", "learning_rate": 0.0, "lr_schedule": "cosine", "warmup": 1, "ema": 0.9}),
     ],
 )
 def test_the_base_is_as_before(demo: Any, levers: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -235,6 +236,11 @@ def test_the_base_is_as_before(demo: Any, levers: dict[str, Any], settings: dict
     after = demo.model.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_prodigy_at_another_optimizers_rate_is_told_what_to_set(demo: Any) -> None:
+    with pytest.raises(Exception, match=r"rate 0\.001 is too low for prodigy.* leave it out \(0 in the node\)"):
+        train_lora.HollowTrainLoRA.execute(*precomputed(demo), **SETTINGS | {"optimizer": "prodigy"})
 
 
 def test_streaming_gives_the_same_lora_from_the_same_records(demo: Any) -> None:
