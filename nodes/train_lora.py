@@ -10,7 +10,8 @@ LAYERS = ("attention", "all layers")
 ALL_BEFORE = "attention, convolutions and feed-forward"  # what older graphs call all layers
 STRATEGIES = ("bp", "zo", "selective")
 PRECISIONS = ("bf16", "fp16", "fp32")
-OPTIMIZERS = ("adamw", "adamw8bit")
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedulefree")
+LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
 LORA_PRECISIONS = ("fp32", "bf16")
 
 
@@ -55,11 +56,12 @@ class HollowTrainLoRA(io.ComfyNode):
                 io.Float.Input(
                     "learning_rate",
                     default=1e-4,
-                    min=1e-7,
+                    min=0.0,
                     max=1.0,
                     step=1e-6,
                     round=1e-8,
-                    tooltip="1e-4 is the paper's. Lower it where pictures burn, raise it where nothing is learned.",
+                    tooltip="1e-4 is the paper's. Lower it where pictures burn, raise it where nothing is learned. 0 "
+                    "means the optimizer's usual one, which prodigy needs.",
                 ),
                 io.Float.Input(
                     "prior_weight",
@@ -143,7 +145,8 @@ class HollowTrainLoRA(io.ComfyNode):
                     default=OPTIMIZERS[0],
                     optional=True,
                     tooltip="adamw8bit keeps AdamW's states in 8 bits: a quarter of their memory, which counts at high "
-                    "ranks. It needs bitsandbytes.",
+                    "ranks. It needs bitsandbytes. prodigy finds its rate itself (set learning_rate to 0), adafactor "
+                    "and lion take little memory, schedulefree gives out an average. They need pytorch-optimizer.",
                 ),
                 io.Combo.Input(
                     "lora_precision",
@@ -167,6 +170,33 @@ class HollowTrainLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="How many of a step's records, those of the class included, pass the U-Net at once: "
                     "faster, for the memory of so many. The plan of Hollow U-Net counts one.",
+                ),
+                io.Combo.Input(
+                    "lr_schedule",
+                    options=list(LR_SCHEDULES),
+                    default=LR_SCHEDULES[0],
+                    optional=True,
+                    tooltip="How the learning rate goes along the steps: it stays, or falls to 0. One that falls ends "
+                    "with the last step, so more steps begin anew.",
+                ),
+                io.Int.Input(
+                    "warmup",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    optional=True,
+                    tooltip="Steps over which the learning rate rises from 0 first.",
+                ),
+                io.Float.Input(
+                    "ema",
+                    default=0.0,
+                    min=0.0,
+                    max=0.9999,
+                    step=0.001,
+                    round=0.0001,
+                    optional=True,
+                    tooltip="Decay of an average over the steps that comes out in the LoRA's place, such as 0.99: "
+                    "calmer than the last step. 0 does without.",
                 ),
                 io.Boolean.Input(
                     "dora",
@@ -193,9 +223,11 @@ class HollowTrainLoRA(io.ComfyNode):
         hollow_unet: Any,
         activations: Any,
         alpha: float,
+        learning_rate: float,
         preview_every: int,
         layers: str = LAYERS[0],
         fused_backward: bool = False,
+        ema: float = 0.0,
         **settings: Any,
     ) -> io.NodeOutput:
         """The LoRA in both spellings of the graph, and its losses; shown: their course, and what was learned."""
@@ -211,7 +243,13 @@ class HollowTrainLoRA(io.ComfyNode):
         targets = ATTENTION if layers == LAYERS[0] else ALL_LAYERS
         clipping = {"max_grad_norm": math.inf} if fused_backward else {}
         chosen = TrainSettings(
-            alpha=alpha or None, targets=targets, fused_backward=fused_backward, **clipping, **settings
+            alpha=alpha or None,
+            learning_rate=learning_rate or None,
+            targets=targets,
+            fused_backward=fused_backward,
+            ema=ema or None,
+            **clipping,
+            **settings,
         )
         trained = train(hollow_unet, activations, chosen, preview_every, node_id=cls.hidden.unique_id)
         shown = ui.PreviewImage(to_image(trained.picture)).as_dict() | {"text": (trained.told,)}

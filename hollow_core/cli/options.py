@@ -69,7 +69,7 @@ class OptimizerKind(str, Enum):
 
 
 class LRSchedule(str, Enum):
-    """How the learning rate goes along the training."""
+    """How the learning rate goes along a training."""
 
     constant = "constant"
     linear = "linear"
@@ -106,6 +106,14 @@ LayersOption = Annotated[
         rich_help_panel=LORA,
     ),
 ]
+Dora = Annotated[
+    bool,
+    typer.Option(
+        help="Train DoRA, a magnitude for each output of a layer, too: slower, and in fp32.",
+        show_default="off",
+        rich_help_panel=LORA,
+    ),
+]
 LoraPrecisionOption = Annotated[
     LoraPrecision,
     typer.Option(
@@ -126,12 +134,6 @@ FusedBackward = Annotated[
         help="Update each matrix as its gradient comes, so that gradients never all exist; needs --max-grad-norm inf and no class images.",
         show_default="off",
         rich_help_panel=MEMORY,
-    ),
-]
-Dora = Annotated[
-    bool,
-    typer.Option(
-        help="Train DoRA, a magnitude for each output of a layer, too: slower, and in fp32.", rich_help_panel=LORA
     ),
 ]
 BaseBitsOption = Annotated[

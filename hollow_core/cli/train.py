@@ -50,6 +50,7 @@ from .options import (
     load_model,
     setting_of,
 )
+from .pictures import show_sizes, write_crops
 from .plan import tables
 from .tracking import check_tensorboard, tracking
 from .watch import quiet, stopping, watching
@@ -63,13 +64,21 @@ def train(
     ctx: typer.Context,
     model: ModelPath,
     # pictures
-    images: Annotated[Path, typer.Option(help="Folder with four or five pictures of the subject; NAME.txt beside NAME.png is its caption.", rich_help_panel=PICTURES)],
-    # captions and prompts
-    subject: Annotated[str, typer.Option(help="What the subject is, in a common word: dog, cup, backpack.", rich_help_panel=PROMPTS)],
-    identifier: Annotated[str, typer.Option(help="The rare word that will call the subject in prompts.", rich_help_panel=PROMPTS)] = "sks",
-    # pictures, again
-    resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. (default: the model's own)", rich_help_panel=PICTURES)] = None,
+    images: Annotated[Path, typer.Option(help="Folder with four or five pictures of the subject, or with folders as kohya's trainer has them: 10_sks dog. NAME.txt or NAME.caption beside NAME.png is its caption, NAME-mask.png its mask: black is not learned.", rich_help_panel=PICTURES)],
+    resolution: Annotated[int | None, typer.Option(help="In pixels: pictures keep about their shape, at the size in steps of 64 pixels, and with about the area of this number squared, that cuts off least. (default: the model's own)", rich_help_panel=PICTURES)] = None,
+    square: Annotated[bool, typer.Option("--square", show_default="off", help="Crop pictures to squares of the resolution.", rich_help_panel=PICTURES)] = False,
+    alpha_mask: Annotated[bool, typer.Option("--alpha-mask", show_default="off", help="What is transparent in a picture is not learned, where no mask lies beside it.", rich_help_panel=PICTURES)] = False,
+    show_crops: Annotated[Path | None, typer.Option(help="Draw what is cut off of each picture into this .png before anything starts. (default: none)", rich_help_panel=PICTURES)] = None,
+    validation: Annotated[Path | None, typer.Option(help="Folder of pictures that are not learned, as in --images: their loss tells what the others teach. (default: none)", rich_help_panel=PICTURES)] = None,
+    hold_out: Annotated[int, typer.Option(min=0, help="Hold every n-th picture of --images out in the same way; 0 for none.", rich_help_panel=PICTURES)] = 0,
+    validate_every: Annotated[int, typer.Option(help="Steps from one look at what is held out to the next; 0 looks at the end only.", rich_help_panel=PICTURES)] = 50,
     thumbnail: Annotated[bool, typer.Option(help="Put the first picture, small, into the LoRA file, for tools that list files; whoever gets the file sees it.", rich_help_panel=PICTURES)] = False,
+    # captions and prompts
+    subject: Annotated[str, typer.Option(help="What the subject is, in a common word: dog, cup, backpack. (default: as the folders or the captions say)", show_default=False, rich_help_panel=PROMPTS)] = "",
+    identifier: Annotated[str, typer.Option(help="The rare word that will call the subject in prompts. Empty for a style or a concept: captions are taken as they are, and the base path of two-path sampling sees the whole prompt.", rich_help_panel=PROMPTS)] = "sks",
+    caption_dropout: Annotated[float, typer.Option(help="Share of the records, from 0 to 1, that are learned without a caption.", rich_help_panel=PROMPTS)] = 0.0,
+    shuffle_tags: Annotated[bool, typer.Option("--shuffle-tags", show_default="off", help="Bring the tags of a caption, the words between commas, in a new order for each record.", rich_help_panel=PROMPTS)] = False,
+    keep_tags: Annotated[int, typer.Option(help="Of --shuffle-tags: so many tags, from the first on, stay where they are.", rich_help_panel=PROMPTS)] = 1,
     # LoRA
     rank: Annotated[int, typer.Option(help="Rank of the LoRA: how much it can hold.", rich_help_panel=LORA)] = 16,
     alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA, which counts alpha / rank times. (default: the rank)", rich_help_panel=LORA)] = None,
@@ -78,7 +87,7 @@ def train(
     lora_precision: LoraPrecisionOption = LoraPrecision.fp32,
     # training
     steps: Annotated[int, typer.Option(help="Training steps.", rich_help_panel=TRAINING)] = 1000,
-    learning_rate: Annotated[float | None, typer.Option(help="The learning rate at its highest. (default: the optimizer's usual one, 1e-4 of adamw)", rich_help_panel=TRAINING)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The learning rate at its highest. (default: the optimizer's usual one: adamw 1e-4, adamw8bit 1e-4, prodigy 1, adafactor 1e-4, lion 3e-5, schedulefree 1e-3)", rich_help_panel=TRAINING)] = None,
     lr_schedule: Annotated[LRSchedule, typer.Option(help="How the learning rate goes along the steps.", rich_help_panel=TRAINING)] = LRSchedule.constant,
     warmup: Annotated[int, typer.Option(help="Steps over which the learning rate rises from 0 first.", rich_help_panel=TRAINING)] = 0,
     ema: Annotated[float | None, typer.Option(help="Decay of an average over the steps that is given out in the LoRA's place, such as 0.99. (default: off)", rich_help_panel=TRAINING)] = None,
@@ -89,6 +98,7 @@ def train(
     snr_gamma: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, usually 5. (default: off)", rich_help_panel=TRAINING)] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same LoRA on the same CPU, and on a GPU the same but for rounding.", rich_help_panel=TRAINING)] = 0,
     # class pictures
+    class_folder: Annotated[Path | None, typer.Option(help="Folder of own pictures of the class for prior preservation, with captions or in folders named as 1_dog. (default: a folder reg or class in --images, if there is one)", rich_help_panel=CLASS_PICTURES)] = None,
     class_images: Annotated[int, typer.Option(help="Pictures of the class that the base model draws for prior preservation; 0 does without.", rich_help_panel=CLASS_PICTURES)] = 0,
     prior_weight: Annotated[float, typer.Option(help="Weight of the prior-preservation loss.", rich_help_panel=CLASS_PICTURES)] = 1.0,
     # memory
@@ -114,8 +124,8 @@ def train(
     # files
     out: Annotated[Path, typer.Option(help="Folder for NAME.safetensors, for run.toml with every option, and for the work that lets a stopped run go on.", is_eager=True, callback=run_file.go_on, rich_help_panel=FILES)] = Path("hollow-lora"),
     name: Annotated[str, typer.Option(help="Of the LoRA's file, without .safetensors.", rich_help_panel=FILES)] = "lora",
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints from which a killed run goes on, each with a file NAME-000100.safetensors to choose from; 0 for none.", rich_help_panel=FILES)] = 100,
-    keep: Annotated[int, typer.Option(help="How many of these files stay, the last ones; 0 writes none.", rich_help_panel=FILES)] = 10,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints from which a killed run goes on, and between files NAME-000100.safetensors of which the best can be chosen; 0 for none.", rich_help_panel=FILES)] = 100,
+    keep: Annotated[int, typer.Option(min=0, help="How many of these files are kept, the last ones; 0 for none.", rich_help_panel=FILES)] = 10,
     config: Annotated[Path | None, typer.Option(help="A TOML file of these options, such as OUT/run.toml of a run to repeat; the command line wins. (default: none)", is_eager=True, callback=run_file.read_config, rich_help_panel=FILES)] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Folder for TensorBoard, with the losses and the learning rate by step in a folder called as the last of --out; see them by `tensorboard --logdir`. (default: none)", callback=check_tensorboard, rich_help_panel=FILES)] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Print what is chosen and what it will need, and stop before anything is loaded.", show_default="off", rich_help_panel=FILES)] = False,
@@ -126,7 +136,8 @@ def train(
 ) -> None:  # fmt: skip
     """Train a LoRA of a subject on a hollowed U-Net. Press Ctrl-C to stop; the same command goes on."""
     quiet()
-    from ..data.images import load_images
+    from ..data.captions import CaptionChanges
+    from ..data.folders import load_pictures
     from ..memory.planner import Planner
     from ..request import Request
     from ..road import check_cut, personalize
@@ -143,8 +154,8 @@ def train(
         low_resolution=low_resolution,
         rank=rank,
         layers=layers,
-        alpha=alpha,
         dora=dora,
+        alpha=alpha,
         steps=steps,
         learning_rate=learning_rate,
         lr_schedule=lr_schedule.value,
@@ -163,6 +174,7 @@ def train(
         checkpoint_levels=checkpoint_levels,
         seed=seed,
         save_every=save_every,
+        validate_every=validate_every,
         strategy=strategy.value,
         selective_gamma=gamma,
         zo_learning_rate=zo_learning_rate,
@@ -172,9 +184,34 @@ def train(
     )
     to = device_of(device)
     planner = cache(partial(Planner, str(model)))
-    pictures = load_images(images, resolution or planner().resolution, square=True)
-    request = Request(pictures, subject, identifier, setting, thumbnail=thumbnail, name=name, keep=keep)
+    side = resolution or planner().resolution
+    load = partial(load_pictures, resolution=side, square=square, alpha_mask=alpha_mask)
+    found = load(images, class_folder=class_folder)
+    learned, held_out = found.images, []
+    if hold_out:
+        learned, held_out = (
+            [each for n, each in enumerate(learned, 1) if n % hold_out],
+            learned[hold_out - 1 :: hold_out],
+        )
+    if validation is not None:
+        held_out += load(validation).images
+    request = Request(
+        learned,
+        subject,
+        identifier,
+        setting,
+        thumbnail=thumbnail,
+        class_pictures=found.of_class,
+        held_out=held_out,
+        captions=CaptionChanges(caption_dropout, shuffle_tags, keep_tags),
+        name=name,
+        keep=keep,
+    )
     request.check()
+    show_sizes(request, found.passed_over)
+    if show_crops is not None:
+        write_crops(show_crops, request)
+
     setting, choice = chosen(ctx, planner, request.planned, out=out, device=to, budget=budget)
     if plan_only:
         prediction = planner().predict(setting)

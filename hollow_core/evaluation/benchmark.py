@@ -150,6 +150,7 @@ def run_job(
             protocol.identifier,
             Setting(job.method.cut, samples=protocol.samples, class_images=protocol.class_images, training=training),
             job.out / "class" / job.subject.class_word,
+            keep=0,
         )
         work = job.folder / "work"
         outcome = personalize(loaded.pop, request, work, device=device, progress=progress, stop=stop)

@@ -223,7 +223,7 @@ class _Magnitudes(DoraLinearLayer):
         magnitudes.register_buffer("squared", norms.square(), persistent=False)
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, *, lora_A: nn.Module, lora_B: nn.Module, scaling: float, base_layer: Any, base_result: Tensor,
+        self, x: Tensor, *, lora_A: Any, lora_B: Any, scaling: float, base_layer: Any, base_result: Tensor,
         **_: Any,
     ) -> Tensor:  # fmt: skip
         """What is to be added to `base_result`, what the base makes of `x`."""
@@ -233,7 +233,7 @@ class _Magnitudes(DoraLinearLayer):
         if base_layer.bias is not None:
             changed = changed - base_layer.bias.to(x.dtype).view(by_output)
         # its difference from 1, which is small, so that half precision does not swallow it
-        stretch = self.weight / self._norms(weight_of(base_layer), lora_A.weight, lora_B.weight) - 1
+        stretch = self.weight / self._norms(weight_of(base_layer), weight_of(lora_A), weight_of(lora_B)) - 1
         added = torch.addcmul(change, changed, stretch.to(x.dtype).view(by_output))
         return added if scaling == self.trained_scaling else added * (scaling / self.trained_scaling)
 

@@ -22,7 +22,7 @@ _ADVICE = "Use it with the kind of model on which it was trained."
 
 
 class LoraLayer(NamedTuple):
-    """What the LoRA adds to one Linear or Conv2d: scale · up(down(x)), and a DoRA's stretch of all that is then there."""
+    """What the LoRA adds to one Linear or Conv2d: scale · up(down(x)), and a DoRA's stretch of what that makes."""
 
     path: str
     """Of the layer, from the U-Net: "input_blocks.4.1.proj_in"."""

@@ -105,7 +105,8 @@ def train(
         def tell(done: Progress) -> None:
             curve.add(done.loss or 0.0)
             if preview_every and done.step % preview_every == 0:
-                look()
+                with done.as_used():
+                    look()
             drawn = beside(curve.draw(), learned) if done.step % PICTURE_EVERY == 0 else None
             watch.tell(done, curve.mean(done.step), drawn)
 
@@ -153,4 +154,4 @@ def _losses(folder: Path) -> list[float]:
     from ...hollow_core.training.train import CHECKPOINT
 
     path = folder / CHECKPOINT
-    return Checkpoint.load(path, {}).losses if path.exists() else []
+    return Checkpoint.load(path).losses if path.exists() else []

@@ -1,4 +1,4 @@
-"""The optimizer's levers: fused into backward it does the same, in 8 bits nearly the same, and both go on."""
+"""The optimizers, and their levers: fused into backward it does the same, in 8 bits nearly; and all go on."""
 
 import math
 import sys
@@ -11,9 +11,10 @@ from tiny_training import BreakAt, Broken, content, tiny_examples, tiny_schedule
 from tiny_unets import make_shallow_unet
 
 from hollow_core.errors import HollowError
-from hollow_core.lora.layers import lora_parameters
+from hollow_core.lora.layers import ALL_LAYERS, lora_parameters
+from hollow_core.memory.dry_run import BLOCK, DryRun
 from hollow_core.nets.unet import UNet
-from hollow_core.training.optimizer import Optimizer
+from hollow_core.training.optimizer import ALL_AT_ONCE, Optimizer
 from hollow_core.training.precompute import precompute
 from hollow_core.training.settings import TrainSettings
 from hollow_core.training.train import train
@@ -100,6 +101,8 @@ def test_a_lora_in_bf16_is_near_in_half_the_bytes_and_goes_on(begin, tmp_path):
         ({"max_grad_norm": 1.0}, r"does not go with max_grad_norm 1\.0\. Set it to infinity"),
         ({"batch": 2}, r"does not go with batch 2\. Set it to 1"),
         ({"precision": "fp16"}, r"does not go with precision fp16\. Choose bf16 or fp32"),
+        ({"optimizer": "prodigy", "learning_rate": None}, r"does not go with optimizer prodigy\. Choose another"),
+        ({"optimizer": "schedulefree"}, r"does not go with optimizer schedulefree\. Choose another"),
     ],
 )
 def test_what_fused_cannot_do_is_refused(change, said):
@@ -114,11 +117,15 @@ def test_fused_with_records_of_the_class_is_refused(begin, tmp_path):
 
 
 def test_an_unknown_optimizer_and_a_missing_extra_are_told(monkeypatch):
-    with pytest.raises(HollowError, match=r"optimizer is 'sgd'\. Choose adamw or adamw8bit"):
+    with pytest.raises(HollowError, match=r"optimizer is 'sgd'\. Choose adamw, .* or schedulefree"):
         TrainSettings(optimizer="sgd")
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(HollowError, match=r"needs bitsandbytes\. Install it \(pip install 'hollow\[bitsandbytes\]'\)"):
         Optimizer([torch.nn.Parameter(torch.zeros(2))], "adamw8bit", learning_rate=1e-3, weight_decay=0.0)
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    said = r"needs pytorch-optimizer\. Install it \(pip install 'hollow\[optimizers\]'\)"
+    with pytest.raises(HollowError, match=f"The optimizer lion {said}"):
+        Optimizer([torch.nn.Parameter(torch.zeros(2))], "lion", learning_rate=1e-3, weight_decay=0.0)
 
 
 class TestEightBits:
@@ -161,3 +168,80 @@ class TestEightBits:
         train(*begin(), self.EIGHT, folder=tmp_path)
         with pytest.raises(HollowError, match=r"optimizer \(adamw8bit there, adamw asked\)"):
             train(*begin(), replace(self.EIGHT, optimizer="adamw"), folder=tmp_path)
+
+
+class TestOthers:
+    """Those of the package pytorch-optimizer."""
+
+    @pytest.fixture(autouse=True)
+    def _extra(self):
+        pytest.importorskip("pytorch_optimizer", reason="needs the extra optimizers")
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("name", "rate"), [("adafactor", 3e-2), ("lion", 1e-2), ("schedulefree", 3e-2)])
+    def test_loss_falls(self, begin, tmp_path, name, rate):
+        settings = replace(FEW, optimizer=name, learning_rate=rate, steps=48, targets=ALL_LAYERS[:5])
+        losses = train(*begin(), settings, folder=tmp_path).losses
+        assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+
+    @pytest.mark.slow
+    def test_prodigy_finds_its_rate_and_lowers_the_loss(self, begin, tmp_path):
+        settings = replace(FEW, optimizer="prodigy", learning_rate=None, steps=96, targets=ALL_LAYERS[:5])
+        losses = train(*begin(), settings, folder=tmp_path).losses
+        assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+        saved = load_file(tmp_path / "checkpoint.safetensors")
+        assert saved["optimizer backward group d"] > 100 * 1e-6  # where it begins
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("fused", [False, True])
+    @pytest.mark.parametrize("name", ["prodigy", "adafactor", "lion", "schedulefree"])
+    def test_broken_off_and_gone_on_it_ends_with_the_same_lora(self, begin, tmp_path, name, fused):
+        if fused and name in ALL_AT_ONCE:
+            pytest.skip("never fused")
+        settings = replace(FEW, optimizer=name, learning_rate=None, warmup=2)
+        whole = train(*begin(), settings, folder=tmp_path / "whole")
+        first = replace(settings, save_every=2, fused_backward=fused)
+        with pytest.raises(Broken):
+            train(*begin(), first, folder=tmp_path / "run", progress=BreakAt(4))
+        result = train(*begin(), settings, folder=tmp_path / "run")
+        assert result.losses == whole.losses
+        assert same(result.state, whole.state)
+        assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    @pytest.mark.parametrize("name", ["prodigy", "adafactor", "lion", "schedulefree"])
+    def test_a_dry_run_counts_the_states_that_there_are(self, name, precision):
+        def states(device):
+            shapes = [(16, 320), (320, 16), (16, 320, 3, 3), (320, 16, 1, 1)]
+            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+            parameters = [torch.nn.Parameter(torch.ones(shape, dtype=dtype, device=device)) for shape in shapes]
+            optimizer = Optimizer(parameters, name, learning_rate=1.0, weight_decay=1e-2)
+            with optimizer.watching():
+                torch.stack([parameter.sum() for parameter in parameters]).sum().backward()
+            optimizer.step()
+            return [each for state in optimizer._optimizers[0].state.values() for each in state.values()]
+
+        with DryRun() as run:
+            planned = [each for each in states("meta") if isinstance(each, torch.Tensor)]
+        real = [each for each in states("cpu") if isinstance(each, torch.Tensor)]
+        assert [(each.shape, each.dtype) for each in planned] == [(each.shape, each.dtype) for each in real]
+        assert run.peak().bytes["optimizer"] == sum(-(-each.nbytes // BLOCK) * BLOCK for each in real)
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"optimizer": "prodigy"}, r"learning rate 0\.001 is too low for prodigy.* Set it to 1, or leave it out"),
+            (
+                {"strategy": "selective", "optimizer": "schedulefree"},
+                "selective does not go with optimizer schedulefree",
+            ),
+            ({"lr_schedule": "cosine", "optimizer": "schedulefree"}, r"cosine does not go with .*\. Choose constant"),
+            (
+                {"ema": 0.9, "optimizer": "schedulefree"},
+                r"ema 0\.9 does not go with optimizer schedulefree\. Leave it out",
+            ),
+        ],
+    )
+    def test_what_does_not_belong_together_is_refused(self, change, said):
+        with pytest.raises(HollowError, match=said):
+            replace(FEW, **change)

@@ -504,7 +504,7 @@ def test_settings_that_cannot_be_are_refused(change, said):
 
 def test_defaults_are_the_papers():
     settings = TrainSettings()
-    assert (settings.steps, settings.learning_rate, settings.batch) == (1000, 1e-4, 1)
+    assert (settings.steps, settings.rate, settings.batch) == (1000, 1e-4, 1)
     assert settings.targets == ("to_q", "to_k", "to_v", "to_out.0")
 
 
