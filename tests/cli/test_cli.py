@@ -407,6 +407,31 @@ def test_a_run_is_repeated_from_the_file_beside_its_lora(
     assert {float(first[key]) for key in first if key.endswith(".alpha")} == {2.0}
 
 
+@pytest.mark.slow
+def test_tensorboard_has_every_step_once(
+    hollow: Hollow, shallow_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a run that went on, too."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train = ["train", shallow_folder, "--images", photos, "--subject", "dog", "--out", tmp_path / "rex", "--cut", 2]
+    train += ["--samples", 2, "--rank", 2, "--warmup", 2, "--device", "cpu", "--log-dir", tmp_path / "logs"]
+    for steps in (3, 4):
+        done = hollow(*train, "--steps", steps)
+        assert done.status == 0, done.stderr
+    events = accumulator.EventAccumulator(str(tmp_path / "logs" / "rex"))
+    events.Reload()
+    rates = [(event.step, event.value) for event in events.Scalars("learning rate")]
+    assert rates == [(1, 0.0), (2, pytest.approx(5e-5)), (3, pytest.approx(1e-4)), (4, pytest.approx(1e-4))]
+    losses = events.Scalars("loss")
+    assert [event.step for event in losses] == [1, 2, 3, 4]
+    assert f"loss {losses[-1].value:.4f}" in done.stderr
+
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    done = hollow(*train)
+    assert done.status == 1
+    assert "--log-dir needs TensorBoard, which is not installed. Run `pip install tensorboard`" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
