@@ -42,7 +42,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def ask(photos: Path, *, images: list[TrainingImage] | None = None, thumbnail: bool = False, **setting: Any) -> Request:
-    images = load_images(photos, 128) if images is None else images
+    images = load_images(photos, 128, square=True) if images is None else images
     training = TrainSettings(rank=2, steps=6, save_every=2)
     return Request(
         images, "dog", setting=Setting(**{"samples": 12, "training": training} | setting), thumbnail=thumbnail

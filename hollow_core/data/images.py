@@ -216,8 +216,8 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
 def size_near(width: int, height: int, resolution: int) -> tuple[int, int]:
     """The size (width, height in pixels) at which a picture of `width` × `height` loses least to the crop.
 
-    Of all whose sides are multiples of 64 and at least half of `resolution`, and whose area is within a tenth of its
-    square. Raises HollowError where `resolution` itself is no multiple of 64.
+    Of all whose sides are multiples of 64, below 256 of an eighth of `resolution`, and at least half of it, and whose
+    area is within a tenth of its square. Raises HollowError where `resolution` itself is no multiple of 64.
     """
     if resolution < GRID or resolution % GRID:
         raise HollowError(
@@ -225,7 +225,8 @@ def size_near(width: int, height: int, resolution: int) -> tuple[int, int]:
             "Take 512, 768 or 1024, or crop them to squares."
         )
     area = resolution * resolution
-    sides = [side for side in range(GRID, 2 * resolution + 1, GRID) if 2 * side >= resolution]
+    grid = GRID if resolution >= 256 else resolution // 8
+    sides = [side for side in range(grid, 2 * resolution + 1, grid) if 2 * side >= resolution]
     sizes = [(wide, high) for wide in sides for high in sides if 10 * abs(wide * high - area) <= area]
 
     def kept(size: tuple[int, int]) -> tuple[float, int]:
