@@ -65,9 +65,7 @@ def test_comfyui_sets_a_doras_magnitudes_but_for_what_its_norm_is_of(name: str, 
     }
     lora = Lora("kohya", layers, {}, ())
     path = write_dialect(tmp_path / "a.safetensors", lora, unet.config, {}, dialect=dialect, dtype=torch.float32).path
-    patched, _ = comfy.sd.load_lora_for_models(
-        tiny_model(name), None, comfy.utils.load_torch_file(str(path)), 1.0, 1.0
-    )
+    patched, _ = comfy.sd.load_lora_for_models(tiny_model(name), None, comfy.utils.load_torch_file(str(path)), 1.0, 1.0)
     for module, layer in layers.items():
         key, weight = f"diffusion_model.{to_ldm(unet.config, module)}.weight", weights[module]
         changed = weight.flatten(1) + layer.scale * layer.up.flatten(1) @ layer.down.flatten(1)
