@@ -134,12 +134,8 @@ def test_several_loras_draw_the_same_into_a_grid(
 ) -> None:
     """Named one by one, by a shell's expansion or by a pattern; in the order of their numbers."""
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
-    down, up = (
-        UNet2DConditionModel.from_pretrained(shallow_folder, subfolder="unet")
-        .mid_block.attentions[0]
-        .transformer_blocks[0]
-        .attn2.to_k.weight.shape[::-1]
-    )
+    unet = UNet2DConditionModel.from_pretrained(shallow_folder, subfolder="unet")
+    up, down = unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.shape
     for number in (9, 10):
         tensors = {f"{name}.lora_down.weight": torch.ones(1, down), f"{name}.lora_up.weight": torch.ones(up, 1)}
         save_file(tensors, tmp_path / f"rex-{number}.safetensors")
