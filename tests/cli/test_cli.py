@@ -261,6 +261,7 @@ def test_convert_says_what_the_written_file_holds(hollow: Hollow, model_folder: 
             "layers": 16,
             "text_layers": 0,
             "largest": 0.25,
+            "dora": False,
         }
         done = hollow("convert", tmp_path / "peft", tmp_path / "back.safetensors", *model)
         assert "back.safetensors (kohya): 16 layers" in done.stderr
