@@ -254,6 +254,17 @@ def test_streaming_gives_the_same_lora_from_the_same_records(demo: Any) -> None:
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+def test_a_dora_goes_into_a_file_and_onto_two_paths(demo: Any) -> None:
+    lora, *_ = train_lora.HollowTrainLoRA.execute(*precomputed(demo), **SETTINGS | {"dora": True}).args
+    magnitudes = {key: scale for key, scale in lora.state.items() if key.endswith("dora_scale")}
+    assert {scale.dtype for scale in magnitudes.values()} == {torch.float32}
+    saved = lora_files.HollowSaveLoRA.execute(lora, "hollow/dora", model=demo.model).args[0]
+    with safe_open(saved, "pt") as file:
+        assert all(torch.equal(file.get_tensor(key), scale) for key, scale in magnitudes.items())
+        assert file.metadata()["ss_network_module"] == "lycoris.kohya"
+    assert two_path_model.HollowTwoPathModel.execute(demo.model, lora, 1.0, 1, True).args[0] is not demo.model
+
+
 def test_the_plan_is_shown_and_a_budget_picks_cut_and_levers(demo: Any) -> None:
     asked = handles.HollowedModel(demo.model, 3)
     known = plan.plan(asked, 0.0, 0, 16, node_id="7")
