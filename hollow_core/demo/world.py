@@ -1,7 +1,8 @@
 """The drawn world of the embedded model: twelve classes of things, on ten backgrounds, with captions.
 
-A picture is 64×64 where nothing else is asked. A *subject* is one individual (class, colours, pattern, emblem, accessory); a *scene* is one
-of the backgrounds. Everything is drawn four times larger and shrunk, so that edges are smooth.
+A picture is 64×64 where nothing else is asked. A *subject* is one individual (class, colours, pattern, emblem,
+accessory); a *scene* is one of the backgrounds. Everything is drawn four times larger and shrunk, so that edges are
+smooth.
 """
 
 import math
@@ -109,9 +110,7 @@ def random_subject(choose: random.Random) -> Subject:
     return Subject(kind, color, second, pattern, emblem, accessory, accent)
 
 
-def draw(
-    subject: Subject, scene: str, choose: random.Random, shape: tuple[int, int] = (SIZE, SIZE)
-) -> Image.Image:
+def draw(subject: Subject, scene: str, choose: random.Random, shape: tuple[int, int] = (SIZE, SIZE)) -> Image.Image:
     """One picture of the subject in the scene, 64×64 or of another `shape` (width, height in pixels); `choose` decides
     where and how large it stands.
 
