@@ -26,6 +26,10 @@ LEVERS = {
 }
 """Options by what the library calls them, `memory.choice.LEVERS`."""
 
+SPARE = 20
+"""A twentieth of what is free is not planned with: what cuDNN borrows, and what is lost between blocks, is in no
+prediction."""
+
 
 def chosen(
     ctx: typer.Context,
@@ -39,8 +43,8 @@ def chosen(
     """The setting with all levers, and what was chosen of them in a sentence, which is told, too; None for nothing.
 
     Levers that are named, on the command line or in a file, stay as they are; where all are, and where a run goes on in
-    `out`, whose records are there, raises HollowError if that does not fit. Where no `budget` is given, what is free on
-    a GPU is one; on a CPU there is none, and nothing to choose.
+    `out`, whose records are there, raises HollowError if that does not fit. Where no `budget` is given, nearly all that
+    is free on a GPU is one; on a CPU there is none, and nothing to choose.
     """
     import torch
 
@@ -55,6 +59,7 @@ def chosen(
     if budget is None and at.type != "cuda":  # main memory can be swapped; a GPU's is there or it is not
         return setting, None
     room = free_bytes(at) if budget is None else parse_bytes(budget)
+    spare = room // SPARE if budget is None else 0
     named = {lever for option, lever in LEVERS.items() if is_named(ctx, option)}
     if "gradient_checkpointing" in named:
         named.add("checkpoint_levels")
@@ -62,7 +67,7 @@ def chosen(
         check_fits(planner(), setting, room, planner().road, going_on=going_on)
         return setting, None
     with console.status("Looking for what fits"):
-        fit = choose(planner(), room, setting, named=named, precisions=precisions_for(at, setting))
+        fit = choose(planner(), room - spare, setting, named=named, precisions=precisions_for(at, setting))
     prediction = fit.prediction
     sentence = f"Chosen: {prediction.setting}. Given up: {', '.join(fit.gave_up) or 'nothing'}."
     say(sentence)

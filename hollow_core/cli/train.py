@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ..errors import HollowError
+from ..progress import Progress
 from . import run_file
 from .app import app, console, say
 from .levers import chosen, options_of
@@ -51,6 +52,7 @@ from .options import (
 )
 from .pictures import show_sizes, write_crops
 from .plan import tables
+from .tracking import check_tensorboard, tracking
 from .watch import quiet, stopping, watching
 
 if TYPE_CHECKING:
@@ -125,6 +127,7 @@ def train(
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints from which a killed run goes on, and between files NAME-000100.safetensors of which the best can be chosen; 0 for none.", rich_help_panel=FILES)] = 100,
     keep: Annotated[int, typer.Option(min=0, help="How many of these files are kept, the last ones; 0 for none.", rich_help_panel=FILES)] = 10,
     config: Annotated[Path | None, typer.Option(help="A TOML file of these options, such as OUT/run.toml of a run to repeat; the command line wins. (default: none)", is_eager=True, callback=run_file.read_config, rich_help_panel=FILES)] = None,
+    log_dir: Annotated[Path | None, typer.Option(help="Folder for TensorBoard, with the losses and the learning rate by step in a folder called as the last of --out; see them by `tensorboard --logdir`. (default: none)", callback=check_tensorboard, rich_help_panel=FILES)] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Print what is chosen and what it will need, and stop before anything is loaded.", show_default="off", rich_help_panel=FILES)] = False,
     # model and device
     prediction_type: PredictionType = None,
@@ -225,8 +228,13 @@ def train(
     if not (out / "store").exists():
         keep_options()
     request = replace(request, setting=setting)
-    with watching() as watch, stopping() as stop:
-        outcome = personalize(loaded.pop, request, out, device=to, progress=watch, stop=stop)
+    with watching() as watch, tracking(log_dir, out.resolve().name) as track, stopping() as stop:
+
+        def progress(stage: str, done: Progress) -> None:
+            watch(stage, done)
+            track(stage, done)
+
+        outcome = personalize(loaded.pop, request, out, device=to, progress=progress, stop=stop)
     if outcome.file is not None:  # so that nothing refused them
         keep_options()
     _tell(outcome, as_json)

@@ -2,11 +2,11 @@
 
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .grid import font
 from .images import TrainingImage
 
 CELL = 240  # pixels; text is readable where a sheet of three columns is shown half as large
@@ -49,23 +49,16 @@ def contact_sheet(cells: Sequence[Cell], most: int = COLUMNS * ROWS) -> Image.Im
     row_height = CELL + 3 * LINE + GAP
     height = GAP + -(-len(drawn) // columns) * row_height + (LINE + GAP) * bool(more)
     sheet = Image.new("RGB", (GAP + columns * (CELL + GAP), height), PAPER)
-    pen, font = ImageDraw.Draw(sheet), _font()
+    pen, letters = ImageDraw.Draw(sheet), font(20)
     for number, each in enumerate(drawn):
         left, top = GAP + number % columns * (CELL + GAP), GAP + number // columns * row_height
         sheet.paste(each.picture, (left + (CELL - each.picture.width) // 2, top + (CELL - each.picture.height) // 2))
-        for line, text in enumerate(_lines(each.caption, font)):
-            pen.text((left, top + CELL + 4 + line * LINE), text, INK, font)
-        pen.text((left, top + CELL + 4 + 2 * LINE), *_size(each), font)
+        for line, text in enumerate(_lines(each.caption, letters)):
+            pen.text((left, top + CELL + 4 + line * LINE), text, INK, letters)
+        pen.text((left, top + CELL + 4 + 2 * LINE), *_size(each), letters)
     if more:
-        pen.text((GAP, height - LINE - GAP), f"+ {more} more", GRAY, font)
+        pen.text((GAP, height - LINE - GAP), f"+ {more} more", GRAY, letters)
     return sheet
-
-
-def _font() -> ImageFont.FreeTypeFont:
-    """DejaVu, which comes with matplotlib: Pillow's own font has no letters beyond English."""
-    import matplotlib
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 20)
 
 
 def _lines(text: str, font: ImageFont.FreeTypeFont) -> list[str]:

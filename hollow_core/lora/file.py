@@ -285,8 +285,8 @@ def _with_one_alpha(lora: Lora, dtype: torch.dtype) -> Lora:
 
 
 def _spell(lora: Lora, config: Config, dialect: str, ldm: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`dialects.spell` in `dtype`, but for magnitudes: what fp16 would round off those is a good part of what they
-    change, and they are few. Raises HollowError where a value is not finite."""
+    """`dialects.spell` in `dtype`, but for magnitudes, which are few: they multiply the whole weight, so that fp16
+    would round off some of what is learned. Raises HollowError where a value is not finite."""
     tensors = dialects.spell(lora.layers, lora.text, config, dialect, ldm=ldm)
     tensors = {
         key: tensor.detach().to("cpu", torch.float32 if dialects.sets_magnitudes(key) else dtype)

@@ -14,12 +14,7 @@ from .rates import LRSchedule
 from .selective import Probability, Strategy, falling, heat_map
 
 Precision = Literal["fp32", "bf16", "fp16"]
-_LATER = (
-    "dora",
-    "lr_schedule",
-    "warmup",
-    "ema",
-)  # settings that checkpoints of before do not name; so nor does a default
+_LATER = ("dora", "lr_schedule", "warmup", "ema")  # which older checkpoints do not name; so nor does a default
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

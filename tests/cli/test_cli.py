@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import shallow_pipeline, tiny_pipeline
@@ -125,6 +126,44 @@ def test_train_then_sample(hollow: Hollow, model_folder: Path, photos: Path, tmp
     for picture in drawn:
         with Image.open(picture["file"]) as opened:
             assert opened.size == (128, 128)
+
+
+@pytest.mark.slow
+def test_several_loras_draw_the_same_into_a_grid(
+    hollow: Hollow, shallow_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named one by one, by a shell's expansion or by a pattern; in the order of their numbers."""
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    unet = UNet2DConditionModel.from_pretrained(shallow_folder, subfolder="unet")
+    up, down = unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.shape
+    for number in (9, 10):
+        tensors = {f"{name}.lora_down.weight": torch.ones(1, down), f"{name}.lora_up.weight": torch.ones(up, 1)}
+        save_file(tensors, tmp_path / f"rex-{number}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    draw = ["--prompt", "a sks dog", "--prompt", "a sks cat", "--steps", 1, "--device", "cpu", "--json"]
+    drawn = []
+    for number, asked in enumerate(
+        (
+            ["--lora", "rex-10.safetensors", "--lora", "rex-9.safetensors"],
+            ["--lora", "rex-10.safetensors", "rex-9.safetensors"],
+            ["--lora", "rex-*.safetensors"],
+        )
+    ):
+        done = hollow("sample", shallow_folder, *asked, *draw, "--out", f"out{number}", *(["--grid"] if number else []))
+        assert done.status == 0, done.stderr
+        drawn.append([(Path(row["file"]).name, row["lora"], row["prompt"]) for row in json.loads(done.stdout)])
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert drawn[0] == [
+        ("rex-9-000-seed0.png", "rex-9.safetensors", "a sks dog"),
+        ("rex-9-001-seed0.png", "rex-9.safetensors", "a sks cat"),
+        ("rex-10-000-seed0.png", "rex-10.safetensors", "a sks dog"),
+        ("rex-10-001-seed0.png", "rex-10.safetensors", "a sks cat"),
+    ]
+    assert sorted(path.name for path in Path("out2").iterdir()) == sorted(["grid.png", *(row[0] for row in drawn[0])])
+    assert not Path("out0/grid.png").exists()
+    done = hollow("sample", shallow_folder, "--lora", "max-*.safetensors", *draw)
+    assert done.status == 1
+    assert "There is no file max-*.safetensors." in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -405,6 +444,31 @@ def test_a_run_is_repeated_from_the_file_beside_its_lora(
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert any("resnets_0_conv1" in key for key in first)
     assert {float(first[key]) for key in first if key.endswith(".alpha")} == {2.0}
+
+
+@pytest.mark.slow
+def test_tensorboard_has_every_step_once(
+    hollow: Hollow, shallow_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a run that went on, too."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train = ["train", shallow_folder, "--images", photos, "--subject", "dog", "--out", tmp_path / "rex", "--cut", 2]
+    train += ["--samples", 2, "--rank", 2, "--warmup", 2, "--device", "cpu", "--log-dir", tmp_path / "logs"]
+    for steps in (3, 4):
+        done = hollow(*train, "--steps", steps)
+        assert done.status == 0, done.stderr
+    events = accumulator.EventAccumulator(str(tmp_path / "logs" / "rex"))
+    events.Reload()
+    rates = [(event.step, event.value) for event in events.Scalars("learning rate")]
+    assert rates == [(1, 0.0), (2, pytest.approx(5e-5)), (3, pytest.approx(1e-4)), (4, pytest.approx(1e-4))]
+    losses = events.Scalars("loss")
+    assert [event.step for event in losses] == [1, 2, 3, 4]
+    assert f"loss {losses[-1].value:.4f}" in done.stderr
+
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    done = hollow(*train)
+    assert done.status == 1
+    assert "--log-dir needs TensorBoard, which is not installed. Run `pip install tensorboard`" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import comfy.lora
 import comfy.model_management
 import folder_paths
 import torch
+from comfy_api.v0_0_2 import io
 from hollow_pack.hollow_core.errors import HollowError
 from hollow_pack.hollow_core.evaluation import scores
 from hollow_pack.nodes import (
@@ -225,6 +226,7 @@ def save_and_convert(lora: Any, demo: Any, folder: Path) -> None:
         ({}, {"precision": "bf16", "gradient_checkpointing": True}),
         ({"base_bits": 8, "streaming": True}, {"lora_precision": "bf16", "fused_backward": True}),
         ({"base_bits": 4}, {"optimizer": "adamw8bit"}),
+        ({}, {"optimizer": "prodigy", "learning_rate": 0.0, "lr_schedule": "cosine", "warmup": 1, "ema": 0.9}),
     ],
 )
 def test_the_base_is_as_before(demo: Any, levers: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -235,6 +237,11 @@ def test_the_base_is_as_before(demo: Any, levers: dict[str, Any], settings: dict
     after = demo.model.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_prodigy_at_another_optimizers_rate_is_told_what_to_set(demo: Any) -> None:
+    with pytest.raises(Exception, match=r"rate 0\.001 is too low for prodigy.* leave it out \(0 in the node\)"):
+        train_lora.HollowTrainLoRA.execute(*precomputed(demo), **SETTINGS | {"optimizer": "prodigy"})
 
 
 def test_streaming_gives_the_same_lora_from_the_same_records(demo: Any) -> None:
@@ -381,6 +388,18 @@ def test_the_curve_has_round_numbers_at_its_axes() -> None:
     assert train_preview.ticks(0, 400) == [0, 100, 200, 300, 400]
     for losses in ([0.5], [0.0, 0.0], [0.2, 0.1], [1 / step for step in range(1, 5001)]):
         assert train_preview.LossCurve(losses).draw().size == (train_preview.SIDE, train_preview.SIDE)
+
+
+def test_a_node_keeps_a_short_face_where_the_host_knows_of_one() -> None:
+    described = train_lora.HollowTrainLoRA.GET_NODE_INFO_V1()["input"]
+    told = {
+        name: more.get("advanced") for part in ("required", "optional") for name, (_, more) in described[part].items()
+    }
+    visible = {"hollow_unet", "activations", *train_lora.FACE}
+    if hasattr(io.Int.Input("of a host that knows"), "advanced"):
+        assert told == {name: None if name in visible else True for name in told}
+    else:
+        assert set(told.values()) == {None}
 
 
 def test_what_a_node_says_is_no_html(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -345,7 +345,7 @@ def test_nothing_half_written(tmp_path: Path, tiny_unet: TinyUNet) -> None:
 
 @pytest.mark.parametrize("layout", ["sd15", "sdxl"])
 def test_a_dora_is_the_trained_one_in_every_dialect_and_in_diffusers(tmp_path: Path, layout: str) -> None:
-    """Magnitudes stay fp32, where fp16 would round off a good part of what they change."""
+    """Magnitudes stay fp32."""
     pipeline = tiny_pipeline(layout)
     unet: UNet2DConditionModel = pipeline.unet
     add_lora(unet, 4, 2.0, ALL_LAYERS, dora=True, generator=torch.Generator().manual_seed(0))

@@ -153,6 +153,13 @@ def test_a_base_in_8_bits_takes_its_bits(sd21: Planner) -> None:
     assert small.bytes["weights"] / half.bytes["weights"] == pytest.approx(8.25 / 16, rel=0.005)  # but for what is kept
 
 
+def test_a_dora_takes_its_magnitudes_and_one_more_result_of_each_layer(tiny: Planner) -> None:
+    plain, dora = (tiny.peak("train", Setting(2, training=TrainSettings(dora=dora))).bytes for dora in (False, True))
+    assert plain["lora"] < dora["lora"] < 1.2 * plain["lora"]
+    assert plain["activations"] < dora["activations"] < 1.5 * plain["activations"]
+    assert "DoRA" in str(Setting(2, training=TrainSettings(dora=True)))
+
+
 def test_optimizer_states_in_8_bits(sd21: Planner) -> None:
     """Two bytes an element, and two scales of 4 bytes for each 256: published for bitsandbytes' block size."""
     peak = sd21.peak("train", REACH["rank 128, bf16, checkpointing, 8-bit base, 8-bit AdamW"][1])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from tiny_pipelines import tiny_pipeline
 from tiny_unets import SMALL
 
@@ -190,6 +191,7 @@ def train_on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str)
     pipeline = tiny_pipeline("sd15")
     pipeline.register_modules(unet=UNet2DConditionModel.from_config(CONFIG))
     pipeline.save_pretrained(folder / "model")
+    Image.new("RGB", (256, 256)).save(folder / "photo.png")
     monkeypatch.setattr(meter, "free_bytes", lambda _: 45 * 2**20)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     command = [
