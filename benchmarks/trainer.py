@@ -25,8 +25,9 @@ from PIL import Image, ImageOps
 from benchmarks import held_out
 from benchmarks.paper.figures import Figure, plain, signed
 from benchmarks.selective import loss
+from hollow_core.data import grid
 from hollow_core.data.images import TrainingImage, load_images, open_picture
-from hollow_core.demo import pictures, run, scorers, world
+from hollow_core.demo import run, scorers, world
 from hollow_core.files import write_bytes, write_png
 from hollow_core.lora import file as lora_file
 from hollow_core.lora.file import LoraFile
@@ -179,20 +180,23 @@ def optimizers(options: argparse.Namespace) -> None:
 def style(options: argparse.Namespace) -> None:
     """Learned with a hollow and without, and drawn."""
     rows: dict[str, list[Row]] = {}
-    shown: dict[str, tuple[list[Image.Image], str]] = {}
+    sheet: list[grid.Row] = []
     for number in range(1 if options.quick else STYLE_SETS):
         for name, drawn in _drawn_in_style(options, number):
             row = judged_style(drawn)
             rows.setdefault(name, []).append(row)
-            shown.setdefault(name, (drawn[:: held_out.SEEDS_A_SCENE], f"distance {row['distance']:.0f}"))
+            if number == 0:
+                titles = [] if sheet else [" ".join(asked) for asked in _asked()[:: held_out.SEEDS_A_SCENE]]
+                note = f"distance {row['distance']:.0f}"
+                sheet.append(grid.Row(name, drawn[:: held_out.SEEDS_A_SCENE], note, titles))
     print("\n| | distance from the colours | scene | class |\n|---|---|---|---|")
     for name, of_sets in rows.items():
         distance, *read = (Figure.of({(n, 0): row[what] for n, row in enumerate(of_sets)}) for what in of_sets[0])
         assert distance is not None
         print(f"| {name} | {distance.mean:.1f} ± {distance.spread:.1f} | {' | '.join(map(plain, read))} |", flush=True)
     learned = [image.picture for image in style_pictures(options.out / "style" / "set-0" / "references", 0)]
-    titles = [f"{kind}, {scene}" for kind, scene in _asked()[:: held_out.SEEDS_A_SCENE]]
-    pictures.save_grid(options.out / "style.png", learned[:5], shown, titles)
+    sheet.insert(0, grid.Row("learned from", learned[:5], f"and {len(learned) - 5} more"))
+    write_png(options.out / "style.png", grid.grid(sheet, cell=128))
 
 
 def in_style(picture: Image.Image) -> Image.Image:
