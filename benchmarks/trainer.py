@@ -84,8 +84,8 @@ def shapes(options: argparse.Namespace) -> None:
         subject, (drawn, as_squares) = world.HELD_OUT[number], names[name]
         write_mixed(folder / "references", subject, drawn)
         images = load_images(folder / "references", world.SIZE, square=as_squares)
-        lora = _learned(_request(options, images, subject, options.training), folder)
-        return held_out.scores(run.model(), subject, lora, options.sampling)
+        of_class = folder.parent / f"class of {'squares' if as_squares else 'buckets'}"
+        return _scores(options, subject, images, options.training, folder, of_class)
 
     _table(options, "shapes", list(names), measure)
     losses = {number: _base_losses(options, number) for number in options.subjects}
@@ -167,9 +167,7 @@ def optimizers(options: argparse.Namespace) -> None:
         if store.exists() and not (folder / "store").exists():
             shutil.copytree(store, folder / "store")
         images = held_out.references(folder.parent / "references", subject)
-        request = _request(options, images, subject, trainings[name])
-        lora = _learned(replace(request, class_folder=folder.parent / "class"), folder)
-        return held_out.scores(run.model(), subject, lora, options.sampling)
+        return _scores(options, subject, images, trainings[name], folder, folder.parent / "class")
 
     _table(options, "optimizers", list(trainings), measure)
 
@@ -269,12 +267,18 @@ def _drawn_in_style(options: argparse.Namespace, number: int) -> Iterator[tuple[
 # What all have
 
 
-def _request(
-    options: argparse.Namespace, images: Sequence[TrainingImage], subject: world.Subject, training: TrainSettings
-) -> Request:
-    """The demo's."""
+def _scores(
+    options: argparse.Namespace,
+    subject: world.Subject,
+    images: Sequence[TrainingImage],
+    training: TrainSettings,
+    folder: Path,
+    class_folder: Path,
+) -> Row:
+    """Of a training as the demo's is, on a single path, which is the shorter one, and as good at this cut."""
     setting = Setting(run.CUT, samples=options.samples, class_images=options.class_images, training=training)
-    return Request(images, subject.kind, run.IDENTIFIER, setting, keep=0)
+    lora = _learned(Request(images, subject.kind, run.IDENTIFIER, setting, class_folder, keep=0), folder)
+    return held_out.scores(run.model(), subject, lora, options.sampling, single_path=True)
 
 
 def _learned(request: Request, folder: Path) -> LoraFile:
