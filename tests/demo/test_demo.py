@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -53,6 +54,19 @@ def test_references_are_the_same_individual_on_five_backgrounds() -> None:
         assert not set(scenes) & set(world.NEW_SCENES)
         for (_, picture), twin in zip(world.reference_pictures(subject), again, strict=True):
             assert not ImageChops.difference(picture, twin).getbbox()
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 112)])
+def test_in_a_picture_that_is_no_square_the_subject_stands_near_an_end(shape: tuple[int, int]) -> None:
+    for number, subject in enumerate(world.HELD_OUT):
+        drawn, other = (
+            np.asarray(world.draw(each, "night", random.Random(number), shape), dtype=int)
+            for each in (subject, replace(subject, color="white", second="brown", accent="black"))
+        )
+        along = np.flatnonzero((drawn != other).any((0, 2) if shape[0] > shape[1] else (1, 2)))
+        margin = (max(shape) - min(shape)) // 2
+        assert along.min() < margin or along.max() >= max(shape) - margin
+        assert along.max() - along.min() < min(shape)
 
 
 def test_scorers_know_an_individual_from_another_of_its_class() -> None:
