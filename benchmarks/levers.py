@@ -25,7 +25,8 @@ from hollow_core.files import write_json
 from hollow_core.lora import file as lora_file
 from hollow_core.memory.setting import Setting
 from hollow_core.progress import Progress
-from hollow_core.road import Request, personalize
+from hollow_core.request import Request
+from hollow_core.road import personalize
 
 LEVERS: dict[str, dict[str, dict[str, Any]]] = {
     "fp32": {},

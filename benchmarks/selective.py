@@ -28,11 +28,11 @@ from hollow_core.lora import file as lora_file
 from hollow_core.lora.file import LoraFile
 from hollow_core.lora.layers import load_lora_state
 from hollow_core.memory.planner import GIB, Planner
-from hollow_core.memory.remedy import selective_peak
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel
 from hollow_core.nets.network import at_cut
-from hollow_core.road import Request, personalize
+from hollow_core.request import Request
+from hollow_core.road import personalize
 from hollow_core.training.selective import Probability, Strategy, count_by_time, falling, heat_map
 from hollow_core.training.settings import TrainSettings
 from hollow_core.training.steps import part_loss, read_parts
@@ -262,7 +262,8 @@ def sd15_rows() -> list[dict[str, Any]]:
                 flops = [planner.step_flops(each) for each in settings]
                 peak = planner.peak("train", settings[0]).total
                 if len(steps) == 2:
-                    peak = selective_peak(planner, replace(settings[1], low_resolution=steps[0][1]))
+                    both = replace(settings[1].training, strategy="selective")
+                    peak = planner.peak("train", replace(settings[1], low_resolution=steps[0][1], training=both)).total
                 rows.append(
                     {
                         "way": name if cut is None else f"{name}, hollowed",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .memory.planner import Planner as Planner
     from .memory.setting import Setting as Setting
     from .models.base_model import load as load
-    from .road import Request as Request
+    from .request import Request as Request
     from .road import personalize as personalize
     from .sampling.sample import SampleSettings as SampleSettings
     from .sampling.sample import sample as sample
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 _BEHIND = {
     "HollowError": "errors.HollowError",
     "Planner": "memory.planner.Planner",
-    "Request": "road.Request",
+    "Request": "request.Request",
     "SampleSettings": "sampling.sample.SampleSettings",
     "Setting": "memory.setting.Setting",
     "TrainSettings": "training.settings.TrainSettings",

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Progress(NamedTuple):
@@ -13,6 +13,8 @@ class Progress(NamedTuple):
     steps: int  # steps in all
     seconds_left: float  # an estimate from the steps of this run
     loss: float | None = None  # of this step, where there is one
+    validation: float | None = None  # the latest loss of held-out pictures, where there are any
+    learning_rate: float | None = None  # of this step
     as_used: Callable[[], AbstractContextManager[None]] = nullcontext
     """While inside, what is made is as it would be given out now, where that is another than what is worked on."""
 
@@ -23,10 +25,10 @@ class Clock:
     def __init__(self, done: int, steps: int) -> None:
         self._first, self._steps, self._started = done, steps, time.monotonic()
 
-    def __call__(self, step: int, loss: float | None = None) -> Progress:
-        """`step` steps are done now."""
+    def __call__(self, step: int, loss: float | None = None, **more: Any) -> Progress:
+        """`step` steps are done now; `more` goes by the names of Progress."""
         seconds_a_step = (time.monotonic() - self._started) / (step - self._first)
-        return Progress(step, self._steps, seconds_a_step * (self._steps - step), loss)
+        return Progress(step, self._steps, seconds_a_step * (self._steps - step), loss, **more)
 
 
 Watch = Callable[[Progress], object]

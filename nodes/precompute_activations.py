@@ -23,6 +23,7 @@ class HollowPrecompute(io.ComfyNode):
             "in output/hollow. Cancel keeps what is done; the same inputs again cost nothing.",
             is_input_list=True,  # pictures and captions come as a batch or as lists
             hidden=[io.Hidden.unique_id],
+            face=("samples", "name"),
             inputs=[
                 HollowUNetType.Input("hollow_unet", tooltip="From Hollow U-Net."),
                 io.Latent.Input(

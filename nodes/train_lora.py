@@ -13,6 +13,7 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedulefree")
 LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
 LORA_PRECISIONS = ("fp32", "bf16")
+FACE = ("rank", "steps", "learning_rate", "precision", "gradient_checkpointing", "batch")  # what most people change
 
 
 class HollowTrainLoRA(io.ComfyNode):
@@ -28,6 +29,7 @@ class HollowTrainLoRA(io.ComfyNode):
             description="Trains a LoRA on the hollowed U-Net, which alone is in memory meanwhile. Cancel stops within "
             "a step and keeps what is done; the same settings again go on from there.",
             hidden=[io.Hidden.unique_id],
+            face=FACE,
             inputs=[
                 HollowUNetType.Input("hollow_unet", tooltip="The one that went into Precompute Activations."),
                 HollowActivationsType.Input("activations", tooltip="From Precompute Activations."),
@@ -197,6 +199,12 @@ class HollowTrainLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="Decay of an average over the steps that comes out in the LoRA's place, such as 0.99: "
                     "calmer than the last step. 0 does without.",
+                ),
+                io.Boolean.Input(
+                    "dora",
+                    default=False,
+                    optional=True,
+                    tooltip="Train a magnitude for each output of a layer, too (DoRA): slower, and in fp32.",
                 ),
             ],
             outputs=[

@@ -18,7 +18,8 @@ from hollow_core.errors import HollowError
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel, load
 from hollow_core.progress import Progress
-from hollow_core.road import Request, personalize
+from hollow_core.request import Request
+from hollow_core.road import personalize
 from hollow_core.sampling.prior import class_latents
 from hollow_core.training.precompute import model_id
 from hollow_core.training.settings import TrainSettings
@@ -41,7 +42,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def ask(photos: Path, *, images: list[TrainingImage] | None = None, thumbnail: bool = False, **setting: Any) -> Request:
-    images = load_images(photos, 128) if images is None else images
+    images = load_images(photos, 128, square=True) if images is None else images
     training = TrainSettings(rank=2, steps=6, save_every=2)
     return Request(
         images, "dog", setting=Setting(**{"samples": 12, "training": training} | setting), thumbnail=thumbnail
@@ -174,7 +175,7 @@ def test_what_the_request_tells_is_refused_before_the_model_loads(tmp_path: Path
         (ask(photos, low_resolution=60, training=TrainSettings(strategy="selective")), "60 is no multiple of 8"),
         (
             ask(photos, resolution=512),
-            "are 128 pixels square, but the setting's resolution is 512",
+            "is 128×128 pixels, but the setting's resolution is 512",
         ),
         (ask(photos, samples=1, class_images=2), "1 records are too few. Ask for at least 2"),
     ]:
@@ -202,7 +203,7 @@ def test_class_pictures_of_another_model_are_not_taken(model_folder: Path, photo
         model = load(base)
         told.clear()
         folder, made_by = tmp_path / "class", model_id(model.network)
-        class_latents(model, ["a dog"] * 4, folder, made_by=made_by, resolution=128, steps=1, progress=told.append)
+        class_latents(model, [("a dog", (128, 128))] * 4, folder, made_by=made_by, steps=1, progress=told.append)
 
     run(model_folder)
     (tmp_path / "class" / "class-00001.safetensors").unlink()
@@ -218,10 +219,11 @@ def test_class_pictures_of_another_model_are_not_taken(model_folder: Path, photo
 def test_class_pictures_drawn_together_are_what_each_would_be_alone(model_folder: Path, tmp_path: Path) -> None:
     """Those that are missing, whichever they are."""
     model, prompts = load(model_folder), ["a dog", "a dog on the moon", "a dog", "a dog"]
-    asked: dict[str, Any] = {"made_by": model_id(model.network), "resolution": 128, "steps": 2}
-    alone = class_latents(model, prompts, tmp_path / "alone", **asked)
-    class_latents(model, prompts[:1], tmp_path / "three", **asked)
-    together = class_latents(model, prompts, tmp_path / "three", together=3, **asked)
+    asked_of = [(prompt, (128, 128)) for prompt in prompts]
+    asked: dict[str, Any] = {"made_by": model_id(model.network), "steps": 2}
+    alone = class_latents(model, asked_of, tmp_path / "alone", **asked)
+    class_latents(model, asked_of[:1], tmp_path / "three", **asked)
+    together = class_latents(model, asked_of, tmp_path / "three", together=3, **asked)
     for mine, expected in zip(together, alone, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-4)
 

@@ -20,7 +20,8 @@ from hollow_core.memory.planner import GIB
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel
 from hollow_core.progress import Progress
-from hollow_core.road import Request, personalize
+from hollow_core.request import Request
+from hollow_core.road import personalize
 from hollow_core.training.settings import DTYPES, TrainSettings
 from hollow_core.training.train import CHECKPOINT
 

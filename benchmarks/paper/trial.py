@@ -11,6 +11,7 @@ import torch
 from benchmarks import held_out
 from hollow_core.data.prompts import generic_prompt
 from hollow_core.demo import run, world
+from hollow_core.demo.run import LORA_FILE
 from hollow_core.files import read_json, read_safetensors, write_json, write_safetensors
 from hollow_core.lora import file as lora_file
 from hollow_core.lora.file import LoraFile
@@ -18,7 +19,7 @@ from hollow_core.lora.metadata import recipe_for
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel, encode_prompt
 from hollow_core.nets.network import Network, at_cut
-from hollow_core.road import LORA_FILE, Request, class_prompts, make_examples
+from hollow_core.request import Request, make_examples
 from hollow_core.sampling.prior import class_latents
 from hollow_core.sampling.sample import SampleSettings
 from hollow_core.training.precompute import Example, model_id, precompute
@@ -156,8 +157,7 @@ def _examples(trial: Trial, base: BaseModel) -> list[Example]:
         name = f"subject-{trial.subject}-seed-{trial.seed}" + (f"-{way.called}" if way.called else "")
         of_class = trial.out / "class" / name
         made_by = model_id(base.network)
-        prompts = class_prompts(request)
-        drawn = class_latents(base, prompts, of_class, made_by=made_by, resolution=world.SIZE, seed=trial.seed)
+        drawn = class_latents(base, request.drawn, of_class, made_by=made_by, seed=trial.seed)
     examples = make_examples(base, request, drawn)
     of_subject, of_class_word = ([one for one in examples if one.kind == which] for which in ("image", "prior"))
     worded = [base_prompts(way.generic, example.personal_prompt, kind) for example in of_subject]

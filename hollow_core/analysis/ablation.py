@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
 
 from ..lora.file import LoraFile
+from ..lora.layers import is_dora
 from ..models.base_model import BaseModel
 from ..nets.unet_layers import Layer, layers
 from ..sampling.sample import SampleSettings, encode, portions
@@ -89,6 +90,9 @@ def grid(ablation: Ablation, prompt: str) -> Image.Image:
 
 
 def _without(lora: LoraFile, block: Layer) -> LoraFile:
+    if is_dora(lora.state):  # whose magnitudes go with the matrices
+        gone = {key for key in lora.state if inside(key.rsplit(".lora_", 1)[0], block)}
+        return lora._replace(state={key: each for key, each in lora.state.items() if key not in gone})
     off = dict.fromkeys(block.modules, 0.0)
     state = {
         key: matrix * factor_of(key.rsplit(".lora_", 1)[0], off) if key.endswith("lora_B.weight") else matrix

@@ -45,8 +45,16 @@ class LoraPrecision(str, Enum):
 class BaseBits(str, Enum):
     """How many bits a weight of the base may take."""
 
+    off = "off"
     eight = "8"
     four = "4"
+
+
+class Layers(str, Enum):
+    """Where in the U-Net there is a LoRA."""
+
+    attention = "attention"
+    all = "all"
 
 
 class OptimizerKind(str, Enum):
@@ -61,7 +69,7 @@ class OptimizerKind(str, Enum):
 
 
 class LRSchedule(str, Enum):
-    """How the learning rate goes along the training."""
+    """How the learning rate goes along a training."""
 
     constant = "constant"
     linear = "linear"
@@ -78,54 +86,119 @@ class Prediction(str, Enum):
     sample = "sample"
 
 
+# The groups of `--help`.
+PICTURES = "Pictures"
+PROMPTS = "Captions and prompts"
+LORA = "LoRA"
+TRAINING = "Training"
+CLASS_PICTURES = "Class pictures"
+MEMORY = "Memory"
+ZEROTH_ORDER = "Zeroth order"
+FILES = "Files"
+MODEL = "Model and device"
+
+UNLESS_CHOSEN = "off, unless chosen to fit"
+
+LayersOption = Annotated[
+    Layers,
+    typer.Option(
+        help="attention: the four projections of self- and cross-attention, as in the paper. all: convolutions and feed-forward too, which learn more in fewer steps, in a file several times as large.",
+        rich_help_panel=LORA,
+    ),
+]
+Dora = Annotated[
+    bool,
+    typer.Option(
+        help="Train DoRA, a magnitude for each output of a layer, too: slower, and in fp32.",
+        show_default="off",
+        rich_help_panel=LORA,
+    ),
+]
+LoraPrecisionOption = Annotated[
+    LoraPrecision,
+    typer.Option(
+        help="Of the LoRA, its gradients and AdamW's states; bf16 halves them and rounds small updates away.",
+        rich_help_panel=LORA,
+    ),
+]
 Optimizer = Annotated[
     OptimizerKind,
     typer.Option(
-        help="AdamW with states in fp32, or in 8 bits by bitsandbytes: a quarter of their memory. prodigy finds its rate itself, for twice the memory; adafactor takes nearly none, lion half; schedulefree gives out an average. These four need pytorch-optimizer."
+        help="AdamW with states in fp32, or in 8 bits by bitsandbytes: a quarter of their memory. prodigy finds its rate itself, for twice the memory; adafactor takes nearly none, lion half; schedulefree gives out an average. These four need pytorch-optimizer.",
+        rich_help_panel=TRAINING,
     ),
 ]
 FusedBackward = Annotated[
     bool,
     typer.Option(
-        help="Update each matrix as its gradient comes, so that gradients never all exist; needs --max-grad-norm inf and no class images."
+        help="Update each matrix as its gradient comes, so that gradients never all exist; needs --max-grad-norm inf and no class images.",
+        show_default="off",
+        rich_help_panel=MEMORY,
     ),
 ]
-LoraPrecisionOption = Annotated[
-    LoraPrecision,
-    typer.Option(help="Of the LoRA, its gradients and AdamW's states; bf16 halves them and rounds small updates away."),
-]
 BaseBitsOption = Annotated[
-    BaseBits | None,
+    BaseBits,
     typer.Option(
-        help="Quantise the base model's weights to 8 or 4 bits: a quarter or an eighth of the memory of fp32. (default: off)"
+        help="Quantise the base model's weights to 8 or 4 bits: a quarter or an eighth of the memory of fp32.",
+        show_default=UNLESS_CHOSEN,
+        rich_help_panel=MEMORY,
     ),
 ]
 Stream = Annotated[
     bool,
     typer.Option(
-        help="Keep the weights of U-Net and text encoders in main memory and bring each to the GPU when it is needed: slower."
+        help="Keep the weights of U-Net and text encoders in main memory and bring each to the GPU when it is needed: slower.",
+        show_default=UNLESS_CHOSEN,
+        rich_help_panel=MEMORY,
     ),
 ]
-CheckpointLevels = Annotated[
-    int | None,
-    typer.Option(help="With --checkpointing: how many levels of the U recompute, from the outermost. (default: all)"),
-]
 StreamMiddle = Annotated[
-    bool, typer.Option(help="The same for the middle alone, while precomputing: then it takes no more than training.")
-]
-Together = Annotated[
-    int,
+    bool,
     typer.Option(
-        help="How many of a step's records, those of the class included, pass the U-Net at once, how many while precomputing (8 at most), and how many class pictures are drawn: faster, for the memory of so many."
+        help="The same for the middle alone, while precomputing: then it takes no more than training.",
+        show_default=UNLESS_CHOSEN,
+        rich_help_panel=MEMORY,
     ),
 ]
 TiledVae = Annotated[
     bool,
-    typer.Option(help="Encode and decode pictures in overlapping tiles of half the side: less memory for large ones."),
+    typer.Option(
+        help="Encode and decode pictures in overlapping tiles of half the side: less memory for large ones.",
+        show_default=UNLESS_CHOSEN,
+        rich_help_panel=MEMORY,
+    ),
+]
+Checkpointing = Annotated[
+    bool,
+    typer.Option(
+        help="Recompute activations: less memory, a third more time.",
+        show_default=UNLESS_CHOSEN,
+        rich_help_panel=MEMORY,
+    ),
+]
+CheckpointLevels = Annotated[
+    int | None,
+    typer.Option(
+        help="With --checkpointing: how many levels of the U recompute, from the outermost. (default: all, unless chosen to fit)",
+        rich_help_panel=MEMORY,
+    ),
+]
+Together = Annotated[
+    int,
+    typer.Option(
+        help="How many of a step's records, those of the class included, pass the U-Net at once, how many while precomputing (8 at most), and how many class pictures are drawn: faster, for the memory of so many.",
+        show_default="1, unless chosen to fit",
+        rich_help_panel=MEMORY,
+    ),
 ]
 PredictionType = Annotated[
     Prediction | None,
-    typer.Option(help="What the U-Net predicts, where the model does not tell. (default: as it tells)"),
+    typer.Option(
+        help="What the U-Net predicts, where the model does not tell. (default: as it tells)", rich_help_panel=MODEL
+    ),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cuda, mps or cpu. (default: the GPU if there is one)", rich_help_panel=MODEL)
 ]
 
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the GPU if there is one)")]
@@ -144,7 +217,8 @@ def setting_of(
     optimizer: OptimizerKind,
     lora_precision: LoraPrecision,
     checkpointing: bool,
-    base_bits: BaseBits | None,
+    layers: Layers,
+    base_bits: BaseBits,
     stream: bool,
     stream_middle: bool,
     tiled_vae: bool,
@@ -156,6 +230,7 @@ def setting_of(
     **training: Any,
 ) -> "Setting":
     """What the options say; `training` are those that `TrainSettings` calls by the same name."""
+    from ..lora.layers import ALL_LAYERS, ATTENTION
     from ..memory.setting import Setting
     from ..training.settings import TrainSettings
 
@@ -170,6 +245,7 @@ def setting_of(
         tiled_vae=tiled_vae,
         low_resolution=low_resolution,
         training=TrainSettings(
+            targets=ATTENTION if layers is Layers.attention else ALL_LAYERS,
             optimizer=optimizer.value,
             lora_precision=lora_precision.value,
             gradient_checkpointing=checkpointing,
@@ -178,17 +254,20 @@ def setting_of(
     )
 
 
-def load_model(path: Path, precision: Precision, prediction_type: Prediction | None) -> Any:
+def load_model(path: Path, precision: str, prediction_type: Prediction | None) -> Any:
     """`load`, as the options say."""
     from ..models.base_model import load
     from ..training.settings import DTYPES
 
-    return load(path, DTYPES[precision.value], prediction_type=prediction_type.value if prediction_type else None)
+    return load(
+        path, DTYPES[Precision(precision).value], prediction_type=prediction_type.value if prediction_type else None
+    )
 
 
-def bits_of(asked: BaseBits | None) -> "Bits | None":
+def bits_of(asked: BaseBits) -> "Bits | None":
     """The number, None for none."""
-    return None if asked is None else (8 if asked is BaseBits.eight else 4)
+    bits: dict[BaseBits, Bits | None] = {BaseBits.off: None, BaseBits.eight: 8, BaseBits.four: 4}
+    return bits[asked]
 
 
 def device_of(asked: str | None) -> str:

@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from ..errors import HollowError
 from ..progress import Progress
-from .app import app, console
+from .app import app, say
 from .options import (
+    LORA,
+    MEMORY,
+    PICTURES,
+    TRAINING,
+    BaseBits,
     BaseBitsOption,
+    Checkpointing,
     CheckpointLevels,
+    Dora,
     FusedBackward,
     Json,
+    Layers,
+    LayersOption,
     LoraPrecision,
     LoraPrecisionOption,
     Optimizer,
@@ -67,24 +75,26 @@ def cuts(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="sd15, sd21, sdxl, or a diffusers folder or .safetensors checkpoint.")],
-    resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. (default: the model's own)")] = None,
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
-    batch: Annotated[int, typer.Option(help="Records a step.")] = 1,
-    together: Together = 1,
-    samples: Annotated[int, typer.Option(help="Records to precompute.")] = 200,
-    class_images: Annotated[int, typer.Option(help="Pictures of the class that the base model draws; 0 does without.")] = 0,
-    precision: Annotated[list[Precision] | None, typer.Option(help="Of the base model and the arithmetic; may be given several times. (default: fp32, and bf16 where a budget asks for it)")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. (default: the model's own)", rich_help_panel=PICTURES)] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA.", rich_help_panel=LORA)] = 16,
+    layers: LayersOption = Layers.attention,
+    dora: Dora = False,
     lora_precision: LoraPrecisionOption = LoraPrecision.fp32,
+    batch: Annotated[int, typer.Option(help="Records a step.", rich_help_panel=TRAINING)] = 1,
+    samples: Annotated[int, typer.Option(help="Records to precompute.", rich_help_panel=TRAINING)] = 200,
+    class_images: Annotated[int, typer.Option(help="Pictures of the class that the base model draws; 0 does without.", rich_help_panel=TRAINING)] = 0,
     optimizer: Optimizer = OptimizerKind.adamw,
-    fused_backward: FusedBackward = False,
-    base_bits: BaseBitsOption = None,
+    budget: Annotated[str | None, typer.Option(help="Free memory, such as 4GB: pick the least hollowing and the fastest settings that fit. (default: none, a table of all)", rich_help_panel=MEMORY)] = None,
+    cut: Annotated[list[int] | None, typer.Option(help="May be given several times; -1 is an ordinary LoRA on all of the U-Net. (default: all that leave enough to train)", rich_help_panel=MEMORY)] = None,
+    precision: Annotated[list[Precision] | None, typer.Option(help="Of the base model and the arithmetic; may be given several times. (default: fp32, and bf16 where a budget asks for it)", rich_help_panel=MEMORY)] = None,
+    together: Together = 1,
+    checkpointing: Checkpointing = False,
+    checkpoint_levels: CheckpointLevels = None,
+    base_bits: BaseBitsOption = BaseBits.off,
+    tiled_vae: TiledVae = False,
     stream: Stream = False,
     stream_middle: StreamMiddle = False,
-    tiled_vae: TiledVae = False,
-    checkpointing: Annotated[bool, typer.Option(help="Recompute activations. With a budget, --together 1, this, an 8-bit base and, last, streaming are tried.")] = False,
-    checkpoint_levels: CheckpointLevels = None,
-    cut: Annotated[list[int] | None, typer.Option(help="May be given several times; -1 is an ordinary LoRA on all of the U-Net. (default: all that leave enough to train)")] = None,
-    budget: Annotated[str | None, typer.Option(help="Free memory, such as 4GB: pick the least hollowing and the fastest settings that fit. (default: none, a table of all)")] = None,
+    fused_backward: FusedBackward = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """What each cut will need: memory, disk and operations, before anything is loaded and without a GPU."""
@@ -100,6 +110,8 @@ def plan(
         stream_middle=stream_middle,
         tiled_vae=tiled_vae,
         rank=rank,
+        layers=layers,
+        dora=dora,
         batch=batch,
         together=together,
         checkpointing=checkpointing,
@@ -130,21 +142,17 @@ def plan(
         fit = Planner(model).fit(available, setting, **({"precisions": precisions} if precisions else {}))
         predictions = [fit.prediction]
         rows = [fit.prediction.row() | {"gave_up": list(fit.gave_up)}]
-        _say(f"Fits into {budget}: {fit.prediction.setting}. Given up: {', '.join(fit.gave_up) or 'nothing'}.")
+        say(f"Fits into {budget}: {fit.prediction.setting}. Given up: {', '.join(fit.gave_up) or 'nothing'}.")
         if (drawing := fit.prediction.stages["sample"].total) > available:
-            _say(f"To sample with it as `hollow sample` does takes more, {drawing / 2**30:.2f} GiB.")
+            say(f"To sample with it as `hollow sample` does takes more, {drawing / 2**30:.2f} GiB.")
     if as_json:
         print(json.dumps(rows if budget is None else rows[0], indent=1))
         return
-    for table in _tables(predictions):
+    for table in tables(predictions):
         Console().print(table)
 
 
-def _say(sentence: str) -> None:
-    console.print(Text(sentence), soft_wrap=True)
-
-
-def _tables(predictions: "list[Prediction]") -> list[Table]:
+def tables(predictions: "list[Prediction]") -> list[Table]:
     """What each stage needs, and what the bytes of training are for."""
     stages = list(predictions[0].stages)
     of_stages = Table("setting", *stages, "store, MiB", "TFLOP a step", title="peak memory, GiB")

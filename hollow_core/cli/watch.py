@@ -25,7 +25,7 @@ def quiet() -> None:
 
 @contextmanager
 def watching() -> Iterator[Any]:
-    """Progress bars on stderr, one a stage, with loss, time left and memory in use."""
+    """Progress bars on stderr, one a stage, with losses, time left and memory in use."""
     from ..memory.meter import used_bytes
 
     columns = (
@@ -43,6 +43,8 @@ def watching() -> Iterator[Any]:
                 tasks[stage] = bars.add_task(stage, total=done.steps, note="")
             minutes, seconds = divmod(round(done.seconds_left), 60)
             note = f"{minutes}:{seconds:02} left, {used_bytes() / 2**30:.2f} GiB"
+            if done.validation is not None:
+                note = f"validation {done.validation:.4f}, {note}"
             if done.loss is not None:
                 note = f"loss {done.loss:.4f}, {note}"
             bars.update(tasks[stage], completed=done.step, note=note)

@@ -1,12 +1,12 @@
-"""A contact sheet: training pictures small and whole, what the crop takes away dimmed, and what is learned of each."""
+"""A contact sheet: training pictures small and whole, what crop and mask take away dimmed, what is learned of each."""
 
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .grid import font
 from .images import TrainingImage
 
 CELL = 240  # pixels; text is readable where a sheet of three columns is shown half as large
@@ -21,7 +21,7 @@ class Cell(NamedTuple):
     """One picture on the sheet."""
 
     picture: Image.Image
-    """RGB and whole, no side longer than `CELL`, what the crop takes away dimmed."""
+    """RGB and whole, no side longer than `CELL`, what crop and mask take away dimmed."""
     caption: str
     size: tuple[int, int]
     """Width and height in pixels at which it is learned."""
@@ -37,35 +37,28 @@ def cell(whole: Image.Image, image: TrainingImage, caption: str) -> Cell:
     left, top, right, bottom = (round(edge * scale) for edge in image.crop)
     kept = picture.crop((left, top, right, bottom))
     picture = Image.blend(picture, Image.new("RGB", picture.size, DIM), 0.7)
-    picture.paste(kept, (left, top))
+    picture.paste(kept, (left, top), image.mask and image.mask.resize(kept.size))
     return Cell(picture, caption, image.picture.size, image.picture.width / (image.crop[2] - image.crop[0]))
 
 
-def contact_sheet(cells: Sequence[Cell]) -> Image.Image:
-    """The first twelve of `cells` with caption and size, and how many more there are, as an RGB picture."""
-    drawn = cells[: COLUMNS * ROWS]
+def contact_sheet(cells: Sequence[Cell], most: int = COLUMNS * ROWS) -> Image.Image:
+    """The first of `cells`, at most so many, with caption and size, and how many more there are, as an RGB picture."""
+    drawn = cells[:most]
     more = len(cells) - len(drawn)
     columns = min(len(drawn), COLUMNS)
     row_height = CELL + 3 * LINE + GAP
     height = GAP + -(-len(drawn) // columns) * row_height + (LINE + GAP) * bool(more)
     sheet = Image.new("RGB", (GAP + columns * (CELL + GAP), height), PAPER)
-    pen, font = ImageDraw.Draw(sheet), _font()
+    pen, letters = ImageDraw.Draw(sheet), font(20)
     for number, each in enumerate(drawn):
         left, top = GAP + number % columns * (CELL + GAP), GAP + number // columns * row_height
         sheet.paste(each.picture, (left + (CELL - each.picture.width) // 2, top + (CELL - each.picture.height) // 2))
-        for line, text in enumerate(_lines(each.caption, font)):
-            pen.text((left, top + CELL + 4 + line * LINE), text, INK, font)
-        pen.text((left, top + CELL + 4 + 2 * LINE), *_size(each), font)
+        for line, text in enumerate(_lines(each.caption, letters)):
+            pen.text((left, top + CELL + 4 + line * LINE), text, INK, letters)
+        pen.text((left, top + CELL + 4 + 2 * LINE), *_size(each), letters)
     if more:
-        pen.text((GAP, height - LINE - GAP), f"+ {more} more", GRAY, font)
+        pen.text((GAP, height - LINE - GAP), f"+ {more} more", GRAY, letters)
     return sheet
-
-
-def _font() -> ImageFont.FreeTypeFont:
-    """DejaVu, which comes with matplotlib: Pillow's own font has no letters beyond English."""
-    import matplotlib
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 20)
 
 
 def _lines(text: str, font: ImageFont.FreeTypeFont) -> list[str]:

@@ -1,14 +1,20 @@
 """Training pictures from a folder: upright, without alpha, cropped and never squashed."""
 
+import glob
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import HollowError
+from .prompts import Subject
 
 # Apple's .heic and .heif are listed so that they are refused by name, not passed over in silence.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
+CAPTIONS = (".txt", ".caption")  # what a caption's file ends with; the first that is there counts
+MASK = "-mask"  # behind the name of a picture: its mask
 MAX_UPSCALE = 8
 GRID = 64  # pixels, of which the sides of a picture that is no square are multiples
 
@@ -19,22 +25,56 @@ class TrainingImage(NamedTuple):
     picture: Image.Image
     """RGB, at the size at which it is learned."""
     caption: str | None
-    """The text of NAME.txt beside NAME.png, None without one."""
+    """The text of NAME.txt or NAME.caption beside NAME.png, None without one."""
     name: str
     """The file's name, with its suffix."""
     crop: tuple[int, int, int, int]
     """What is kept of the upright original: left, top, right, bottom in its pixels."""
+    whole: tuple[int, int] | None = None
+    """Width and height of the upright original in pixels; None: it ends with the crop."""
+    mask: Image.Image | None = None
+    """How much each pixel of `picture` counts, from black to white (mode L); None: all alike."""
+    repeats: int = 1
+    """How often it is learned for once of the others."""
+    subject: Subject | None = None
+    """Whom it shows, where its folder says so."""
+    path: Path | None = None
+    """Where the original is, if on a disk."""
+
+    @property
+    def time_ids(self) -> tuple[int, int, int, int, int, int]:
+        """What SDXL is told of it: the original's height and width, top and left of the crop, height and width; all in
+        pixels, the crop in those of the original scaled as the picture is (Podell et al. 2023, section 2.2)."""
+        left, top, right, bottom = self.crop
+        width, height = self.picture.size
+        whole = self.whole or (right, bottom)
+        across, down = round(left * width / (right - left)), round(top * height / (bottom - top))
+        return whole[1], whole[0], down, across, height, width
 
 
-def load_images(folder: Path, resolution: int) -> list[TrainingImage]:
-    """Every picture of `folder`, by name, centre-cropped and scaled to `resolution` pixels square.
+def load_images(
+    folder: Path, resolution: int, *, square: bool = False, alpha_mask: bool = False
+) -> list[TrainingImage]:
+    """Every picture of `folder`, by name, centre-cropped and scaled to its size, which `size_near` gives.
 
-    Raises HollowError for a folder that is missing or without pictures, for a file that is no picture, and
-    for one so small that it would be enlarged more than eight times.
+    With `square` it is `resolution` pixels square. A file NAME-mask.png beside NAME.jpg is the picture's mask; with
+    `alpha_mask` what is transparent in a picture without one counts as black there. Raises HollowError for a folder
+    that is missing or without pictures, for a file that is no picture, for one so small that it would be enlarged more
+    than eight times, for a mask that does not fit, and for a resolution that is no multiple of 64 (`square`: 8).
     """
     check_resolution(resolution)
-    size = (resolution, resolution)
-    return [fit(open_picture(path), size, path.name, caption_of(path)) for path in training_paths(folder)]
+    return [load_image(path, resolution, square, alpha_mask) for path in training_paths(folder)]
+
+
+def load_image(path: Path, resolution: int, square: bool = False, alpha_mask: bool = False) -> TrainingImage:
+    """One picture, as `load_images` loads it."""
+    check_resolution(resolution)
+    with opened(path) as file:
+        picture, alpha = upright_rgb(file), _alpha(file) if alpha_mask else None
+    mask = _mask(path, picture.size) or alpha
+    size = (resolution, resolution) if square else size_near(*picture.size, resolution)
+    image = fit(picture, size, path.name, caption_of(path), mask)
+    return image._replace(path=path)
 
 
 def training_paths(folder: Path) -> list[Path]:
@@ -50,7 +90,9 @@ def picture_paths(folder: Path) -> list[Path]:
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise HollowError(f"{folder} {what}. Give the folder that holds your pictures.")
-    return sorted(path for path in folder.iterdir() if is_picture(path))
+    paths = sorted(path for path in folder.iterdir() if is_picture(path))
+    names = {path.stem for path in paths}
+    return [path for path in paths if not (path.stem.endswith(MASK) and path.stem.removesuffix(MASK) in names)]
 
 
 def is_picture(path: Path) -> bool:
@@ -60,9 +102,16 @@ def is_picture(path: Path) -> bool:
 
 def open_picture(path: Path) -> Image.Image:
     """One picture, whole and upright. Raises HollowError for a file that is none."""
+    with opened(path) as file:
+        return upright_rgb(file)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture as it lies in its file. Raises HollowError for a file that is none, also inside."""
     try:
         with Image.open(path) as file:
-            return upright_rgb(file)
+            yield file
     except Image.DecompressionBombError as error:
         raise HollowError(f"{path} has too many pixels ({error}). Scale it down first.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
@@ -72,20 +121,34 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def caption_of(path: Path) -> str | None:
-    """The text of NAME.txt beside the picture NAME.png, None without one. Raises HollowError if it is no UTF-8."""
-    path = path.with_suffix(".txt")
-    try:
-        return path.read_text(encoding="utf-8-sig").strip() or None
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise HollowError(f"The caption {path} is no readable text. Save it as UTF-8, or remove it.") from error
+    """The text of NAME.txt or NAME.caption beside the picture NAME.png, None without. Raises HollowError if it is no
+    UTF-8."""
+    for text in caption_paths(path):
+        try:
+            return text.read_text(encoding="utf-8-sig").strip() or None
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            raise HollowError(f"The caption {text} is no readable text. Save it as UTF-8, or remove it.") from error
+    return None
 
 
-def fit(picture: Image.Image, size: tuple[int, int], name: str, caption: str | None = None) -> TrainingImage:
-    """An upright RGB picture, centre-cropped to the shape of `size` (width, height in pixels) and scaled to it.
+def caption_paths(path: Path) -> list[Path]:
+    """Where a picture's caption may be; the first that is there counts."""
+    return [path.with_suffix(suffix) for suffix in CAPTIONS]
 
-    Raises HollowError for one that would be enlarged more than eight times.
+
+def fit(
+    picture: Image.Image,
+    size: tuple[int, int],
+    name: str,
+    caption: str | None = None,
+    mask: Image.Image | None = None,
+) -> TrainingImage:
+    """An upright RGB picture, centre-cropped to the shape of `size` (width, height in pixels) and scaled to it, and so
+    its mask, of the picture's size.
+
+    Raises HollowError for one that would be enlarged more than eight times, and where the mask leaves nothing.
     """
     crop = centre_crop(*picture.size, size)
     if (crop[2] - crop[0]) * MAX_UPSCALE < size[0] or (crop[3] - crop[1]) * MAX_UPSCALE < size[1]:
@@ -93,13 +156,50 @@ def fit(picture: Image.Image, size: tuple[int, int], name: str, caption: str | N
             f"{name} is only {picture.width}×{picture.height} pixels. "
             f"Take a picture of at least {min(size) // MAX_UPSCALE} pixels a side, better {min(size)}."
         )
-    return TrainingImage(picture.resize(size, Image.Resampling.LANCZOS, box=crop), caption, name, crop)
+    scaled = picture.resize(size, Image.Resampling.LANCZOS, box=crop)
+    if mask is not None:
+        mask = mask.resize(size, Image.Resampling.BILINEAR, box=crop)
+        if not mask.getbbox():
+            raise HollowError(f"The mask of {name} is black all over. Paint white what is to be learned, or remove it.")
+    return TrainingImage(scaled, caption, name, crop, picture.size, mask)
 
 
-def at_resolution(image: TrainingImage, resolution: int) -> TrainingImage:
-    """The same picture at `resolution` pixels square, for BP-low. Raises HollowError if that is no multiple of 8."""
-    check_resolution(resolution)
-    return image._replace(picture=image.picture.resize((resolution, resolution), Image.Resampling.LANCZOS))
+def smaller(image: TrainingImage, factor: float) -> TrainingImage:
+    """The same picture at about `factor` times its size, its sides multiples of 8 pixels; for BP-low.
+
+    What no longer fits the shape is cropped.
+    """
+    width, height = (max(round(side * factor / 8), 1) * 8 for side in image.picture.size)
+    box = centre_crop(*image.picture.size, (width, height))
+    picture = image.picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    mask = image.mask and image.mask.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    scale = (image.crop[2] - image.crop[0]) / image.picture.width
+    left, top = image.crop[:2]
+    crop = (left + box[0] * scale, top + box[1] * scale, left + box[2] * scale, top + box[3] * scale)
+    a, b, c, d = map(round, crop)
+    return image._replace(picture=picture, mask=mask, crop=(a, b, c, d))
+
+
+def _mask(path: Path, size: tuple[int, int]) -> Image.Image | None:
+    """NAME-mask.png beside a picture of `size`, None without one."""
+    for beside in sorted(path.parent.glob(f"{glob.escape(path.stem)}{MASK}.*")):
+        if not is_picture(beside):
+            continue
+        with opened(beside) as file:
+            mask = upright_rgb(file).convert("L")
+        if abs(mask.width * size[1] - mask.height * size[0]) > 0.02 * mask.width * size[1]:
+            raise HollowError(
+                f"The mask {beside} is {mask.width}×{mask.height} pixels, its picture {size[0]}×{size[1]}. "
+                "Draw it on the picture, in the same shape."
+            )
+        return mask.resize(size, Image.Resampling.BILINEAR)
+    return None
+
+
+def _alpha(picture: Image.Image) -> Image.Image | None:
+    """How opaque a picture is, upright; None where it is so all over."""
+    picture = ImageOps.exif_transpose(picture)
+    return picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:
@@ -116,8 +216,8 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
 def size_near(width: int, height: int, resolution: int) -> tuple[int, int]:
     """The size (width, height in pixels) at which a picture of `width` × `height` loses least to the crop.
 
-    Of all whose sides are multiples of 64 and at least half of `resolution`, and whose area is within a tenth of its
-    square. Raises HollowError where `resolution` itself is no multiple of 64.
+    Of all whose sides are multiples of 64, below 256 of an eighth of `resolution`, and at least half of it, and whose
+    area is within a tenth of its square. Raises HollowError where `resolution` itself is no multiple of 64.
     """
     if resolution < GRID or resolution % GRID:
         raise HollowError(
@@ -125,7 +225,8 @@ def size_near(width: int, height: int, resolution: int) -> tuple[int, int]:
             "Take 512, 768 or 1024, or crop them to squares."
         )
     area = resolution * resolution
-    sides = [side for side in range(GRID, 2 * resolution + 1, GRID) if 2 * side >= resolution]
+    grid = GRID if resolution >= 256 else resolution // 8
+    sides = [side for side in range(grid, 2 * resolution + 1, grid) if 2 * side >= resolution]
     sizes = [(wide, high) for wide in sides for high in sides if 10 * abs(wide * high - area) <= area]
 
     def kept(size: tuple[int, int]) -> tuple[float, int]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from .. import __version__
+from ..data import grid
 from ..data.images import load_images
 from ..errors import HollowError
 from ..files import write_bytes, write_json, write_png
@@ -22,15 +23,18 @@ from ..memory.setting import Setting
 from ..models.base_model import BaseModel, load
 from ..nets.network import removed_fraction
 from ..progress import Progress
-from ..road import LORA_FILE, Request, personalize
+from ..request import Request
+from ..road import personalize
 from ..sampling.sample import SampleSettings, sample
+from ..training.curve import save_losses
 from ..training.settings import TrainSettings
 from ..training.store import Store
-from . import pictures, scorers, world
+from . import scorers, world
 
 MODEL = Path(__file__).parent / "model"
 IDENTIFIER = "sks"
 CUT = 3
+LORA_FILE = "lora.safetensors"
 
 # So small a model wants LoRA on more than attention, and a higher learning rate; the library keeps the paper's.
 SETTINGS = TrainSettings(
@@ -93,13 +97,14 @@ def run(
     base = model()
     with hollowed.meter.stage("sample"):
         rows = draw_rows(base, subject, plain.file, hollowed.file, progress, device=device)
-    pictures.save_grid(
-        out / "grid.png",
-        [image.picture for image in load_images(references, world.SIZE)],
-        {row.name: (row.pictures, f"subject {row.subject_score:.2f}\nprompt {row.prompt_score:.2f}") for row in rows},
-        [world.SCENES[scene] for scene in world.NEW_SCENES],
-    )
-    pictures.save_losses(out / "loss.png", {"plain LoRA": plain.losses, "hollowed LoRA": hollowed.losses})
+    given = [image.picture for image in load_images(references, world.SIZE)]
+    sheet = [grid.Row("references", given, "five pictures in")]
+    for row in rows:
+        note = f"subject {row.subject_score:.2f}\nprompt {row.prompt_score:.2f}"
+        titles = [world.SCENES[scene] for scene in world.NEW_SCENES] if row is rows[0] else []
+        sheet.append(grid.Row(row.name, row.pictures, note, titles))
+    write_png(out / "grid.png", grid.grid(sheet, cell=128))
+    save_losses(out / "loss.png", {"plain LoRA": plain.losses, "hollowed LoRA": hollowed.losses})
     report = {
         "versions": {
             "hollow": __version__,
@@ -146,6 +151,7 @@ def train(
         IDENTIFIER,
         Setting(cut, samples=SAMPLES, class_images=CLASS_IMAGES, training=settings),
         class_folder,
+        keep=0,
     )
     outcome = personalize(model, request, folder, device=device, progress=watch)
     if outcome.file is None or outcome.result is None or outcome.store is None or outcome.result.stopped != "finished":

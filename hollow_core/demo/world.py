@@ -1,7 +1,8 @@
 """The drawn world of the embedded model: twelve classes of things, on ten backgrounds, with captions.
 
-A picture is 64×64. A *subject* is one individual (class, colours, pattern, emblem, accessory); a *scene* is one
-of the backgrounds. Everything is drawn four times larger and shrunk, so that edges are smooth.
+A picture is 64×64 where nothing else is asked. A *subject* is one individual (class, colours, pattern, emblem,
+accessory); a *scene* is one of the backgrounds. Everything is drawn four times larger and shrunk, so that edges are
+smooth.
 """
 
 import math
@@ -109,14 +110,22 @@ def random_subject(choose: random.Random) -> Subject:
     return Subject(kind, color, second, pattern, emblem, accessory, accent)
 
 
-def draw(subject: Subject, scene: str, choose: random.Random) -> Image.Image:
-    """One 64×64 picture of the subject in the scene; `choose` decides where and how large it stands."""
-    canvas = _background(scene).copy()
-    size = CANVAS * choose.uniform(0.60, 0.70)
-    left = (CANVAS - size) * (0.5 + choose.uniform(-0.3, 0.3))
-    top = (CANVAS - size) * (0.68 + choose.uniform(-0.15, 0.15))
-    _Artist(canvas, subject, (left, top), size).draw()
-    return canvas.resize((SIZE, SIZE), Image.Resampling.BOX)
+def draw(subject: Subject, scene: str, choose: random.Random, shape: tuple[int, int] = (SIZE, SIZE)) -> Image.Image:
+    """One picture of the subject in the scene, 64×64 or of another `shape` (width, height in pixels); `choose` decides
+    where and how large it stands.
+
+    In a picture that is no square it stands near one end, where a square from the middle cuts into it; the scene is
+    stretched to the shape.
+    """
+    width, height = (side * SCALE for side in shape)
+    canvas = _background(scene).resize((width, height), Image.Resampling.BILINEAR)
+    size = min(width, height) * choose.uniform(0.60, 0.70)
+    across, down = 0.5 + choose.uniform(-0.3, 0.3), 0.68 + choose.uniform(-0.15, 0.15)
+    if width != height:
+        end = choose.choice((0.05, 0.95))
+        across, down = (end, down) if width > height else (across, end)
+    _Artist(canvas, subject, ((width - size) * across, (height - size) * down), size).draw()
+    return canvas.resize(shape, Image.Resampling.BOX)
 
 
 def reference_pictures(subject: Subject) -> list[tuple[str, Image.Image]]:

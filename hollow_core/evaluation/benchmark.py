@@ -25,7 +25,8 @@ from ..memory.planner import Planner
 from ..memory.setting import Setting
 from ..models.base_model import BaseModel, visiting
 from ..progress import Progress, Stop
-from ..road import Request, personalize
+from ..request import Request
+from ..road import personalize
 from ..sampling.sample import SampleSettings, encode, portions
 from ..training.settings import TrainSettings
 from .datasets import Subject
@@ -144,11 +145,12 @@ def run_job(
         loaded = [load()]  # its pop hands over the only reference
         side = protocol.resolution or loaded[0].resolution
         request = Request(
-            load_images(job.subject.folder, side),
+            load_images(job.subject.folder, side, square=True),
             job.subject.class_word,
             protocol.identifier,
             Setting(job.method.cut, samples=protocol.samples, class_images=protocol.class_images, training=training),
             job.out / "class" / job.subject.class_word,
+            keep=0,
         )
         work = job.folder / "work"
         outcome = personalize(loaded.pop, request, work, device=device, progress=progress, stop=stop)

@@ -195,6 +195,11 @@ def weight_shapes(config: Config) -> dict[str, Shape]:
     return dict(_known(json.dumps(dict(config)))[0])
 
 
+def sets_magnitudes(key: str) -> bool:
+    """Whether a key of any dialect holds DoRA's magnitudes."""
+    return _split(key)[1] in ("dora_scale", "magnitude")
+
+
 def kohya_name(module: str) -> str:
     """ "mid_block.attentions.0.proj_in" as kohya spells it: "lora_unet_mid_block_attentions_0_proj_in"."""
     return "lora_unet_" + module.replace(".", "_")

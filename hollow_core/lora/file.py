@@ -3,6 +3,7 @@
 What a hollowed LoRA needs beyond its weights to be sampled on two paths lies in the metadata, `hollow.*`.
 """
 
+import glob
 import json
 import re
 from collections import Counter
@@ -23,6 +24,7 @@ from ..nets.unet_layers import Config
 from . import dialects
 from .delta import LoraLayer
 from .dialects import Lora
+from .layers import MAGNITUDES, is_dora
 from .metadata import Recipe, describe, describe_converted, kohya_network, layout_of, recipe_of, thumbnail
 
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -34,7 +36,8 @@ class LoraFile(NamedTuple):
     """What `load` finds in a file."""
 
     state: dict[str, Tensor]
-    """As `lora_state` gives it: "….to_q.lora_A.weight" (rank, in, …) and "….lora_B.weight", fp32."""
+    """As `lora_state` gives it: "….to_q.lora_A.weight" (rank, in, …) and "….lora_B.weight", fp32, and of a DoRA
+    "….lora_magnitude_vector.weight" (out,)."""
     alpha: float
     """One for all layers: a file with several has the difference multiplied into its lora_B."""
     recipe: Recipe | None
@@ -54,13 +57,20 @@ class Written(NamedTuple):
     text_layers: int
     """Of text encoders."""
     largest: float
-    """The largest |ΔW|, of any weight."""
+    """The largest |ΔW|, of any weight; of a DoRA before its magnitudes, as those need W to tell."""
+    dora: bool = False
+    """Whether it sets magnitudes."""
 
     @property
     def sentence(self) -> str:
         """For people."""
         text = f" and {self.text_layers} of text encoders" if self.text_layers else ""
-        effect = f"the largest |ΔW| is {self.largest:.2g}" if self.largest else "all of them zero, so it has NO effect"
+        if self.dora:
+            effect = f"a DoRA, the largest |ΔW| before its magnitudes is {self.largest:.2g}"
+        elif self.largest:
+            effect = f"the largest |ΔW| is {self.largest:.2g}"
+        else:
+            effect = "all of them zero, so it has NO effect"
         return f"{self.path} ({self.dialect}): {self.layers} layers of the U-Net{text}, every key matched; {effect}."
 
 
@@ -82,7 +92,7 @@ def save(
     """
     layers = _layers(state, alpha)
     rank = max(len(layer.down) for layer in layers.values())
-    described = describe(path.stem, layout, rank, alpha, recipe) | dict(metadata or {})
+    described = describe(path.stem, layout, rank, alpha, recipe, dora=is_dora(state)) | dict(metadata or {})
     if picture is not None:
         described |= thumbnail(picture)
     lora = Lora("kohya", layers, {}, ())
@@ -90,7 +100,8 @@ def save(
 
 
 def to_kohya(state: Mapping[str, Tensor], config: Config, *, alpha: float, layout: str) -> dict[str, Tensor]:
-    """What a file holds: `lora_unet_….lora_down.weight`, `.lora_up.weight` and `.alpha` of each layer, in fp16.
+    """What a file holds: `lora_unet_….lora_down.weight`, `.lora_up.weight` and `.alpha` of each layer, in fp16, and
+    `.dora_scale` of a DoRA, in fp32.
 
     Raises HollowError where a value is not finite in fp16.
     """
@@ -123,7 +134,8 @@ def write_dialect(
     tensors = _spell(lora, config, dialect, layout_name(config) == "sdxl", dtype)
     rank = max(len(layer.down) for layer in lora.layers.values())
     alpha = next(iter(lora.layers.values())).alpha
-    described = dict(metadata) | kohya_network(rank, alpha if dialect in ("kohya", "comfy") else rank)
+    dora = any(layer.dora_scale is not None for layer in lora.layers.values())
+    described = dict(metadata) | kohya_network(rank, alpha if dialect in ("kohya", "comfy") else rank, dora=dora)
     file = path
     if dialect == "diffusers":
         described |= {"format": "pt", "lora_adapter_metadata": json.dumps(_diffusers_adapters(lora))}
@@ -137,7 +149,7 @@ def write_dialect(
     again = dialects.parse(written, config, _adapters(file, told), source=str(path))
     if again.left_out or again.layers.keys() != lora.layers.keys() or again.text.keys() != lora.text.keys():
         raise HollowError(f"{path} does not read back as it was written. Check the disk and save again.")
-    return Written(path, dialect, len(again.layers), len(again.text), _largest_change(again))
+    return Written(path, dialect, len(again.layers), len(again.text), _largest_change(again), dora)
 
 
 def write(
@@ -175,15 +187,12 @@ def read(path: Path, config: Config | None = None) -> tuple[Lora, dict[str, str]
 
 
 def load(path: Path, unet: UNet2DConditionModel) -> LoraFile:
-    """Read a plain LoRA in any dialect for this U-Net.
+    """Read a LoRA or DoRA in any dialect for this U-Net.
 
-    Raises HollowError as `read` does, where the file is for a text encoder, too, or is a DoRA, and where a value is
-    not finite.
+    Raises HollowError as `read` does, where the file is for a text encoder, too, where only some layers have
+    magnitudes, and where a value is not finite.
     """
     lora, metadata = read(path, unet.config)
-    for module, layer in lora.layers.items():
-        if layer.dora_scale is not None:
-            raise HollowError(f"{path} is a DoRA: it sets the magnitudes of {module}, too. Choose a plain LoRA.")
     if extra := [*lora.left_out, *lora.text]:
         raise HollowError(f"{path} is no plain LoRA of a U-Net: it holds {min(extra)} too. Choose one without.")
     _check_finite(lora, path)
@@ -192,6 +201,11 @@ def load(path: Path, unet: UNet2DConditionModel) -> LoraFile:
     for module, layer in lora.layers.items():
         state[f"{module}.lora_A.weight"] = layer.down
         state[f"{module}.lora_B.weight"] = layer.up * (layer.alpha / alpha)
+        if layer.dora_scale is not None:
+            state[f"{module}.{MAGNITUDES}.weight"] = layer.dora_scale
+    for module, layer in lora.layers.items():
+        if layer.dora_scale is None and is_dora(state):
+            raise HollowError(f"{path} is a DoRA without magnitudes for {module}. Choose one with all or none.")
     return LoraFile(state, alpha, recipe_of(metadata), metadata)
 
 
@@ -221,6 +235,13 @@ def convert(
     return write_dialect(target, lora, config, described, dialect=dialect, zero_pad=zero_pad, dtype=dtype)
 
 
+def along_the_way(folder: Path, name: str) -> list[Path]:
+    """The files NAME-000200.safetensors and so on that a training has left in `folder`, the first steps first."""
+    return sorted(
+        path for path in folder.glob(f"{glob.escape(name)}-*.safetensors") if re.search(r"-\d{6,}$", path.stem)
+    )
+
+
 def config_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] | None = None) -> Config:
     """The config of the U-Net that a LoRA is for: that of its family, SD 1.x, SD 2.x or SDXL.
 
@@ -237,7 +258,12 @@ def alpha_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> float:
 def _layers(state: Mapping[str, Tensor], alpha: float) -> dict[str, LoraLayer]:
     modules = sorted({key.rsplit(".lora_", 1)[0] for key in state})
     return {
-        module: LoraLayer(state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"], float(alpha))
+        module: LoraLayer(
+            state[f"{module}.lora_A.weight"],
+            state[f"{module}.lora_B.weight"],
+            float(alpha),
+            state.get(f"{module}.{MAGNITUDES}.weight"),
+        )
         for module in modules
     }
 
@@ -259,9 +285,13 @@ def _with_one_alpha(lora: Lora, dtype: torch.dtype) -> Lora:
 
 
 def _spell(lora: Lora, config: Config, dialect: str, ldm: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`dialects.spell` in `dtype`. Raises HollowError where a value is not finite in it."""
+    """`dialects.spell` in `dtype`, but for magnitudes, which are few: they multiply the whole weight, so that fp16
+    would round off some of what is learned. Raises HollowError where a value is not finite."""
     tensors = dialects.spell(lora.layers, lora.text, config, dialect, ldm=ldm)
-    tensors = {key: tensor.detach().to("cpu", dtype) for key, tensor in tensors.items()}
+    tensors = {
+        key: tensor.detach().to("cpu", torch.float32 if dialects.sets_magnitudes(key) else dtype)
+        for key, tensor in tensors.items()
+    }
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise HollowError(f"The LoRA holds infinite or undefined values in {key}. {_ADVICE}")

@@ -1,6 +1,7 @@
 """LoRA layers by peft: put in, switched, read out, taken away. The base's weights stay frozen.
 
-A layer with LoRA computes W x + s (alpha / rank) B A x, with strength s (1 unless set).
+A layer with LoRA computes W x + s (alpha / rank) B A x, with strength s (1 unless set). One with DoRA (Liu et al. 2024,
+arXiv 2402.09353) trains a magnitude m for each output, too: W + ΔW is brought to it, m (W + ΔW) / ‖W + ΔW‖, row by row.
 """
 
 import math
@@ -12,15 +13,20 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
 from ..errors import HollowError
+from ..nets.residency import weight_of
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The paper's targets: the four projections of self- and cross-attention."""
 
 ALL_LAYERS = (*ATTENTION, "conv1", "conv2", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 """Convolutions and feed-forward too: more is learned in fewer steps, in a file several times as large."""
+
+MAGNITUDES = "lora_magnitude_vector"
+"""peft's name for DoRA's magnitudes in a state."""
 
 _ADAPTER = "hollow"  # the name under which peft keeps our layers
 
@@ -31,13 +37,15 @@ def add_lora(
     alpha: float | None = None,
     targets: Sequence[str] = ATTENTION,
     *,
+    dora: bool = False,
     generator: torch.Generator,
 ) -> None:
     """Put fresh LoRA layers into `unet` in place of any that are there; its output does not change yet.
 
-    A is drawn from the CPU `generator` (kaiming uniform, as peft does), B is zero; both are fp32 and all that
-    is trainable. `alpha` None means alpha = rank. `targets` are names, or the ends of names, of linear and
-    convolution layers. Raises HollowError for a rank below 1 and for a target that cannot carry a LoRA.
+    A is drawn from the CPU `generator` (kaiming uniform, as peft does), B is zero, and with `dora` the magnitudes are
+    the norms of W; all are fp32 and all that is trainable. `alpha` None means alpha = rank. `targets` are names, or the
+    ends of names, of linear and convolution layers. Raises HollowError for a rank below 1 and for a target that cannot
+    carry a LoRA.
     """
     if rank < 1:
         raise HollowError(f"A LoRA of rank {rank} holds nothing. Choose a rank of at least 1.")
@@ -46,8 +54,10 @@ def add_lora(
     for target in targets:
         if not any(f".{path}".endswith(f".{target}") for path in possible):
             raise HollowError(f"This U-Net has no layer {target!r} to put a LoRA on. Check the targets.")
-    _inject(unet, list(targets), rank, rank if alpha is None else alpha)
+    _inject(unet, list(targets), rank, rank if alpha is None else alpha, dora=dora)
     for key, matrix in named_lora_parameters(unet).items():
+        if MAGNITUDES in key:
+            continue
         fresh = torch.zeros(matrix.shape)
         if key.endswith("lora_A.weight"):
             nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
@@ -57,8 +67,8 @@ def add_lora(
 def load_lora_state(unet: nn.Module, state: Mapping[str, Tensor], alpha: float) -> None:
     """Put the LoRA of `state` (as `lora_state` gives it) into `unet` in place of any that is there.
 
-    Targets and ranks are those of `state`. Raises HollowError, and changes nothing, where a key or a shape
-    does not fit `unet`.
+    Targets and ranks are those of `state`, and so is whether it is a DoRA. Raises HollowError, and changes nothing,
+    where a key or a shape does not fit `unet`.
     """
     paths = list(dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in state))
     ranks = {path: _checked_rank(unet, path, state) for path in paths}
@@ -66,13 +76,20 @@ def load_lora_state(unet: nn.Module, state: Mapping[str, Tensor], alpha: float) 
         raise HollowError("The LoRA holds no matrices. Get or make the file again.")
     rank = max(ranks.values())
     _make_room(unet)
-    _inject(unet, paths, rank, alpha, {path: lower for path, lower in ranks.items() if lower < rank})
+    lower = {path: lower for path, lower in ranks.items() if lower < rank}
+    _inject(unet, paths, rank, alpha, lower, dora=is_dora(state))
     for key, matrix in named_lora_parameters(unet).items():
         matrix.data.copy_(state[key])
 
 
+def is_dora(state: Mapping[str, Tensor]) -> bool:
+    """Whether a LoRA, as `lora_state` gives it, sets magnitudes."""
+    return any(MAGNITUDES in key for key in state)
+
+
 def lora_state(unet: nn.Module) -> dict[str, Tensor]:
-    """A snapshot on the CPU of every LoRA matrix: {"down_blocks.0.….to_q.lora_A.weight": (rank, in), …}."""
+    """A snapshot on the CPU of every LoRA matrix: {"down_blocks.0.….to_q.lora_A.weight": (rank, in), …};
+    magnitudes are "….lora_magnitude_vector.weight" (out,)."""
     return snapshot(named_lora_parameters(unet))
 
 
@@ -82,11 +99,13 @@ def snapshot(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def named_lora_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
-    """Every trainable LoRA matrix of `unet` by its name in `lora_state`, in the order of its modules."""
+    """Every trainable LoRA matrix of `unet`, and DoRA's magnitudes, by their names in `lora_state`, in the order of its
+    modules."""
     return {
         f"{path}.{name}.weight": getattr(layer, name)[_ADAPTER].weight
         for path, layer in _lora_layers(unet)
-        for name in ("lora_A", "lora_B")
+        for name in ("lora_A", "lora_B", MAGNITUDES)
+        if _ADAPTER in getattr(layer, name)
     }
 
 
@@ -143,9 +162,15 @@ def _make_room(unet: nn.Module) -> None:
 
 
 def _inject(
-    unet: nn.Module, targets: list[str], rank: int, alpha: float, ranks: Mapping[str, int] | None = None
+    unet: nn.Module,
+    targets: list[str],
+    rank: int,
+    alpha: float,
+    ranks: Mapping[str, int] | None = None,
+    *,
+    dora: bool,
 ) -> None:
-    config = LoraConfig(r=rank, target_modules=targets, rank_pattern=dict(ranks or {}))
+    config = LoraConfig(r=rank, target_modules=targets, rank_pattern=dict(ranks or {}), use_dora=dora)
     config.lora_alpha = alpha  # type: ignore[assignment]  # peft declares an int, and scales by any number
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):  # peft draws weights of its own, which both callers overwrite
@@ -157,6 +182,8 @@ def _inject(
         for matrix in (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]):
             matrix.__class__ = _LoraConv2d if isinstance(matrix, nn.Conv2d) else _LoraLinear
             matrix.weight.data = matrix.weight.data.float()
+        if dora:
+            _Magnitudes.take_over(layer)
 
 
 class _LoraLinear(nn.Linear):
@@ -172,6 +199,52 @@ class _LoraConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight.to(x.dtype), None)
+
+
+class _Magnitudes(DoraLinearLayer):
+    """peft's layer of magnitudes, (out,) for a convolution, too. It finds ‖W + ΔW‖ without making ΔW, and in float32
+    where the base is not: peft would round both to the base's precision, and so change what a fresh one puts out, by
+    as much as a short training does.
+    """
+
+    trained_scaling: float
+    squared: Tensor
+    """‖W‖² of each output, (out,)."""
+
+    @classmethod
+    @torch.no_grad()
+    def take_over(cls, layer: Any) -> None:
+        """In place of peft's, with the magnitudes of the base."""
+        magnitudes = layer.lora_magnitude_vector[_ADAPTER]
+        magnitudes.__class__ = cls
+        magnitudes.trained_scaling = layer.scaling[_ADAPTER]
+        norms = torch.linalg.vector_norm(weight_of(layer.get_base_layer()).flatten(1), dim=1, dtype=torch.float32)
+        magnitudes.weight = nn.Parameter(norms)
+        magnitudes.register_buffer("squared", norms.square(), persistent=False)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *, lora_A: Any, lora_B: Any, scaling: float, base_layer: Any, base_result: Tensor,
+        **_: Any,
+    ) -> Tensor:  # fmt: skip
+        """What is to be added to `base_result`, what the base makes of `x`."""
+        by_output = (-1, 1, 1) if isinstance(base_layer, nn.Conv2d) else (-1,)
+        change = lora_B(lora_A(x)) * self.trained_scaling
+        changed = base_result + change
+        if base_layer.bias is not None:
+            changed = changed - base_layer.bias.to(x.dtype).view(by_output)
+        # its difference from 1, which is small, so that half precision does not swallow it
+        stretch = self.weight / self._norms(weight_of(base_layer), weight_of(lora_A), weight_of(lora_B)) - 1
+        added = torch.addcmul(change, changed, stretch.to(x.dtype).view(by_output))
+        return added if scaling == self.trained_scaling else added * (scaling / self.trained_scaling)
+
+    @torch.no_grad()  # as a constant, as in section 4.3 of the paper
+    def _norms(self, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """‖W + sBA‖ of each output: ‖W‖² + 2s ⟨W, BA⟩ + s² ‖BA‖², of small matrices alone."""
+        s, weight, down, up = self.trained_scaling, weight.flatten(1), down.flatten(1), up.flatten(1)
+        across = ((weight @ down.to(weight.dtype).T) * up).sum(1, dtype=torch.float32)
+        own = (up @ (down @ down.T) * up).sum(1)
+        squared = self.squared + 2 * s * across + s**2 * own
+        return squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()  # a row of zeros stays one
 
 
 def _lora_layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -197,6 +270,10 @@ def _checked_rank(unet: nn.Module, path: str, state: Mapping[str, Tensor]) -> in
         weight: Tensor = base.weight
     except AttributeError:
         raise HollowError(f"The LoRA changes {path}, which this U-Net has not. {advice}") from None
+    if is_dora(state) and (given := state.get(f"{path}.{MAGNITUDES}.weight", torch.empty(0))).shape != (len(up),):
+        raise HollowError(
+            f"The DoRA has {len(given)} magnitudes for {path}, not {len(up)}. Get or make the file again."
+        )
     rank = down.shape[0]
     expected = (rank, *weight.shape[1:]), (weight.shape[0], rank, *[1] * (weight.dim() - 2))
     if (tuple(down.shape), tuple(up.shape)) != expected:

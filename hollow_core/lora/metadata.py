@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..data.prompts import generic_prompt, personal_prompt
+from ..data.prompts import Subject, generic_prompt, personal_prompt
 from ..errors import HollowError
 
 # The values that kohya's trainer writes.
@@ -64,17 +64,19 @@ class Recipe(NamedTuple):
 
 
 def recipe_for(cut: int | None, identifier: str, class_word: str, prediction_type: str) -> Recipe:
-    """The recipe of a training under the usual prompts, "a photo of a sks dog" and the same without its identifier."""
-    personal = personal_prompt(identifier, class_word)
+    """The recipe of a training under the usual prompts, "a photo of a sks dog" and the same without its identifier.
+
+    Without a class word, which only captions of a style or a concept go without, the prompts are empty."""
+    personal = personal_prompt(identifier, class_word) if class_word.strip(" ,") else ""
     return Recipe(cut, identifier, class_word, personal, generic_prompt(personal, identifier), prediction_type)
 
 
-def describe(title: str, layout: str, rank: int, alpha: float, recipe: Recipe) -> dict[str, str]:
+def describe(title: str, layout: str, rank: int, alpha: float, recipe: Recipe, *, dora: bool = False) -> dict[str, str]:
     """What kohya's trainer and the modelspec standard write, as far as tools read it, and our own."""
-    trigger = f"{recipe.identifier} {recipe.class_word}".strip()
+    trigger = Subject(recipe.identifier, recipe.class_word).called
     return {
         **_common(title, layout, velocity=recipe.prediction_type == "v_prediction"),
-        **kohya_network(rank, alpha),
+        **kohya_network(rank, alpha, dora=dora),
         "ss_tag_frequency": json.dumps({recipe.class_word: {trigger: 1}}),
         "modelspec.trigger_phrase": trigger,
         **{f"hollow.{field}": json.dumps(value) for field, value in recipe._asdict().items()},
@@ -96,13 +98,16 @@ def describe_converted(metadata: Mapping[str, str], title: str, layout: str) -> 
     return _common(title, layout, velocity=told in ("v", "True")) | kept
 
 
-def kohya_network(rank: int, alpha: float) -> dict[str, str]:
-    """kohya's words for what a file holds."""
-    return {
-        "ss_network_module": "networks.lora",
+def kohya_network(rank: int, alpha: float, *, dora: bool = False) -> dict[str, str]:
+    """kohya's words for what a file holds; a DoRA is made with LyCORIS there, as kohya's own network knows none."""
+    described = {
+        "ss_network_module": "lycoris.kohya" if dora else "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",
     }
+    if dora:  # as kohya keeps what --network_args says: all of them words
+        described["ss_network_args"] = json.dumps({"algo": "lora", "dora_wd": "True", "wd_on_output": "True"})
+    return described
 
 
 def thumbnail(picture: Image.Image) -> dict[str, str]:

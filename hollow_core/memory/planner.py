@@ -5,7 +5,7 @@ Each stage's real code runs once on tensors without data (`dry_run`), so a predi
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -64,6 +64,7 @@ class Prediction:
             "ema": training.ema,
             "fused_backward": training.fused_backward,
             "rank": training.rank,
+            "dora": training.dora,
             "batch": training.batch,
             "together": training.together,
             "bytes": self.bytes,
@@ -114,10 +115,10 @@ class Planner:
 
     def store_bytes(self, setting: Setting) -> int:
         """Of what the base path leaves on the disk. Raises HollowError as `predict` does."""
-        side = self._check(setting) // self._pixels
+        width, height = (side // self._pixels for side in self._check(setting))
         if setting.cut is None:
             return 0
-        shapes = self._network.stored_shapes(setting.cut, side, side).values()
+        shapes = self._network.stored_shapes(setting.cut, height, width).values()
         return setting.samples * sum(map(math.prod, shapes)) * setting.store_dtype.itemsize
 
     def peak(self, stage: str, setting: Setting) -> Peak:
@@ -139,6 +140,7 @@ class Planner:
         *,
         precisions: Iterable[Precision] = ("fp32", "bf16"),
         cuts: Sequence[Cut | None] | None = None,
+        fixed: Collection[str] = (),
     ) -> Fit:
         """The least hollowing, and for it the fastest way, whose stages all stay within `budget` bytes.
 
@@ -146,21 +148,23 @@ class Planner:
         least: `precisions` in their order, then in the smallest of them one record at a time, gradient checkpointing,
         level by level from the outermost, then a base in 8 bits; with a tiled VAE where pictures would not fit
         otherwise, and a streamed middle where precomputing would not. Where no cut fits so, all is streamed: last, as
-        it is the slowest, while a cut makes steps faster. All else is as in `setting`. Sampling is not counted, as any
-        other tool can draw with the LoRA. Raises HollowError where nothing fits, saying what the smallest would need.
+        it is the slowest, while a cut makes steps faster. All else is as in `setting`, those levers included that are
+        `fixed`: of together, gradient_checkpointing, checkpoint_levels, base_bits, tiled_vae, stream_middle and
+        streaming. Sampling is not counted, as any other tool can draw with the LoRA. Raises HollowError where nothing
+        fits, saying what the smallest would need.
         """
         self._check(setting)
-        resident = _ways(setting, tuple(precisions), self._network.levels)
-        streamed = [replace(resident[-1], streaming=True)]
+        resident = _ways(setting, tuple(precisions), self._network.levels, fixed)
+        streamed = [_but(resident[-1], fixed, streaming=True)]
         cuts = (None, *self.cuts()) if cuts is None else cuts
         for ways, cut in product((resident, streamed), cuts):
             settings = [replace(way, cut=cut) for way in ways]
-            if not self._fits(self.eased(settings[-1], budget), budget):  # the smallest of them
+            if not self._fits(self.eased(settings[-1], budget, fixed), budget):  # the smallest of them
                 continue
-            for tried in (self.eased(setting, budget) for setting in settings):
+            for tried in (self.eased(setting, budget, fixed) for setting in settings):
                 if self._fits(tried, budget):
                     return Fit(self.predict(tried), _gave_up(tried, resident[0]))
-        least = [replace(streamed[0], cut=cut, tiled_vae=True, stream_middle=False) for cut in cuts]
+        least = [self.eased(replace(streamed[0], cut=cut), 0, fixed) for cut in cuts]
         encode = self._run("encode", least[0])[0].total if "encode" in self.stages else 0
         smallest, needed = least[0], self._bytes(least[0])
         for other in least[1:]:
@@ -172,24 +176,27 @@ class Planner:
             f"in its stage {stage}."
         )
 
-    def eased(self, setting: Setting, budget: int) -> Setting:
+    def eased(self, setting: Setting, budget: int, fixed: Collection[str] = ()) -> Setting:
         """The setting with a tiled VAE where encoding, and a streamed middle where precomputing would not stay within
-        `budget` bytes without."""
+        `budget` bytes without; unless they are `fixed`."""
         if "encode" in self.stages and self._run("encode", setting)[0].total > budget:
-            setting = replace(setting, tiled_vae=True)
+            setting = _but(setting, fixed, tiled_vae=True)
         if not setting.streaming and self._run("precompute", setting)[0].total > budget:
-            setting = replace(setting, stream_middle=True)
+            setting = _but(setting, fixed, stream_middle=True)
         return setting
 
-    def _check(self, setting: Setting) -> int:
-        """The side of the pictures in pixels."""
+    def _check(self, setting: Setting) -> tuple[int, int]:
+        """The size of the largest picture in pixels."""
         if setting.cut is not None:
             self._network.check_cut(setting.cut)
-        side = self.resolution if setting.resolution is None else setting.resolution
-        if side < 1 or side % self._pixels:
-            raise HollowError(f"The resolution {side} is no multiple of {self._pixels} pixels. Take 512, 768 or 1024.")
+        size = setting.measured(self.resolution)
+        for side in size:
+            if side < 1 or side % self._pixels:
+                raise HollowError(
+                    f"The resolution {side} is no multiple of {self._pixels} pixels. Take 512, 768 or 1024."
+                )
         setting.check()
-        return side
+        return size
 
     def _fits(self, setting: Setting, budget: int) -> bool:
         return all(self._run(stage, setting)[0].total <= budget for stage in self.road)
@@ -200,16 +207,19 @@ class Planner:
     def _run(self, stage: str, setting: Setting) -> tuple[Peak, int]:
         """Peak and operations of a stage; settings that do not matter to it are one to it."""
         training = setting.training
+        if stage == "train" and training.strategy == "selective":
+            return self._run_both(setting)
         if stage != "train":
             training = TrainSettings(precision=training.precision, together=setting.at_once(stage))
             if stage == "sample":
                 old = setting.training
-                training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets)
+                training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets, dora=old.dora)
         setting = replace(
-            setting, resolution=setting.resolution or self.resolution, low_resolution=None, training=training
+            setting, resolution=None, size=setting.measured(self.resolution), low_resolution=None, training=training
         )
         if stage == "train":  # records of the class are like any others
             setting = replace(setting, training=replace(training, batch=setting.step_records))
+        setting = replace(setting, own_class_images=0)
         if stage == "encode":
             setting = replace(setting, cut=None, class_images=min(setting.class_images, training.together))
             if not setting.class_images:  # without the U-Net
@@ -232,6 +242,19 @@ class Planner:
                 self._runs[stage, setting] = RUNS[stage](model, setting)
         return self._runs[stage, setting]
 
+    def _run_both(self, setting: Setting) -> tuple[Peak, int]:
+        """Training by two kinds of steps, where the larger counts: while one goes on, the other's optimizer states are
+        there, too."""
+        full = setting.resolution or self.resolution
+        factor = (setting.low_resolution or full // 2) / full
+        width, height = (-(-round(side * factor) // 64) * 64 for side in setting.measured(self.resolution))
+        low = replace(setting, size=(width, height), training=replace(setting.training, strategy="bp"))
+        high = replace(setting, training=replace(setting.training, strategy="zo"))
+        peaks, flops = zip(*(self._run("train", part) for part in (low, high)), strict=True)
+        both = sum(peak.bytes["optimizer"] for peak in peaks)
+        fullest = [Peak({**peak.bytes, "optimizer": both}) for peak in peaks]
+        return max(fullest, key=lambda peak: peak.total), max(flops)
+
 
 def parse_bytes(text: str) -> int:
     """ "4GB", "3.5 GiB" or "800M" in bytes, as graphics cards are sold: a GB is 2³⁰ of them.
@@ -244,16 +267,27 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * {"G": GIB, "M": 2**20}[match[2].upper()])
 
 
-def _ways(setting: Setting, precisions: tuple[Precision, ...], depth: int) -> list[Setting]:
+def _ways(setting: Setting, precisions: tuple[Precision, ...], depth: int, fixed: Collection[str]) -> list[Setting]:
     """From the fastest to the smallest, without streaming unless it is asked for; `depth` levels can recompute."""
     ways = [replace(setting, training=replace(setting.training, precision=each)) for each in precisions]
     smallest = min(ways, key=lambda way: DTYPES[way.training.precision].itemsize)
-    one_by_one = replace(smallest, training=replace(smallest.training, together=1))
-    recompute = replace(one_by_one.training, gradient_checkpointing=True)
-    levels = (*range(1, depth), None) if not setting.training.gradient_checkpointing else (recompute.checkpoint_levels,)
-    checkpointing = [replace(smallest, training=replace(recompute, checkpoint_levels=number)) for number in levels]
-    quantized = replace(checkpointing[-1], base_bits=setting.base_bits or 8)
+    one_by_one = _but(smallest, fixed, together=1)
+    asked = setting.training.gradient_checkpointing or not {"gradient_checkpointing", "checkpoint_levels"}.isdisjoint(
+        fixed
+    )
+    levels = (setting.training.checkpoint_levels,) if asked else (*range(1, depth), None)
+    checkpointing = [
+        _but(one_by_one, fixed, gradient_checkpointing=True, checkpoint_levels=number) for number in levels
+    ]
+    quantized = _but(checkpointing[-1], fixed, base_bits=setting.base_bits or 8)
     return list(dict.fromkeys([*ways, one_by_one, *checkpointing, quantized]))
+
+
+def _but(setting: Setting, fixed: Collection[str], **levers: Any) -> Setting:
+    """The setting with these levers, whether its own or its training's, but for the `fixed`."""
+    free = {name: value for name, value in levers.items() if name not in fixed}
+    of_training = {name: free.pop(name) for name in list(free) if hasattr(setting.training, name)}
+    return replace(setting, training=replace(setting.training, **of_training), **free)
 
 
 def _gave_up(setting: Setting, first: Setting) -> tuple[str, ...]:

@@ -45,21 +45,7 @@ def memory_told(
 
 def needs(planner: Planner, stages: Sequence[str], setting: Setting) -> int:
     """The highest peak of `stages` in bytes."""
-    return max(
-        selective_peak(planner, setting)
-        if stage == "train" and setting.training.strategy == "selective"
-        else planner.peak(stage, setting).total
-        for stage in stages
-    )
-
-
-def selective_peak(planner: Planner, setting: Setting) -> int:
-    """Bytes of training by both kinds of steps: while one goes on, the other's optimizer states are there, too."""
-    side = setting.low_resolution or (setting.resolution or planner.resolution) // 2
-    low = replace(setting, resolution=-(-side // 64) * 64, training=replace(setting.training, strategy="bp"))
-    high = replace(setting, training=replace(setting.training, strategy="zo"))
-    peaks = [planner.peak("train", part) for part in (low, high)]
-    return max(peak.total + other.bytes["optimizer"] for peak, other in zip(peaks, reversed(peaks), strict=True))
+    return max(planner.peak(stage, setting).total for stage in stages)
 
 
 def advice(planner: Planner, stages: Sequence[str], setting: Setting, free: int, *, going_on: bool = False) -> str:

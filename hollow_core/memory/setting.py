@@ -27,7 +27,7 @@ class Setting:
     cut: Cut | None = 3
     """How much to hollow; None trains an ordinary LoRA on the whole U-Net."""
     resolution: int | None = None
-    """Side of the pictures in pixels; None is the model's own."""
+    """Side of the pictures in pixels, or of a square of about their area; None is the model's own."""
     samples: int = 200
     """Records in the store."""
     class_images: int = 0
@@ -47,6 +47,10 @@ class Setting:
     low_resolution: int | None = None
     """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others', or the
     next multiple of 8 below."""
+    size: tuple[int, int] | None = None
+    """Of the largest picture, width and height in pixels; None is the square of the resolution."""
+    own_class_images: int = 0
+    """The person's own pictures of the class, beside those that the base draws."""
 
     def keep_small(self, model: BaseModel, device: torch.device | str) -> None:
         """`models.base_model.keep_small`, as it says."""
@@ -55,7 +59,13 @@ class Setting:
     @property
     def step_records(self) -> int:
         """Records that a training step goes through, those of the class included."""
-        return self.training.batch * (2 if self.class_images and self.training.prior_weight > 0 else 1)
+        prior = self.class_images + self.own_class_images
+        return self.training.batch * (2 if prior and self.training.prior_weight > 0 else 1)
+
+    def measured(self, resolution: int) -> tuple[int, int]:
+        """The size of the largest picture, where the model's own resolution is this."""
+        side = self.resolution or resolution
+        return self.size or (side, side)
 
     def at_once(self, stage: str) -> int:
         """How many records or pictures of a stage pass the U-Net together: as many as are asked for, and there."""
@@ -64,7 +74,7 @@ class Setting:
 
     def check(self) -> None:
         """Raises HollowError for what does not go together, whatever the model."""
-        check_samples(self.samples, 2 if self.class_images else 1)
+        check_samples(self.samples, 2 if self.class_images or self.own_class_images else 1)
         if self.step_records > self.training.batch:
             check_unfused(self.training)
 
@@ -79,6 +89,7 @@ class Setting:
                 *(["streaming"] if self.streaming else []),
                 *(["streamed middle"] if self.stream_middle else []),
                 *(["tiled VAE"] if self.tiled_vae else []),
+                *(["DoRA"] if training.dora else []),
                 *(["bf16 LoRA"] if training.lora_precision == "bf16" else []),
                 *([_OPTIMIZERS[training.optimizer]] if training.optimizer != "adamw" else []),
                 *(["EMA"] if training.ema is not None else []),

@@ -31,13 +31,13 @@ from .setting import Setting
 def _encode(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     """A picture, then a prompt, and one of the class: VAE, text encoders and U-Net are there in turn, as in
     `personalize`."""
-    side = setting.resolution or model.resolution
-    picture = TrainingImage(Image.new("RGB", (side, side)), None, "", (0, 0, side, side))
+    width, height = size = setting.measured(model.resolution)
+    picture = TrainingImage(Image.new("RGB", size), None, "", (0, 0, *size))
     assert model.vae is not None
     with DryRun() as images:
         images.hold("weights", model.vae)
         encode_images(model, [picture])
-    prompt, settings = personal_prompt("sks", "dog"), SampleSettings(steps=_passes(setting), size=(side, side))
+    prompt, settings = personal_prompt("sks", "dog"), SampleSettings(steps=_passes(setting), size=(height, width))
     with DryRun() as prompts:
         _hold(prompts, *model.text_encoders)
         encode_prompt(model, prompt, settings.size)
@@ -88,12 +88,12 @@ def _train(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
 def _sample(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     """A denoising step with classifier-free guidance, on two paths where something is hollowed, and the picture;
     text encoders, U-Net and VAE are there in turn, as in `sample`."""
-    side, training = setting.resolution or model.resolution, setting.training
-    settings = SampleSettings(steps=_passes(setting), size=(side, side))
+    (width, height), training = setting.measured(model.resolution), setting.training
+    settings = SampleSettings(steps=_passes(setting), size=(height, width))
     prompt = personal_prompt("sks", "dog")
     recipe = recipe_for(setting.cut, "sks", "dog", model.schedule.prediction.name)
     network = at_cut(model.network, setting.cut, None)
-    add_lora(network.module, training.rank, targets=training.targets, generator=torch.Generator())
+    add_lora(network.module, training.rank, targets=training.targets, dora=training.dora, generator=torch.Generator())
     assert model.vae is not None
     with DryRun() as prompts:
         _hold(prompts, *model.text_encoders)
@@ -139,8 +139,8 @@ def _passes(setting: Setting) -> int:
 
 def _inputs(model: BaseModel, setting: Setting) -> tuple[Tensor, Conditioning]:
     """Latents and a prompt on the CPU, as a store hands them out."""
-    side = (setting.resolution or model.resolution) // model.pixels_per_latent
-    return model.network.inputs(side, side)
+    width, height = (side // model.pixels_per_latent for side in setting.measured(model.resolution))
+    return model.network.inputs(height, width)
 
 
 _RECORD = Record(image=0, kind="image", timestep=0, noise_seed=0)

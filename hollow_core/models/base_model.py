@@ -222,15 +222,24 @@ def encode_prompt(model: BaseModel, text: str, size: tuple[int, int] | None = No
     )
     if model.layout != "sdxl":
         return Conditioning(embeds, None, None)
-    return told_size(Conditioning(embeds, pooled[0]), size or (model.resolution, model.resolution))
+    height, width = size or (model.resolution, model.resolution)
+    return told(Conditioning(embeds, pooled[0]), (height, width, 0, 0, height, width))
 
 
-def told_size(prompt: Conditioning, size: tuple[int, int]) -> Conditioning:
-    """An encoded prompt as `encode_prompt` gives it for a picture of another `size`, (height, width) in pixels."""
+def told(prompt: Conditioning, time_ids: Sequence[int]) -> Conditioning:
+    """An encoded prompt that tells SDXL of a picture's sizes as `TrainingImage.time_ids` does; others are not told."""
     if prompt.text_embeds is None:
         return prompt
-    height, width = size
-    return prompt._replace(time_ids=prompt.text_embeds.new_tensor([[height, width, 0, 0, height, width]]))
+    return prompt._replace(time_ids=prompt.text_embeds.new_tensor([list(time_ids)]))
+
+
+def latent_mask(image: TrainingImage, latents: Tensor) -> Tensor | None:
+    """A picture's mask at the size of its latents (1, channels, height, width): (1, 1, height, width) from 0 to 1."""
+    if image.mask is None:
+        return None
+    height, width = latents.shape[-2:]
+    small = image.mask.resize((width, height), Image.Resampling.BOX)
+    return torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).reshape(1, 1, height, width) / 255
 
 
 @torch.no_grad()

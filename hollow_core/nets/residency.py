@@ -90,6 +90,13 @@ def away(part: nn.Module) -> list[Tensor]:
     return [tensor for layer in _frozen(part) if layer.streamer for tensor in layer.held]
 
 
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a linear or convolution layer, frozen or not, on the device, for this moment."""
+    if isinstance(layer, _FrozenLayer):
+        return layer.fetch(layer.dtype if layer.bits else layer.held[0].dtype)
+    return cast(Tensor, layer.weight)
+
+
 class _FrozenLayer(nn.Module):
     """What a frozen linear and a frozen convolution layer have in common; made in place, never constructed."""
 

@@ -1,7 +1,8 @@
 """Pictures of the subject's class for prior preservation, drawn by the base model itself and kept as latents."""
 
-from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby, takewhile
 from pathlib import Path
 
 import torch
@@ -15,11 +16,10 @@ from .sample import SampleSettings, batched, draw, encode_guided, slices
 
 def class_latents(
     model: BaseModel,
-    prompts: Sequence[str],
+    asked: Sequence[tuple[str, tuple[int, int]]],
     folder: Path,
     *,
     made_by: str,
-    resolution: int,
     seed: int = 0,
     steps: int = 30,
     together: int = 1,
@@ -27,30 +27,34 @@ def class_latents(
     progress: Watch | None = None,
     stop: Stop | None = None,
 ) -> list[torch.Tensor]:
-    """Scaled latents (1, channels, height/8, width/8), one sampled for each of the generic `prompts`.
+    """Scaled latents (1, channels, height/8, width/8), one sampled for each generic prompt and size, (height, width) in
+    pixels, that is `asked`.
 
-    Each is a file in `folder`, so that an interrupted run goes on; fewer come back when `stop` says so. `together` are
-    drawn at once. `made_by` names the model, as `model_id` does before it is quantised. Text encoders and U-Net visit
-    `device` in turn; None leaves them where they are. Raises HollowError where `folder` holds latents of another model,
-    prompt, seed or size.
+    Each is a file in `folder`, so that an interrupted run goes on; fewer come back when `stop` says so. `together` of
+    one size are drawn at once. `made_by` names the model, as `model_id` does before it is quantised. Text encoders and
+    U-Net visit `device` in turn; None leaves them where they are. Raises HollowError where `folder` holds latents of
+    another model, prompt, seed or size.
     """
-    settings = SampleSettings(steps=steps, size=(resolution, resolution), together=together)
-    common = {"model": made_by, "resolution": str(resolution), "steps": str(steps), "seed": str(seed)}
-    files = [(folder / f"class-{index:05}.safetensors", {**common, "prompt": p}) for index, p in enumerate(prompts)]
+    common = {"model": made_by, "steps": str(steps), "seed": str(seed)}
+    files = [
+        (folder / f"class-{index:05}.safetensors", {**common, "resolution": _in_words(size), "prompt": prompt})
+        for index, (prompt, size) in enumerate(asked)
+    ]
     latents = {index: _read(path, made_for) for index, (path, made_for) in enumerate(files) if path.exists()}
-    todo = [index for index in range(len(files)) if index not in latents]
+    todo = sorted((index for index in range(len(files)) if index not in latents), key=lambda index: asked[index][1])
+    settings = SampleSettings(steps=steps, together=together)
     texts = {}
     if todo:
         with visiting(device, *model.text_encoders):
-            wanted = dict.fromkeys(prompts[index] for index in todo)
+            wanted = dict.fromkeys(asked[index][0] for index in todo)
             texts = {prompt: encode_guided(model, prompt, settings) for prompt in wanted}
     clock = Clock(len(latents), len(files))
     with visiting(device if todo else None, model.unet):
-        for few in (todo[part] for part in slices(0, len(todo), together)):
+        for size, few in _alike(todo, [size for _, size in asked], together):
             if stop is not None and stop():
                 break
-            text = batched([texts[prompts[index]] for index in few])
-            drawn = draw(model, text, [seed * 1_000_003 + index for index in few], settings).cpu()
+            text = batched([texts[asked[index][0]] for index in few])
+            drawn = draw(model, text, [seed * 1_000_003 + index for index in few], replace(settings, size=size)).cpu()
             for index, one in zip(few, drawn.split(1), strict=True):
                 path, made_for = files[index]
                 write_safetensors(path, {"latents": one}, made_for)
@@ -58,6 +62,20 @@ def class_latents(
                 if progress is not None:
                     progress(clock(len(latents)))
     return [latents[index] for index in takewhile(latents.__contains__, range(len(files)))]
+
+
+def _alike(
+    todo: Sequence[int], sizes: Sequence[tuple[int, int]], together: int
+) -> Iterator[tuple[tuple[int, int], Sequence[int]]]:
+    """Of `todo`, in order of size, up to so many of one size."""
+    for size, alike in groupby(todo, sizes.__getitem__):
+        indices = list(alike)
+        yield from ((size, indices[part]) for part in slices(0, len(indices), together))
+
+
+def _in_words(size: tuple[int, int]) -> str:
+    """ "512", of a picture that is no square "512x768"."""
+    return str(size[0]) if size[0] == size[1] else f"{size[1]}x{size[0]}"
 
 
 def _read(path: Path, made_for: Mapping[str, str]) -> torch.Tensor:

@@ -25,6 +25,7 @@ class Checkpoint(NamedTuple):
     losses: list[float]
     loss_scale: float
     made_for: Mapping[str, Any]  # what a run must have in common with this one to go on from it
+    validation: list[tuple[int, float]] = []  # noqa: RUF012  # after how many steps the held-out loss was what
 
     def save(self, path: Path) -> None:
         """Write it to `path`; an older file there is replaced whole. Raises HollowError where it cannot."""
@@ -34,7 +35,7 @@ class Checkpoint(NamedTuple):
                 tensors |= {f"optimizer {way} {index} {part}": tensor for part, tensor in parts.items()}
         tensors |= {f"average {name}": tensor for name, tensor in self.averages.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        about = {"loss_scale": self.loss_scale, "made_for": self.made_for}
+        about = {"loss_scale": self.loss_scale, "made_for": self.made_for, "validation": self.validation}
         write_safetensors(path, tensors, {_KEY: json.dumps(about)})
 
     @classmethod
@@ -69,4 +70,6 @@ class Checkpoint(NamedTuple):
                     optimizers[way].setdefault(index, {})[part] = tensor
                 case ["average", name]:
                     averages[name] = tensor
-        return cls(lora, optimizers, averages, tensors["losses"].tolist(), about["loss_scale"], stored)
+        validation = [(step, loss) for step, loss in about.get("validation", [])]
+        losses = tensors["losses"].tolist()
+        return cls(lora, optimizers, averages, losses, about["loss_scale"], stored, validation)

@@ -73,6 +73,12 @@ class Optimizer:
         for group in self._groups():
             group["lr"] = self._learning_rate * factor
 
+    @property
+    def rate(self) -> float:
+        """The learning rate at which it goes now."""
+        rate: float = next(self._groups())["lr"]
+        return rate
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While inside, fused updates happen in backward passes; others wait for `step`."""

@@ -4,8 +4,9 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import get_args
 
@@ -22,6 +23,8 @@ from ..progress import Clock, Stop, Watch
 from .ahead import one_behind
 from .store import Fingerprint, Kind, Record, Store, store_id
 
+HELD_OUT_LOOKS = 4  # records of each held-out picture, in the middles of as many stretches of time
+
 STORE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -30,7 +33,9 @@ class Example:
     """A picture with its two prompts: one of the subject ("image"), or one of its class ("prior").
 
     A prior example trains on its generic prompt (P_pr of Eq. 2), its personal one is not looked at. The first
-    "low image" is the first "image" at a lower resolution, and so on; likewise "low prior".
+    "low image" is the first "image" at a lower resolution, and so on; likewise "low prior". A "held-out image" is not
+    trained on. Examples that share a tensor of latents are one picture
+    under several prompts.
     """
 
     latents: torch.Tensor  # (1, channels, height, width), scaled as the network expects them
@@ -39,6 +44,8 @@ class Example:
     personal_prompt: str
     generic_prompt: str
     kind: Kind = "image"
+    repeats: int = 1  # how often the picture is learned for once of the others
+    mask: torch.Tensor | None = None  # (1, 1, height, width) from 0 to 1: how much each latent counts; None: all alike
 
 
 def precompute(
@@ -60,8 +67,9 @@ def precompute(
     """Make the records that `train` reads, or those of them that an interrupted run has not made yet.
 
     `samples` is the number of records, half of them (rounded down) for the prior if it has examples; low
-    examples add as many again, see `plan`. What the base path leaves is kept in `dtype`: float16, bfloat16 or float32.
-    With `cut` None nothing is to be hollowed, and of the records, for an ordinary LoRA, nothing is stored.
+    examples add as many again, held-out ones a few, see `plan`. What the base path leaves is kept in `dtype`: float16,
+    bfloat16 or float32. With `cut` None nothing is to be hollowed, and of the records, for an ordinary LoRA, nothing is
+    stored.
     `together` lets so many records of one size pass the network at once, at most the eight of a shard: faster where the
     device is not busy with one, for the memory of so many, and the same but for rounding. `made_by` is the network's
     `model_id`; None computes it, which takes seconds for a large one, and more from a GPU.
@@ -76,7 +84,8 @@ def precompute(
     _check(network, schedule, examples, cut=cut, samples=samples, dtype=dtype, together=together)
     made_by = model_id(network) if made_by is None else made_by
     fingerprint, inputs = _fingerprint(made_by, schedule, examples, cut, samples, seed, dtype)
-    records = plan(fingerprint.kinds, samples, len(schedule), seed)
+    pictures = [id(example.latents) for example in examples]
+    records = plan(fingerprint.kinds, samples, len(schedule), seed, pictures=pictures, repeats=fingerprint.repeats)
     if apart:
         folder = Path(folder) / store_id(fingerprint, records)[:12]
     store = Store.open_or_create(folder, fingerprint, records, inputs)
@@ -142,40 +151,69 @@ def _write(store: Store, shard: int, left: Sequence[tuple[Sequence[int], Arrivin
     store.write_shard(shard, stored)
 
 
-def plan(kinds: Sequence[Kind], samples: int, timesteps: int, seed: int) -> list[Record]:
-    """The records to make: stratified over the time steps from 0, and dealt evenly over the examples.
+def plan(
+    kinds: Sequence[Kind],
+    samples: int,
+    timesteps: int,
+    seed: int,
+    *,
+    pictures: Sequence[Hashable] = (),
+    repeats: Sequence[int] = (),
+) -> list[Record]:
+    """The records to make: stratified over the time steps from 0, and dealt evenly over the pictures.
 
     The images share `samples` records, or half of them (rounded up) where there is a prior for the rest. Where
-    there are low examples, each of these records has a twin of the same time step and noise seed behind them.
+    there are low examples, each of these records has a twin of the same time step and noise seed behind them. Each
+    held-out example has a few more, always of the same time steps and noise. Of each example `pictures` says which it
+    shows, those that show the same taking turns, and `repeats` how often it is dealt for once of the others; by
+    default each shows its own, once.
     """
     generator = torch.Generator().manual_seed(seed)
-    images, prior, low_images, low_prior = (
+    images, prior, low_images, low_prior, held_out = (
         [index for index, kind in enumerate(kinds) if kind == wanted] for wanted in get_args(Kind)
     )
+
+    def stratified(kind: Kind, examples: Sequence[int], number: int) -> list[Record]:
+        shown: dict[Hashable, list[int]] = {}
+        for index in examples:
+            shown.setdefault(pictures[index] if pictures else index, []).append(index)
+        often = [repeats[indices[0]] if repeats else 1 for indices in shown.values()]
+        return _stratified(kind, list(shown.values()), often, number, timesteps, generator)
+
     prior_samples = samples // 2 if prior else 0
-    records = [
-        *_stratified("image", images, samples - prior_samples, timesteps, generator),
-        *_stratified("prior", prior, prior_samples, timesteps, generator),
-    ]
+    records = [*stratified("image", images, samples - prior_samples), *stratified("prior", prior, prior_samples)]
     low = dict(zip([*images, *prior], [*low_images, *low_prior], strict=True)) if low_images else {}
     twins = [record._replace(image=low[record.image], kind=kinds[low[record.image]]) for record in records if low]
-    return [*records, *twins]
+    looks = [
+        Record(index, "held-out image", int(timesteps * (look + 0.5) / HELD_OUT_LOOKS), look)
+        for index in held_out
+        for look in range(HELD_OUT_LOOKS)
+    ]
+    return [*records, *twins, *looks]
 
 
 def _stratified(
-    kind: Kind, images: Sequence[int], samples: int, timesteps: int, generator: torch.Generator
+    kind: Kind,
+    pictures: Sequence[Sequence[int]],
+    often: Sequence[int],
+    samples: int,
+    timesteps: int,
+    generator: torch.Generator,
 ) -> list[Record]:
     """One draw from each of `samples` equal stretches of time.
 
-    Each run of as many stretches as there are images is dealt to all of them in a random order: so every
-    image, too, is spread over the time steps.
+    Each run of as many stretches as there are pictures, each counted as `often` as it is to be seen, is dealt to all of
+    them in a random order: so every picture, too, is spread over the time steps. Its examples take turns.
     """
     places = torch.arange(samples) + torch.rand(samples, generator=generator, dtype=torch.float64)
     drawn = (places * timesteps / samples).long().clamp(max=timesteps - 1).tolist()
-    rounds = math.ceil(samples / max(len(images), 1))
-    dealt = [images[i] for _ in range(rounds) for i in torch.randperm(len(images), generator=generator)]
+    common = math.gcd(*often) or 1
+    in_a_round = [number for number, times in enumerate(often) for _ in range(times // common)]
+    rounds = math.ceil(samples / max(len(in_a_round), 1))
+    dealt = [in_a_round[i] for _ in range(rounds) for i in torch.randperm(len(in_a_round), generator=generator)]
+    turns = [cycle(examples) for examples in pictures]
     seeds = torch.randint(2**32, (samples,), generator=generator).tolist()
-    return [Record(i, kind, t, s) for i, t, s in zip(dealt[:samples], drawn, seeds, strict=True)]
+    return [Record(next(turns[number]), kind, t, s) for number, t, s in zip(dealt[:samples], drawn, seeds, strict=True)]
 
 
 def check_samples(samples: int, kinds: int = 1) -> None:
@@ -211,7 +249,9 @@ def _fingerprint(
         latents.append(digest(z))
         embeddings.append({p: {part: digest(t) for part, t in e.items()} for p, e in tensors.items()})
         trained = tensors["personal" if example.kind.endswith("image") else "generic"]
-        inputs.update({digest(t): t.detach().cpu().clone() for t in [z, *trained.values()]})
+        kept = [z, *trained.values(), *([] if example.mask is None else [example.mask])]
+        inputs.update({digest(t): t.detach().cpu().clone() for t in kept})
+    masks = ["" if example.mask is None else digest(example.mask) for example in examples]
     return Fingerprint(
         model=made_by,
         cut=cut,
@@ -223,6 +263,8 @@ def _fingerprint(
         prompts=[{"personal": e.personal_prompt, "generic": e.generic_prompt} for e in examples],
         embeddings=embeddings,
         latents=latents,
+        repeats=[e.repeats for e in examples] if any(e.repeats != 1 for e in examples) else [],
+        masks=masks if any(masks) else [],
     ), inputs
 
 
@@ -268,6 +310,11 @@ def _check(
     schedule.check()
     for number, example in enumerate(examples):
         network.check_inputs(f"example {number}", example.latents, [example.personal, example.generic])
+        if example.mask is not None and example.mask.shape != (1, 1, *example.latents.shape[-2:]):
+            raise HollowError(
+                f"The mask of example {number} has the shape {tuple(example.mask.shape)}. "
+                "Give it (1, 1, height, width), as its latents have."
+            )
         if not example.latents.isfinite().all():
             raise HollowError(f"The latents of example {number} are not finite. Encode the picture in float32.")
 

@@ -14,7 +14,7 @@ from .rates import LRSchedule
 from .selective import Probability, Strategy, falling, heat_map
 
 Precision = Literal["fp32", "bf16", "fp16"]
-_LATER = ("lr_schedule", "warmup", "ema")  # settings that checkpoints of before do not name; so nor does a default
+_LATER = ("dora", "lr_schedule", "warmup", "ema")  # which older checkpoints do not name; so nor does a default
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -31,6 +31,8 @@ class TrainSettings:
     """The LoRA counts alpha / rank times; None means alpha = rank."""
     targets: tuple[str, ...] = ATTENTION
     """Ends of the names of the layers that get a LoRA; the attention projections by default."""
+    dora: bool = False
+    """Train a magnitude for each output of a layer, too (DoRA): for the LoRA in fp32."""
     steps: int = 1000
     """Optimizer steps in all."""
     learning_rate: float | None = None
@@ -73,6 +75,8 @@ class TrainSettings:
     """Of the LoRA's start and the order of the records."""
     save_every: int = 0
     """Steps from one checkpoint to the next; 0 writes one only at the end or when stopped."""
+    validate_every: int = 50
+    """Steps from one look at the held-out pictures to the next, if there are any; 0 looks at the end only."""
     strategy: Strategy = "bp"
     """How steps find the gradient: backwards, by MeZO's forward passes ("zo"), or by both ("selective")."""
     selective_gamma: float = 1.0
@@ -102,7 +106,8 @@ class TrainSettings:
     def fixed(self) -> dict[str, Any]:
         """Those that may not change when a run goes on; the others do not change what a step does, but for rounding
         where `together` is another."""
-        free = {"save_every", "together", "gradient_checkpointing", "checkpoint_levels", "fused_backward"}
+        free = {"save_every", "validate_every", "together", "fused_backward"}
+        free |= {"gradient_checkpointing", "checkpoint_levels"}
         if self.strategy != "selective":  # whose steps know how far the training is
             free |= {"selective_gamma", "probability"}
             if self.lr_schedule == "constant":  # the others know it, too
@@ -147,6 +152,7 @@ class TrainSettings:
             ),
             ("seed", 0 <= self.seed < 2**63, "It must be from 0 to 2⁶³ - 1."),
             ("save_every", self.save_every >= 0, "It must be 0 or more."),
+            ("validate_every", self.validate_every >= 0, "It must be 0 or more."),
             ("strategy", self.strategy in get_args(Strategy), "Choose bp, zo or selective."),
             ("selective_gamma", 0 <= self.selective_gamma < math.inf, "It must be 0 or more."),
             ("zo_learning_rate", self.zo_learning_rate is None or 0 < self.zo_learning_rate < math.inf, positive),
@@ -160,6 +166,11 @@ class TrainSettings:
         ]:
             if not possible:
                 raise HollowError(f"{name} is {getattr(self, name)!r}. {advice}")
+        if self.dora and self.lora_precision != "fp32":
+            raise HollowError(
+                f"dora does not go with lora_precision {self.lora_precision}, which rounds what magnitudes learn away. "
+                "Choose fp32."
+            )
         for name, possible, advice in [
             (
                 "max_grad_norm",

@@ -15,7 +15,8 @@ from ..nets.schedule import NoiseSchedule
 from ..nets.transfer import room_like, send
 from .store import Record, Store
 
-Inputs = tuple[Tensor, Conditioning]  # of a record: latents (1, channels, height, width) and prompt
+Inputs = tuple[Tensor, Conditioning, Tensor | None]
+"""Of a record: latents (1, channels, height, width), prompt, and how much each latent counts (1, 1, height, width)."""
 
 
 class Part(NamedTuple):
@@ -27,6 +28,7 @@ class Part(NamedTuple):
     stored: Stored  # its tensors (batch, …)
     target: Tensor  # (batch, channels, height, width)
     weights: Tensor  # (batch,)
+    mask: Tensor | None = None  # (batch, 1, height, width), of each record 1 on average; None: all 1
 
     @classmethod
     def of(
@@ -40,19 +42,28 @@ class Part(NamedTuple):
     ) -> "Part":
         """Records whose latents are of one size and whose prompts have as many tokens, each with its weight."""
         timesteps = [record.timestep for record in records]
-        noised = [record.noisy(schedule, latents) for record, (latents, _) in zip(records, inputs, strict=True)]
+        noised = [record.noisy(schedule, latents) for record, (latents, *_) in zip(records, inputs, strict=True)]
         targets = [
             schedule.target(latents.float().cpu(), noise, timestep)
-            for (latents, _), (_, noise), timestep in zip(inputs, noised, timesteps, strict=True)
+            for (latents, *_), (_, noise), timestep in zip(inputs, noised, timesteps, strict=True)
         ]
         return cls(
             torch.cat([noisy for noisy, _ in noised]),
             timesteps,
-            Conditioning.batch([conditioning for _, conditioning in inputs]),
+            Conditioning.batch([conditioning for _, conditioning, _ in inputs]),
             {name: torch.cat([record.stored[name] for record in records]) for name in records[0].stored},
             torch.cat(targets),
             torch.tensor([w * schedule.loss_weight(t, snr_gamma) for w, t in zip(weights, timesteps, strict=True)]),
+            _masks([mask for *_, mask in inputs], inputs[0][0].shape[-2:]),
         )
+
+
+def _masks(masks: Sequence[Tensor | None], size: torch.Size) -> Tensor | None:
+    """Of records together, each 1 on average: so a small part of one picture counts as much as all of another."""
+    if all(mask is None for mask in masks):
+        return None
+    whole = [torch.ones(1, 1, *size) if mask is None else mask for mask in masks]
+    return torch.cat([mask / mask.mean().clamp(min=1e-6) for mask in whole])
 
 
 Loss = Callable[[Part], Tensor]  # Σ weight · loss(record) over a part: a scalar
@@ -136,11 +147,15 @@ def part_loss(network: Network, part: Part) -> Tensor:
     """Σ weight · ‖ε − ε_θ(z_t, t, E_T(P))‖² over a part (Hollowed Net, Eq. 1; of prior records Eq. 2), a scalar where
     the network is: a `Loss`, once the network is given.
 
-    A record's loss is the mean over its latents, in float32; what takes ε's place, the schedule's prediction says.
+    A record's loss is the mean over its latents, in float32, weighed by its mask if it has one; what takes ε's place,
+    the schedule's prediction says.
     """
     predicted = network.predict(part.noisy, part.timesteps, part.conditioning, part.stored)
     target, weights = (send(tensor, predicted.device) for tensor in (part.target, part.weights))
-    return torch.dot(weights, F.mse_loss(predicted, target, reduction="none").flatten(1).mean(1))
+    error = F.mse_loss(predicted, target, reduction="none")
+    if part.mask is not None:
+        error = error * send(part.mask, predicted.device)
+    return torch.dot(weights, error.flatten(1).mean(1))
 
 
 def read_parts(
@@ -156,7 +171,7 @@ def read_parts(
     read = []
     for index, weight in weighted:
         record = store.record(index)
-        read.append((record, store.inputs(record.image), weight))
+        read.append((record, (*store.inputs(record.image), store.mask(record.image)), weight))
     parts = []
     for _, alike in groupby(read, lambda each: (each[1][0].shape, each[1][1].encoder_hidden_states.shape)):
         same = list(alike)
@@ -164,3 +179,10 @@ def read_parts(
             records, inputs, weights = zip(*same[first : first + together], strict=True)
             parts.append(Part.of(schedule, records, inputs, weights, snr_gamma=snr_gamma))
     return parts
+
+
+@torch.no_grad()
+def held_out_loss(loss: Loss, store: Store, schedule: NoiseSchedule, records: Sequence[int]) -> float:
+    """The mean loss of records that are not trained on, one by one. Raises HollowError as `read_parts` does."""
+    parts = (read_parts(store, schedule, [(index, 1 / len(records))]) for index in records)
+    return torch.stack([loss(part) for (part,) in parts]).sum().item()

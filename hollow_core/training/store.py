@@ -14,10 +14,10 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,8 +32,9 @@ FORMAT = 1
 SHARD = 8  # records a file: no more than these are lost when a run is killed
 SHARD_FILES = "records-*.safetensors"
 
-Kind = Literal["image", "prior", "low image", "low prior"]
-"""Whether a record is of the subject or of its class, and "low" if at a lower resolution, as the twin of another."""
+Kind = Literal["image", "prior", "low image", "low prior", "held-out image"]
+"""Whether a record is of the subject or of its class, "low" if at a lower resolution, as the twin of another, and
+"held-out" if it is not trained on, but tells by its loss what is learned."""
 
 
 class Record(NamedTuple):
@@ -72,6 +73,12 @@ class Fingerprint:
     prompts: list[dict[str, str]]  # "personal" and "generic"
     embeddings: list[dict[str, dict[str, str]]]  # of each prompt the tensors of its Conditioning
     latents: list[str]
+    repeats: list[int] = field(default_factory=list)  # empty: all 1
+    masks: list[str] = field(default_factory=list)  # "" where there is none; empty: none anywhere
+
+    def content(self) -> dict[str, Any]:
+        """All of it, as a name is made from it: what older stores did not have, only where it says something."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("repeats", "masks")}
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """What differs, in words, where this one is stored and `other` is asked for."""
@@ -84,7 +91,7 @@ class Fingerprint:
 
 def store_id(fingerprint: Fingerprint, records: Sequence[Record]) -> str:
     """A name for a store that is made from this and holds these records."""
-    content = [asdict(fingerprint), [record[:4] for record in records]]
+    content = [fingerprint.content(), [record[:4] for record in records]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -120,7 +127,7 @@ class Store:
             shard.unlink()
         write_safetensors(folder / "inputs.safetensors", inputs)
         plan = [dict(zip(Record._fields[:4], record, strict=False)) for record in records]
-        index = {"format": FORMAT, "fingerprint": asdict(fingerprint), "records": plan}
+        index = {"format": FORMAT, "fingerprint": fingerprint.content(), "records": plan}
         write_json(folder / "store.json", index)
         return cls(folder, fingerprint, records)
 
@@ -200,6 +207,15 @@ class Store:
             embedding = {part: file.get_tensor(name) for part, name in self._embedding(image).items()}
             return file.get_tensor(self.fingerprint.latents[image]), Conditioning(**embedding)
 
+    def mask(self, image: int) -> torch.Tensor | None:
+        """How much each latent of an example counts: (1, 1, height, width) from 0 to 1; None: all alike."""
+        masks = self.fingerprint.masks
+        if not (masks and masks[image]):
+            return None
+        with self._open_inputs() as file:
+            mask: torch.Tensor = file.get_tensor(masks[image])
+            return mask
+
     def _embedding(self, image: int) -> dict[str, str]:
         prompt = "personal" if self.fingerprint.kinds[image].endswith("image") else "generic"
         return self.fingerprint.embeddings[image][prompt]
@@ -217,7 +233,7 @@ class Store:
     def _open_inputs(self) -> AbstractContextManager[safe_open]:
         images = range(len(self.fingerprint.kinds))
         embeddings = [name for image in images for name in self._embedding(image).values()]
-        expected = {*self.fingerprint.latents, *embeddings}
+        expected = {*self.fingerprint.latents, *embeddings, *filter(None, self.fingerprint.masks)}
         return _open(self._inputs_path, lambda _: expected, f"Delete {self.folder} and precompute anew.")
 
     def _open_shard(self, shard: int) -> AbstractContextManager[safe_open]:

@@ -1,8 +1,8 @@
 """Stage 2: train a LoRA on the records of a store; the loop reads top to bottom."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from .optimizer import Optimizer
 from .rates import rate_factor
 from .selective import Choice, Taken, choices, taken
 from .settings import DTYPES, TrainSettings, check_unfused
-from .steps import Part, Step, ZerothOrder, backpropagate, part_loss, read_parts
+from .steps import Part, Step, ZerothOrder, backpropagate, held_out_loss, part_loss, read_parts
 from .store import Store
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -40,6 +40,8 @@ class TrainResult:
     losses: list[float]  # one a step, from the first step on
     stopped: Stopped
     taken: list[Taken]  # of every step its image records, one after the other
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    """After so many steps, the mean loss of the held-out records, each time of the same time steps and noise."""
 
     @property
     def steps(self) -> int:
@@ -56,6 +58,7 @@ def train(
     folder: Path | str,
     progress: Watch | None = None,
     stop: Stop | None = None,
+    saved: Callable[[int, dict[str, Tensor]], object] | None = None,
 ) -> TrainResult:
     """Train a fresh LoRA in `network`, or go on from the checkpoint in `folder`, and leave it in there.
 
@@ -63,7 +66,8 @@ def train(
     drop the base before, nothing here needs it. A step minimises the mean loss of `batch` image records
     (Eq. 1) plus `prior_weight` times that of `batch` prior records (Eq. 2), in the way that the strategy
     chooses; "selective" needs a store with low examples. `progress` is called after each
-    step, and inside its `as_used` the LoRA is as it would be given out then; `stop` is asked before each step.
+    step, and inside its `as_used` the LoRA is as it would be given out then; `stop` is asked before each step; `saved`
+    gets the number of steps and the LoRA as it would be given out whenever a checkpoint was saved on the way.
     Interrupted anywhere and called again, it ends with the same LoRA, on a CPU bit by bit, on a GPU but for rounding,
     as its backward pass is not the same twice; called with more `steps`, it goes on, but for "selective" and for
     learning rates that fall, whose schedules end with the last of them.
@@ -91,7 +95,7 @@ def train(
         network.checkpoint(settings.checkpoint_levels)
     if begun is None:
         generator = torch.Generator().manual_seed(_seeds(settings)[0])
-        add_lora(module, settings.rank, settings.lora_alpha, settings.targets, generator=generator)
+        add_lora(module, settings.rank, settings.lora_alpha, settings.targets, dora=settings.dora, generator=generator)
     else:
         load_lora_state(module, begun.lora, settings.lora_alpha)
     named = named_lora_parameters(module)
@@ -123,12 +127,23 @@ def train(
 
     def save() -> None:
         moments = {way: optimizer.state() for way, optimizer in optimizers.items()}
-        Checkpoint(snapshot(named), moments, averages.state(), losses, loss_scale, made_for).save(path)
+        state = averages.state()
+        Checkpoint(snapshot(named), moments, state, losses, loss_scale, made_for, validation).save(path)
+
+    # held-out pictures, always at the same time steps and noise
+    validation = [] if begun is None else begun.validation
+    held_out = store.indices("held-out image")
+
+    def validate() -> None:
+        if held_out and (not validation or validation[-1][0] != len(losses)):
+            with averages.as_used():
+                validation.append((len(losses), held_out_loss(loss_of, store, schedule, held_out)))
 
     before, good = Copies(parameters), Copies(parameters)  # of a step's start, and of the last finite loss's
     good.take()
     loss_scale = (2.0**16 if settings.precision == "fp16" else 1.0) if begun is None else begun.loss_scale
     stopped: Stopped = "finished"
+    validate()
     clock = Clock(len(losses), settings.steps)
     left = islice(ahead, settings.steps - len(losses))
     for choice, parts in one_ahead(read, left):
@@ -169,19 +184,27 @@ def train(
         losses.append(loss)
         trained_on += taken(store, choice)
 
-        # save, then tell
-        done = clock(len(losses), loss)._replace(as_used=averages.as_used)
-        if settings.save_every and done.step % settings.save_every == 0 and done.step < done.steps:
+        # look, save, then tell
+        step_number = len(losses)
+        if settings.validate_every and step_number % settings.validate_every == 0:
+            validate()
+        if settings.save_every and step_number % settings.save_every == 0 and step_number < settings.steps:
             save()
+            if saved is not None:
+                with averages.as_used():
+                    saved(step_number, lora_state(module))
         if progress is not None:
-            progress(done)
+            held_out_now = validation[-1][1] if validation else None
+            now = {"validation": held_out_now, "learning_rate": optimizer.rate, "as_used": averages.as_used}
+            progress(clock(step_number, loss, **now))
 
     if stopped in ("finished", "stop"):
+        validate()
         save()
         averages.use()
     else:
         good.give_back()
-    return TrainResult(lora_state(module), losses, stopped, trained_on)
+    return TrainResult(lora_state(module), losses, stopped, trained_on, validation)
 
 
 def steps_ahead(store: Store, schedule: NoiseSchedule, settings: TrainSettings) -> Iterator[Choice]:

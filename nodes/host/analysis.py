@@ -58,8 +58,10 @@ def scaled(lora: HollowLora, text: str, model: ModelPatcher | None) -> HollowLor
         "kohya",
         ldm=layout_name(config) == "sdxl",
     )
-    dtype = next(tensor.dtype for key, tensor in lora.state.items() if not key.endswith("alpha"))
-    return lora._replace(state={key: matrix.to(dtype) for key, matrix in matrices.items()})
+    dtype = next(tensor.dtype for key, tensor in lora.state.items() if key.endswith("lora_down.weight"))
+    return lora._replace(
+        state={key: matrix if dialects.sets_magnitudes(key) else matrix.to(dtype) for key, matrix in matrices.items()}
+    )
 
 
 def parsed(lora: HollowLora, config: Config | None) -> dialects.Lora:

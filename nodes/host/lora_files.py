@@ -79,6 +79,8 @@ def _in_words(written: lora_file.Written) -> str:
     """What reading it back found: a node has two short lines for it."""
     text = f" and {written.text_layers} of text encoders" if written.text_layers else ""
     effect = f"largest |ΔW| {written.largest:.2g}" if written.largest else "all zero, so it has NO effect"
+    if written.dora:
+        effect = f"DoRA, largest |ΔW| before its magnitudes {written.largest:.2g}"
     return f"{listed_lora(written.path)}, read back:\n{written.layers} layers{text}, {effect}."
 
 

@@ -17,18 +17,20 @@ from torch.nn import functional as F
 from ...hollow_core.errors import HollowError
 from ...hollow_core.lora.file import alpha_of
 
-_DOWN, _UP, _ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+_DOWN, _UP, _ALPHA, _MAGNITUDES = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
 _ADVICE = "Use it with the kind of model on which it was trained."
 
 
 class LoraLayer(NamedTuple):
-    """What the LoRA adds to one Linear or Conv2d: scale · up(down(x))."""
+    """What the LoRA adds to one Linear or Conv2d: scale · up(down(x)), and a DoRA's stretch of what that makes."""
 
     path: str
     """Of the layer, from the U-Net: "input_blocks.4.1.proj_in"."""
     down: Tensor  # (rank, in) or (rank, in, height, width)
     up: Tensor  # (out, rank) or (out, rank, 1, 1)
     scale: float  # alpha / rank
+    stretch: Tensor | None = None
+    """(out,) or (out, 1, 1): by how much DoRA makes each output longer, 0 for not at all."""
 
 
 def lora_layers(model: ModelPatcher, state: Mapping[str, Tensor]) -> list[LoraLayer]:
@@ -38,7 +40,7 @@ def lora_layers(model: ModelPatcher, state: Mapping[str, Tensor]) -> list[LoraLa
     """
     unet, paths = model.model.diffusion_model, comfy.lora.model_lora_keys_unet(model.model, {})
     for key in state:
-        if key.partition(".")[2] not in (_DOWN, _UP, _ALPHA):
+        if key.partition(".")[2] not in (_DOWN, _UP, _ALPHA, _MAGNITUDES):
             raise HollowError(f"This is no plain LoRA: it holds {key}. Choose one that Hollow has trained.")
     return [_layer(unet, paths, name, state) for name in dict.fromkeys(key.partition(".")[0] for key in state)]
 
@@ -57,7 +59,25 @@ def _layer(unet: Any, paths: Mapping[str, str], name: str, state: Mapping[str, T
             f"The LoRA for {name} has shapes {tuple(down.shape)} and {tuple(up.shape)}, but this MODEL needs "
             f"{needed[0]} and {needed[1]}. {_ADVICE}"
         )
-    return LoraLayer(path, down, up, alpha_of(state, name, len(down)) / len(down))
+    scale = alpha_of(state, name, len(down)) / len(down)
+    magnitudes = state.get(f"{name}.{_MAGNITUDES}")
+    return LoraLayer(
+        path, down, up, scale, None if magnitudes is None else _stretch(name, magnitudes, weight, scale, down, up)
+    )
+
+
+def _stretch(name: str, magnitudes: Tensor, weight: Tensor, scale: float, down: Tensor, up: Tensor) -> Tensor:
+    """m / ‖W + ΔW‖ - 1 of each output, W being the MODEL's own, without patches."""
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise HollowError(
+            f"The LoRA is a DoRA, which needs the weights of this MODEL as they are, but they are in {weight.dtype}. "
+            "Load the MODEL in fp16 or bf16."
+        )
+    if magnitudes.numel() != len(weight):
+        raise HollowError(f"The DoRA has {magnitudes.numel()} magnitudes for {name}, not {len(weight)}. {_ADVICE}")
+    changed = weight.detach().cpu().float().flatten(1) + scale * up.float().flatten(1) @ down.float().flatten(1)
+    norms = torch.linalg.vector_norm(changed, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (magnitudes.float().flatten() / norms - 1).view(-1, *[1] * (weight.dim() - 2))
 
 
 class ScopedLora:
@@ -65,7 +85,7 @@ class ScopedLora:
 
     def __init__(self, layers: Sequence[LoraLayer], strength: float) -> None:
         self.layers, self.strength = layers, strength
-        self._matrices: dict[tuple[str, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._matrices: dict[tuple[str, torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor | None]] = {}
 
     @contextmanager
     def on(self, unet: nn.Module, rows: Tensor | None = None) -> Iterator[None]:
@@ -89,20 +109,29 @@ class ScopedLora:
         self, layer: LoraLayer, module: Any, forward: Callable[..., Tensor], rows: Tensor | None
     ) -> Callable[..., Tensor]:
         def with_lora(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            down, up = self._on_device(layer, x)
+            down, up, stretch = self._on_device(layer, x)
+            unchanged = forward(x, *args, **kwargs)
             if isinstance(module, nn.Conv2d):
                 added = F.conv2d(module._conv_forward(x, down, None), up)  # stride and padding are the layer's
             else:
                 added = F.linear(F.linear(x, down), up)
+            scale = layer.scale
+            if stretch is not None:
+                added, scale = added * scale, 1.0
+                changed = unchanged + added
+                if module.bias is not None:
+                    changed = changed - module.bias.to(x).view(stretch.shape)
+                added = torch.addcmul(added, changed, stretch)
             if rows is not None:  # patches may have cut the pictures of a batch into tiles
                 of_each = rows.repeat_interleave(len(added) // len(rows))
                 added = added * of_each.view(-1, *[1] * (added.dim() - 1))
-            return torch.add(forward(x, *args, **kwargs), added, alpha=self.strength * layer.scale)
+            return torch.add(unchanged, added, alpha=self.strength * scale)
 
         return with_lora
 
-    def _on_device(self, layer: LoraLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _on_device(self, layer: LoraLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         key = layer.path, x.device, x.dtype
         if key not in self._matrices:
-            self._matrices[key] = layer.down.to(x.device, x.dtype), layer.up.to(x.device, x.dtype)
+            stretch = None if layer.stretch is None else layer.stretch.to(x.device, x.dtype)
+            self._matrices[key] = layer.down.to(x.device, x.dtype), layer.up.to(x.device, x.dtype), stretch
         return self._matrices[key]

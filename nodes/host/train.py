@@ -129,7 +129,7 @@ def train(
         prediction_type=schedule.prediction.name,
     )
     state = lora_file.to_kohya(result.state, network.module.config, alpha=settings.lora_alpha, layout=family)
-    metadata = describe("hollow", family, settings.rank, settings.lora_alpha, recipe)
+    metadata = describe("hollow", family, settings.rank, settings.lora_alpha, recipe, dora=settings.dora)
     told = f"{result.steps} steps: {watch.made(result.steps)}.\nMean loss of the last {curve.window}: "
     told += f"{curve.mean(result.steps):.4f}."
     picture = beside(curve.draw(), learned)

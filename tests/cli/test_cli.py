@@ -10,11 +10,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import save_file
-from tiny_pipelines import tiny_pipeline
+from safetensors.torch import load_file, save_file
+from tiny_pipelines import shallow_pipeline, tiny_pipeline
+from typer.main import get_command
 
 from hollow_core.cli import main
+from hollow_core.cli.app import app
 from hollow_core.cli.options import Prediction
 from hollow_core.nets.schedule import PREDICTIONS
 
@@ -44,6 +47,13 @@ def hollow(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tiny_pipeline("sd15").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shallow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shallow")
+    shallow_pipeline("sd15").save_pretrained(folder)
     return folder
 
 
@@ -116,6 +126,44 @@ def test_train_then_sample(hollow: Hollow, model_folder: Path, photos: Path, tmp
     for picture in drawn:
         with Image.open(picture["file"]) as opened:
             assert opened.size == (128, 128)
+
+
+@pytest.mark.slow
+def test_several_loras_draw_the_same_into_a_grid(
+    hollow: Hollow, shallow_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named one by one, by a shell's expansion or by a pattern; in the order of their numbers."""
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    unet = UNet2DConditionModel.from_pretrained(shallow_folder, subfolder="unet")
+    up, down = unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.shape
+    for number in (9, 10):
+        tensors = {f"{name}.lora_down.weight": torch.ones(1, down), f"{name}.lora_up.weight": torch.ones(up, 1)}
+        save_file(tensors, tmp_path / f"rex-{number}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    draw = ["--prompt", "a sks dog", "--prompt", "a sks cat", "--steps", 1, "--device", "cpu", "--json"]
+    drawn = []
+    for number, asked in enumerate(
+        (
+            ["--lora", "rex-10.safetensors", "--lora", "rex-9.safetensors"],
+            ["--lora", "rex-10.safetensors", "rex-9.safetensors"],
+            ["--lora", "rex-*.safetensors"],
+        )
+    ):
+        done = hollow("sample", shallow_folder, *asked, *draw, "--out", f"out{number}", *(["--grid"] if number else []))
+        assert done.status == 0, done.stderr
+        drawn.append([(Path(row["file"]).name, row["lora"], row["prompt"]) for row in json.loads(done.stdout)])
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert drawn[0] == [
+        ("rex-9-000-seed0.png", "rex-9.safetensors", "a sks dog"),
+        ("rex-9-001-seed0.png", "rex-9.safetensors", "a sks cat"),
+        ("rex-10-000-seed0.png", "rex-10.safetensors", "a sks dog"),
+        ("rex-10-001-seed0.png", "rex-10.safetensors", "a sks cat"),
+    ]
+    assert sorted(path.name for path in Path("out2").iterdir()) == sorted(["grid.png", *(row[0] for row in drawn[0])])
+    assert not Path("out0/grid.png").exists()
+    done = hollow("sample", shallow_folder, "--lora", "max-*.safetensors", *draw)
+    assert done.status == 1
+    assert "There is no file max-*.safetensors." in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +309,7 @@ def test_convert_says_what_the_written_file_holds(hollow: Hollow, model_folder: 
             "layers": 16,
             "text_layers": 0,
             "largest": 0.25,
+            "dora": False,
         }
         done = hollow("convert", tmp_path / "peft", tmp_path / "back.safetensors", *model)
         assert "back.safetensors (kohya): 16 layers" in done.stderr
@@ -340,9 +389,130 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
         assert sorted(tmp_path.rglob("*")) == before, what
 
 
+@pytest.mark.slow
+def test_train_chooses_what_fits_and_goes_on_with_it(
+    hollow: Hollow, shallow_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    train = ["train", shallow_folder, "--images", photos, "--subject", "dog", "--out", out, "--device", "cpu"]
+    train += ["--samples", 2, "--rank", 64]
+    done = hollow(*train, "--budget", "4GB", "--plan-only", "--json")
+    assert done.status == 0, done.stderr
+    assert "Chosen: the whole U-Net in fp32. Given up: nothing." in done.stderr
+    assert not out.exists()
+    little = f"{json.loads(done.stdout)['bytes'] / 2**20 - 0.1:.2f}MB"
+
+    done = hollow(*train, "--budget", little, "--steps", 1)
+    assert done.status == 0, done.stderr
+    assert "Chosen: the whole U-Net in bf16. Given up: fp32 for bf16." in done.stderr
+    assert "GiB at most, in its stage train; 0.02 GiB are the budget." in done.stderr
+    kept = (out / "run.toml").read_text()
+    assert kept.startswith("# Chosen: the whole U-Net in bf16.")
+    assert 'precision = "bf16"\n' in kept
+
+    done = hollow(*train, "--budget", "4GB", "--steps", 2)
+    assert done.status == 0, done.stderr
+    assert "It goes on with the whole U-Net in bf16." in done.stderr
+    again = (out / "run.toml").read_text()
+    assert again == kept.replace("steps = 1\n", "steps = 2\n").replace(little, "4GB")
+
+    done = hollow(*train, "--budget", "1MB", "--precision", "fp32", "--cut", 2, "--out", tmp_path / "other")
+    assert done.status == 1
+    assert "Nothing fits into 0.00 GiB: the smallest, cut 2 in fp32, gradient checkpointing, 8-bit" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_is_repeated_from_the_file_beside_its_lora(
+    hollow: Hollow, shallow_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    asked = tmp_path / "asked.toml"
+    asked.write_text(
+        f"model = '{shallow_folder}'\nimages = '{photos}'\nsubject = 'dog'\nout = '{tmp_path / 'first'}'\n"
+        "device = 'cpu'\ncut = 2\nsamples = 2\nrank = 4\nsteps = 9\nmax-grad-norm = inf\nlayers = 'all'\n"
+        "learning-rate = 1\n"
+    )
+    done = hollow("train", "--config", asked, "--steps", 2, "--alpha", 2)
+    assert done.status == 0, done.stderr
+    kept = tmp_path / "first" / "run.toml"
+    assert "max-grad-norm = inf\n" in kept.read_text()
+    done = hollow("train", "--config", kept, "--out", tmp_path / "second")
+    assert done.status == 0, done.stderr
+    changed = kept.read_text().replace(str(tmp_path / "first"), str(tmp_path / "second"))
+    assert (tmp_path / "second" / "run.toml").read_text() == changed
+    first, second = (load_file(tmp_path / name / "lora.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any("resnets_0_conv1" in key for key in first)
+    assert {float(first[key]) for key in first if key.endswith(".alpha")} == {2.0}
+
+
+@pytest.mark.slow
+def test_tensorboard_has_every_step_once(
+    hollow: Hollow, shallow_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a run that went on, too."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train = ["train", shallow_folder, "--images", photos, "--subject", "dog", "--out", tmp_path / "rex", "--cut", 2]
+    train += ["--samples", 2, "--rank", 2, "--warmup", 2, "--device", "cpu", "--log-dir", tmp_path / "logs"]
+    for steps in (3, 4):
+        done = hollow(*train, "--steps", steps)
+        assert done.status == 0, done.stderr
+    events = accumulator.EventAccumulator(str(tmp_path / "logs" / "rex"))
+    events.Reload()
+    rates = [(event.step, event.value) for event in events.Scalars("learning rate")]
+    assert rates == [(1, 0.0), (2, pytest.approx(5e-5)), (3, pytest.approx(1e-4)), (4, pytest.approx(1e-4))]
+    losses = events.Scalars("loss")
+    assert [event.step for event in losses] == [1, 2, 3, 4]
+    assert f"loss {losses[-1].value:.4f}" in done.stderr
+
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    done = hollow(*train)
+    assert done.status == 1
+    assert "--log-dir needs TensorBoard, which is not installed. Run `pip install tensorboard`" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("rnak = 4", "has a key 'rnak', but there is no such option"),
+        ("plan-only = true", "has a key 'plan-only', but"),
+        ("rank = 'many'", "rank cannot be 'many'."),
+        ("rank = [1, 2]", "rank cannot be [1, 2]."),
+        ("rank = true", "rank cannot be True. It is not true or false."),
+        ("stream = 'yes'", "stream cannot be 'yes'. Write true or false."),
+        ("precision = 'fp8'", "precision cannot be 'fp8'."),
+        ("zo-timesteps = [1]", "zo-timesteps cannot be [1]."),
+        ("images = 4", "images cannot be 4."),
+        ("rank 4", "is no valid TOML"),
+        (None, "cannot be read (No such file or directory)"),
+    ],
+)
+def test_what_is_wrong_with_a_settings_file_is_a_sentence(
+    hollow: Hollow, tmp_path: Path, content: str | None, sentence: str
+) -> None:
+    file = tmp_path / "run.toml"
+    if content is not None:
+        file.write_text(content)
+    done = hollow("train", "--config", file)
+    assert done.status == 1
+    assert str(file) in done.stderr
+    assert sentence in done.stderr
+
+
+def test_every_option_has_a_help_and_those_of_train_are_in_groups() -> None:
+    commands = [get_command(app)]
+    while commands:
+        command = commands.pop()
+        commands += getattr(command, "commands", {}).values()
+        for parameter in command.params:
+            assert parameter.help, (command.name, parameter.name)
+            if command.name == "train" and parameter.param_type_name == "option" and parameter.name != "as_json":
+                assert parameter.rich_help_panel, parameter.name
+
+
 def test_help_names_every_option_with_its_default() -> None:
     command = [sys.executable, "-c", "from hollow_core.cli import main; main()", "train", "--help"]
-    environment = os.environ | {"COLUMNS": "300", "TERM": "dumb"}
+    environment = os.environ | {"COLUMNS": "400", "TERM": "dumb"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     options = [line.strip("│ ") for line in done.stdout.splitlines() if line.startswith("│") and "--" in line]
     assert len(options) > 15

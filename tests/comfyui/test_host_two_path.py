@@ -36,6 +36,7 @@ from tiny_models import POOLED_WIDTH, SIZE, TOKEN_WIDTH, tiny_flux, tiny_model, 
 from two_path_reference import Reference
 
 from hollow_core.lora import file as lora_file
+from hollow_core.lora.dialects import parse, spell
 from hollow_core.lora.layers import ATTENTION, add_lora, lora_parameters, lora_state
 from hollow_core.lora.metadata import Recipe
 from hollow_core.nets.unet import hollow
@@ -136,6 +137,20 @@ def test_a_lora_on_every_kind_of_layer(layout: str, trained: Trained, tmp_path: 
     lora = trained(layout, 3, EVERY_KIND)
     ours = draw(two_path_model(native(layout), lora, GENERIC, strength=0.5))
     assert_same(ours, draw(Reference(tiny_unet(layout), lora, tmp_path, GENERIC, strength=0.5).patched(native(layout))))
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+def test_a_dora(layout: str, trained: Trained, tmp_path: Path) -> None:
+    lora, unet = trained(layout, 3, EVERY_KIND), tiny_unet(layout)
+    content = parse(lora.state, unet.config)
+    layers = {
+        module: layer._replace(dora_scale=unet.get_submodule(module).weight.detach().flatten(1).norm(dim=1) * 1.1)
+        for module, layer in content.layers.items()
+    }
+    dora = lora._replace(state=spell(layers, {}, unet.config, "kohya", ldm=layout == "sdxl"))
+    ours = draw(two_path_model(native(layout), dora, GENERIC, strength=0.5))
+    assert_same(ours, draw(Reference(unet, dora, tmp_path, GENERIC, strength=0.5).patched(native(layout))))
+    assert_different(ours, draw(two_path_model(native(layout), lora, GENERIC, strength=0.5)))
 
 
 def box(*sides: int) -> dict[str, Any]:
@@ -512,4 +527,11 @@ def test_a_lora_that_is_not_whole_is_refused(trained: Trained) -> None:
 
     assert f"has only one of two matrices for {name}. Get or make" in changed(down, None)
     assert f"The LoRA for {name} has shapes (4, 3" in changed(down, torch.zeros(4, 3))
-    assert f"no plain LoRA: it holds {name}.dora_scale. Choose" in changed(f"{name}.dora_scale", torch.ones(1))
+    assert f"no plain LoRA: it holds {name}.hada_w1. Choose" in changed(f"{name}.hada_w1", torch.ones(1))
+    assert f"has 1 magnitudes for {name}, not " in changed(f"{name}.dora_scale", torch.ones(1))
+    small = tiny_model("sd15")
+    small.model.diffusion_model.to(torch.float8_e4m3fn)
+    dora = {key.replace("alpha", "dora_scale"): torch.ones(8, 1) for key in lora.state if key.endswith("alpha")}
+    assert "needs the weights of this MODEL as they are, but they are in torch.float8_e4m3fn. Load" in refusal(
+        small, lora._replace(state={**lora.state, **dora})
+    )

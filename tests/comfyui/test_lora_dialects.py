@@ -51,6 +51,35 @@ def test_comfyui_changes_every_weight_by_what_the_file_says(name: str, dialect: 
 
 @pytest.mark.parametrize("dialect", ["kohya", "comfy"])
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_comfyui_sets_a_doras_magnitudes_but_for_what_its_norm_is_of(name: str, dialect: str, tmp_path: Path) -> None:
+    """It computes m (W + ΔW) / ‖W‖, where LyCORIS, peft and we have ‖W + ΔW‖, so each output is ‖W + ΔW‖ / ‖W‖ times as
+    long: see its pull request 15458. Where it is fixed, the factor is 1."""
+    unet, generator = tiny_unet(name), torch.Generator().manual_seed(0)
+    weights = {module: unet.get_submodule(module).weight.detach() for module in weight_shapes(unet.config)}
+    norms = {module: weight.flatten(1).norm(dim=1) for module, weight in weights.items()}
+    layers = {
+        module: random_layer(len(weight), list(weight.shape[1:]), number, generator)._replace(
+            dora_scale=norms[module] * (1 + 0.2 * torch.rand(len(weight), generator=generator))
+        )
+        for number, (module, weight) in enumerate(weights.items())
+    }
+    lora = Lora("kohya", layers, {}, ())
+    path = write_dialect(tmp_path / "a.safetensors", lora, unet.config, {}, dialect=dialect, dtype=torch.float32).path
+    patched, _ = comfy.sd.load_lora_for_models(tiny_model(name), None, comfy.utils.load_torch_file(str(path)), 1.0, 1.0)
+    for module, layer in layers.items():
+        key, weight = f"diffusion_model.{to_ldm(unet.config, module)}.weight", weights[module]
+        changed = weight.flatten(1) + layer.scale * layer.up.flatten(1) @ layer.down.flatten(1)
+        found = comfy.lora.calculate_weight(patched.patches[key], weight.clone(), key).flatten(1)
+        lengths = changed.norm(dim=1)
+        ours = changed * (layer.dora_scale / lengths)[:, None]
+        theirs = ours * (lengths / norms[module])[:, None]
+        same = [torch.allclose(found, expected, rtol=1e-4, atol=1e-4) for expected in (ours, theirs)]
+        assert any(same), module
+    assert len(patched.patches) == len(layers)
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "comfy"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_comfyui_finds_the_text_encoders(name: str, dialect: str) -> None:
     clips = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"} if name == "sdxl" else {"text_encoder": "clip_l"}
     place = "text_model.encoder.layers.0"

@@ -16,6 +16,7 @@ import comfy.lora
 import comfy.model_management
 import folder_paths
 import torch
+from comfy_api.v0_0_2 import io
 from hollow_pack.hollow_core.errors import HollowError
 from hollow_pack.hollow_core.evaluation import scores
 from hollow_pack.nodes import (
@@ -387,6 +388,18 @@ def test_the_curve_has_round_numbers_at_its_axes() -> None:
     assert train_preview.ticks(0, 400) == [0, 100, 200, 300, 400]
     for losses in ([0.5], [0.0, 0.0], [0.2, 0.1], [1 / step for step in range(1, 5001)]):
         assert train_preview.LossCurve(losses).draw().size == (train_preview.SIDE, train_preview.SIDE)
+
+
+def test_a_node_keeps_a_short_face_where_the_host_knows_of_one() -> None:
+    described = train_lora.HollowTrainLoRA.GET_NODE_INFO_V1()["input"]
+    told = {
+        name: more.get("advanced") for part in ("required", "optional") for name, (_, more) in described[part].items()
+    }
+    visible = {"hollow_unet", "activations", *train_lora.FACE}
+    if hasattr(io.Int.Input("of a host that knows"), "advanced"):
+        assert told == {name: None if name in visible else True for name in told}
+    else:
+        assert set(told.values()) == {None}
 
 
 def test_what_a_node_says_is_no_html(monkeypatch: pytest.MonkeyPatch) -> None:

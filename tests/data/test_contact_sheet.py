@@ -69,3 +69,18 @@ def test_many_pictures_are_counted_not_drawn() -> None:
 @pytest.mark.parametrize("shape", [(3000, 8), (8, 3000), (1, 1)])
 def test_a_strange_shape_is_drawn(shape: tuple[int, int]) -> None:
     assert (sheet(shape, side=8) != 255).any()
+
+
+def test_what_a_mask_hides_is_shown_dimmed() -> None:
+    whole, mask = Image.new("RGB", (200, 200), RED), Image.new("L", (200, 200), 255)
+    mask.paste(0, (0, 0, 100, 200))
+    image = fit(whole, (64, 64), "a", mask=mask)
+    row = np.asarray(contact_sheet([cell(whole, image, "")]))[GAP + CELL // 2, GAP : GAP + CELL]
+    assert (row[CELL // 2 + 8 :] == RED).all()
+    assert (row[: CELL // 2 - 8] != RED).any(-1).all()
+
+
+def test_a_sheet_can_hold_all() -> None:
+    whole = Image.new("RGB", (64, 64), RED)
+    cells = [cell(whole, fit(whole, (64, 64), "a"), "")] * 14
+    assert contact_sheet(cells, most=14).height > contact_sheet(cells).height

@@ -36,7 +36,6 @@ def test_identifier_of_two_words() -> None:
     [
         ("sks", "", "The class word is empty. Name your subject"),
         ("sks", "  ", "The class word is empty. Name your subject"),
-        (" ", "dog", "The identifier is empty. Give a rare word"),
         ("Dog", "dog", "are both 'dog'. Give a rare word as identifier"),
     ],
 )

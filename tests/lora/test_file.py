@@ -14,13 +14,23 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import tiny_pipeline
+from tiny_unets import make_tiny_conditioning
 from torch import Tensor, nn
 
 from hollow_core.errors import HollowError
 from hollow_core.files import write_safetensors
 from hollow_core.lora import file as lora_file
 from hollow_core.lora.file import LoraFile
-from hollow_core.lora.layers import ATTENTION, add_lora, load_lora_state, lora_parameters, lora_state
+from hollow_core.lora.layers import (
+    ALL_LAYERS,
+    ATTENTION,
+    add_lora,
+    load_lora_state,
+    lora_parameters,
+    lora_state,
+    named_lora_parameters,
+    remove_lora,
+)
 from hollow_core.lora.metadata import Recipe
 from hollow_core.nets.unet import hollow
 
@@ -294,7 +304,7 @@ def test_damaged_files_are_refused(tmp_path: Path, tiny_unet: TinyUNet) -> None:
             {f"{NAME}_to_q.lora_up.weight": torch.full((24, 2), float("nan"))},
             "holds infinite or undefined values in",
         ),
-        ({f"{NAME}_to_q.dora_scale": torch.ones(24, 1)}, "is a DoRA: it sets the magnitudes of mid_block"),
+        ({f"{NAME}_to_q.dora_scale": torch.ones(24, 1)}, "is a DoRA without magnitudes for mid_block"),
         ({"lora_te_text_model_x.alpha": torch.ones(())}, "holds lora_te_text_model_x.alpha too. Choose one without"),
         ({"lora_unet_x.lora_up.weight": torch.ones(1, 1)}, "lora_unet_x is no layer of this U-Net"),
     ],
@@ -302,7 +312,7 @@ def test_damaged_files_are_refused(tmp_path: Path, tiny_unet: TinyUNet) -> None:
 def test_files_that_are_no_plain_lora_are_refused(
     tmp_path: Path, tiny_unet: TinyUNet, changes: dict[str, Tensor | None], sentence: str
 ) -> None:
-    tensors = foreign(to_q=2.0) | changes
+    tensors = foreign(to_q=2.0, to_k=2.0) | changes
     path = as_file(tmp_path, {key: tensor for key, tensor in tensors.items() if tensor is not None})
     assert sentence in refusal(path, tiny_unet("sd15"))
 
@@ -331,3 +341,46 @@ def test_nothing_half_written(tmp_path: Path, tiny_unet: TinyUNet) -> None:
     with pytest.raises(HollowError, match=r"could not be written .* Free some space or choose another folder"):
         save(tmp_path / "file" / "a.safetensors", state, unet, "sd15")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+def test_a_dora_is_the_trained_one_in_every_dialect_and_in_diffusers(tmp_path: Path, layout: str) -> None:
+    """Magnitudes stay fp32."""
+    pipeline = tiny_pipeline(layout)
+    unet: UNet2DConditionModel = pipeline.unet
+    add_lora(unet, 4, 2.0, ALL_LAYERS, dora=True, generator=torch.Generator().manual_seed(0))
+    for key, parameter in named_lora_parameters(unet).items():
+        random = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+        parameter.data = parameter.data * (1 + 0.1 * random) if "magnitude" in key else random * 0.2
+    state, trained = lora_state(unet), predict(unet)
+    remove_lora(unet)
+    first = tmp_path / "a.safetensors"
+    written = lora_file.save(first, state, unet.config, alpha=2.0, layout=layout, recipe=RECIPE)
+    assert re.search(r"a DoRA, the largest \|ΔW\| before its magnitudes is 0\.\d+\.$", written.sentence)
+    with safe_open(first, "pt") as file:
+        told = file.metadata()
+    assert told["ss_network_module"] == "lycoris.kohya"
+    assert json.loads(told["ss_network_args"])["dora_wd"] == "True"
+    config = dict(unet.config)
+    source = first
+    for dialect in ("diffusers", "peft", "comfy", "kohya"):
+        target = tmp_path / ("peft" if dialect == "peft" else f"{dialect}.safetensors")
+        lora_file.convert(source, target, dialect, config=config)
+        loaded = lora_file.load(target, unet)
+        magnitudes = {key for key in state if "magnitude" in key}
+        assert loaded.state.keys() == state.keys()
+        assert all(torch.equal(loaded.state[key], state[key]) for key in magnitudes)
+        load_lora_state(unet, loaded.state, loaded.alpha)
+        assert (predict(unet) - trained).abs().max() < 5e-3 * trained.abs().max(), dialect
+        remove_lora(unet)
+        source = target
+    pipeline.load_lora_weights(tmp_path / "diffusers.safetensors")
+    assert (predict(unet) - trained).abs().max() < 5e-3 * trained.abs().max()
+    pipeline.unload_lora_weights()
+    assert (predict(unet) - trained).abs().max() > 0.05 * trained.abs().max()
+
+
+def predict(unet: UNet2DConditionModel) -> Tensor:
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return unet(latents, 9, **make_tiny_conditioning(unet).kwargs()).sample

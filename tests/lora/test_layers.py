@@ -3,21 +3,24 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from hollow_core.errors import HollowError
 from hollow_core.lora.layers import (
+    ALL_LAYERS,
     add_lora,
     layers_of_any_lora,
     load_lora_state,
     lora_off,
     lora_parameters,
     lora_state,
+    named_lora_parameters,
     remove_lora,
     set_strength,
 )
 from hollow_core.models.layouts import layout_config
+from hollow_core.nets.residency import quantize, stream
 from hollow_core.nets.unet import head, hollow
 
 
@@ -33,9 +36,22 @@ def trained_lora(unet, rank=4, **options):
             parameter.copy_(torch.randn(parameter.shape, generator=seed(parameter.numel())))
 
 
-def predict(unet, tiny_conditioning):
+def trained_dora(unet, rank=4, **options):
+    """The same, with other magnitudes, too."""
+    add_lora(unet, rank, dora=True, generator=seed(), **options)
     with torch.no_grad():
-        return unet(torch.randn(1, 4, 16, 16, generator=seed()), 9, **tiny_conditioning(unet).kwargs()).sample
+        for key, parameter in named_lora_parameters(unet).items():
+            random = torch.randn(parameter.shape, generator=seed(parameter.numel()))
+            if "magnitude" in key:
+                parameter *= 1 + 0.2 * random
+            else:
+                parameter.copy_(random * 0.3)
+
+
+def predict(unet, tiny_conditioning):
+    dtype, conditioning = unet.conv_in.weight.dtype, tiny_conditioning(unet).to("cpu", unet.conv_in.weight.dtype)
+    with torch.no_grad():
+        return unet(torch.randn(1, 4, 16, 16, generator=seed()).to(dtype), 9, **conditioning.kwargs()).sample
 
 
 @pytest.mark.parametrize(("rank", "cut", "count"), [(128, None, 26_558_464), (128, 3, 24_002_560), (1, None, 207_488)])
@@ -176,3 +192,93 @@ def test_a_unet_with_another_lora_is_refused(tiny_unet):
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(HollowError, match=r"carries another LoRA\. Unload it first"):
         add_lora(unet, 4, generator=seed())
+
+
+# --- DoRA ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_dora_changes_nothing(tiny_unet, tiny_conditioning, dtype):
+    unet = tiny_unet("sd21").to(dtype)
+    with torch.no_grad():
+        unet.get_submodule("mid_block.attentions.0.proj_in").weight[0] = 0  # an output that has no direction
+    base = predict(unet, tiny_conditioning)
+    add_lora(unet, 4, targets=ALL_LAYERS, dora=True, generator=seed())
+    assert torch.equal(predict(unet, tiny_conditioning), base)
+    assert {parameter.dtype for parameter in lora_parameters(unet)} == {torch.float32}
+    add_lora(unet, 4, targets=ALL_LAYERS, generator=seed())
+    plain = lora_state(unet)
+    add_lora(unet, 4, targets=ALL_LAYERS, dora=True, generator=seed())
+    state = lora_state(unet)
+    assert all(torch.equal(value, state[key]) for key, value in plain.items())
+    assert len(state) == len(plain) * 3 / 2
+
+
+def test_dora_brings_each_output_to_its_magnitude(tiny_unet, tiny_conditioning):
+    """Against weights made by hand; strength goes from W to them in a straight line, as in ComfyUI."""
+    unet = tiny_unet("sd21")
+    base = predict(unet, tiny_conditioning)
+    trained_dora(unet, alpha=2.0, targets=ALL_LAYERS)
+    state = lora_state(unet)
+    for strength in (0.0, 0.5, 1.0):
+        set_strength(unet, strength)
+        merged = tiny_unet("sd21")
+        with torch.no_grad():
+            for path, a, b in matrices(state):
+                weight = merged.get_submodule(path).weight
+                moved = weight.flatten(1) + 2.0 / 4 * b.flatten(1) @ a.flatten(1)
+                moved *= (state[f"{path}.lora_magnitude_vector.weight"] / moved.norm(dim=1))[:, None]
+                weight += strength * (moved.view_as(weight) - weight)
+        expected = predict(merged, tiny_conditioning)
+        torch.testing.assert_close(predict(unet, tiny_conditioning), expected, atol=1e-4, rtol=1e-4)
+    assert (expected - base).abs().max() > 0.01
+    with lora_off(layers_of_any_lora(unet)):
+        assert torch.equal(predict(unet, tiny_conditioning), base)
+    other = tiny_unet("sd21")
+    load_lora_state(other, state, alpha=2.0)
+    assert torch.equal(predict(other, tiny_conditioning), predict(unet, tiny_conditioning))
+    remove_lora(unet)
+    assert torch.equal(predict(unet, tiny_conditioning), base)
+
+
+def test_dora_has_pefts_gradients(tiny_unet, tiny_conditioning):
+    ours, pefts = tiny_unet("sd15"), tiny_unet("sd15")
+    trained_dora(ours, alpha=3.0, targets=ALL_LAYERS)
+    config = LoraConfig(r=4, lora_alpha=3, use_dora=True, target_modules=list(ALL_LAYERS))
+    inject_adapter_in_model(config, pefts, "hollow")
+    theirs = named_lora_parameters(pefts)
+    for key, parameter in named_lora_parameters(ours).items():
+        theirs[key].data.copy_(parameter.data.view_as(theirs[key]))
+    for unet in (ours, pefts):
+        unet(torch.randn(1, 4, 16, 16, generator=seed()), 9, **tiny_conditioning(unet).kwargs()).sample.sum().backward()
+    for key, parameter in named_lora_parameters(ours).items():
+        gradient = theirs[key].grad.view_as(parameter)
+        tolerance = 1e-4 * float(gradient.abs().max()) + 1e-5
+        torch.testing.assert_close(
+            parameter.grad, gradient, atol=tolerance, rtol=1e-3, msg=lambda told, key=key: key + told
+        )
+
+
+def test_dora_finds_the_norms_of_weights_that_are_quantised_or_away(tiny_unet, tiny_conditioning):
+    whole, streamed = tiny_unet("sd15"), tiny_unet("sd15")
+    stream(streamed, "cpu")
+    quantised, rounded = tiny_unet("sd15"), tiny_unet("sd15")
+    quantize(quantised, 8)
+    with torch.no_grad():
+        for path, layer in rounded.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.weight.copy_(quantised.get_submodule(path).weight)
+    for unet in (whole, streamed, quantised, rounded):
+        trained_dora(unet, targets=ALL_LAYERS)
+    predict(streamed, tiny_conditioning)  # the second time, weights are sent ahead
+    assert torch.equal(predict(streamed, tiny_conditioning), predict(whole, tiny_conditioning))
+    torch.testing.assert_close(predict(quantised, tiny_conditioning), predict(rounded, tiny_conditioning))
+
+
+def test_a_dora_without_all_its_magnitudes_is_refused(tiny_unet):
+    unet = tiny_unet("sd15")
+    trained_dora(unet)
+    state = lora_state(unet)
+    key = next(key for key in state if "magnitude" in key)
+    with pytest.raises(HollowError, match=r"has 0 magnitudes for .*, not 8\. Get or make"):
+        load_lora_state(unet, {each: value for each, value in state.items() if each != key}, alpha=4)

@@ -17,6 +17,7 @@ from benchmarks.memory import INFERENCE, PUBLISHED, REACH, inference, reach, tra
 from benchmarks.memory import SMALL as HALF
 from hollow_core.cli import main
 from hollow_core.errors import HollowError
+from hollow_core.memory.choice import LEVERS, choose, precisions_for
 from hollow_core.memory.dry_run import DryRun
 from hollow_core.memory.planner import GIB, STAGES, Planner, Prediction, parse_bytes
 from hollow_core.memory.remedy import advice
@@ -152,6 +153,13 @@ def test_a_base_in_8_bits_takes_its_bits(sd21: Planner) -> None:
     assert small.bytes["weights"] / half.bytes["weights"] == pytest.approx(8.25 / 16, rel=0.005)  # but for what is kept
 
 
+def test_a_dora_takes_its_magnitudes_and_one_more_result_of_each_layer(tiny: Planner) -> None:
+    plain, dora = (tiny.peak("train", Setting(2, training=TrainSettings(dora=dora))).bytes for dora in (False, True))
+    assert plain["lora"] < dora["lora"] < 1.2 * plain["lora"]
+    assert plain["activations"] < dora["activations"] < 1.5 * plain["activations"]
+    assert "DoRA" in str(Setting(2, training=TrainSettings(dora=True)))
+
+
 def test_optimizer_states_in_8_bits(sd21: Planner) -> None:
     """Two bytes an element, and two scales of 4 bytes for each 256: published for bitsandbytes' block size."""
     peak = sd21.peak("train", REACH["rank 128, bf16, checkpointing, 8-bit base, 8-bit AdamW"][1])
@@ -278,6 +286,32 @@ def test_records_that_pass_together_need_more_and_are_given_up_first(tiny: Plann
     fused = replace(SMALL.training, fused_backward=True, max_grad_norm=math.inf, together=2)
     with pytest.raises(HollowError, match=r"but there are pictures of the class too\. Set prior_weight to 0"):
         tiny.predict(replace(SMALL, class_images=2, training=fused))
+
+
+def test_what_is_named_is_not_chosen(tiny: Planner) -> None:
+    """Named levers stay, the others give way; what is not named begins with the fastest."""
+    four = replace(SMALL, training=replace(SMALL.training, batch=4))
+    free = choose(tiny, GIB, four, named=(), precisions=["bf16"]).prediction.setting
+    assert (free.cut, free.training.precision, free.training.together) == (None, "bf16", 4)
+    room = tiny.predict(replace(SMALL, cut=None)).bytes - 1
+    named = {"cut", "precision", "gradient_checkpointing"}
+    asked = replace(SMALL, cut=None)
+    with pytest.raises(
+        HollowError, match=r"Nothing fits into .*: the smallest, the whole U-Net in fp32, 8-bit base, tiled"
+    ):
+        choose(
+            tiny,
+            1000,
+            replace(asked, streaming=False),
+            named={*named, "streaming", "stream_middle"},
+            precisions=["bf16"],
+        )
+    chosen = choose(tiny, room, asked, named=named, precisions=["bf16"]).prediction.setting
+    assert (chosen.cut, chosen.training.precision, chosen.training.gradient_checkpointing) == (None, "fp32", False)
+    assert chosen.base_bits == 8
+    with pytest.raises(HollowError, match="the smallest, the whole U-Net in fp32, needs"):
+        choose(tiny, room, asked, named=LEVERS, precisions=["bf16"])
+    assert precisions_for(torch.device("cpu"), asked) == ("fp32", "bf16")
 
 
 def test_refusals_are_sentences(tiny: Planner, folder: Path) -> None:

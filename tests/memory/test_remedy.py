@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from tiny_pipelines import tiny_pipeline
 from tiny_unets import SMALL
 
@@ -148,23 +149,66 @@ def test_running_out_all_the_same_is_told_and_keeps_the_records(planner: Planner
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "said"),
+    [
+        (
+            (7, 5),
+            ["Chosen: the whole U-Net in fp16. Given up: fp32 for fp16.", "in its stage train; 0.04 GiB are free."],
+        ),
+        ((8, 0), ["Chosen: the whole U-Net in bf16. Given up: nothing.", "0.04 GiB are free."]),
+    ],
+)
+def test_train_on_a_gpu_takes_what_fits(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    said: list[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert train_on_a_gpu(tmp_path, monkeypatch, "--plan-only") == 0
+    told = capsys.readouterr().err
+    for sentence in said:
+        assert sentence in told
+
+
+@pytest.mark.slow
 def test_train_on_a_gpu_refuses_before_anything_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The GPU is never touched, so that none is needed here; what it has free is told to be little."""
-    pipeline = tiny_pipeline("sd15")
-    pipeline.register_modules(unet=UNet2DConditionModel.from_config(CONFIG))
-    pipeline.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(meter, "free_bytes", lambda _: 45 * 2**20)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    command = ["hollow", "train", str(tmp_path / "model"), "--images", str(tmp_path), "--subject", "dog", "--cut", "1"]
-    monkeypatch.setattr(sys, "argv", [*command, "--device", "cuda", "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 1
+    """What is asked for whole."""
+    named = "--cut 1 --precision fp32 --together 1 --no-checkpointing --base-bits off --no-tiled-vae --no-stream"
+    assert train_on_a_gpu(tmp_path, monkeypatch, *named.split(), "--no-stream-middle") == 1
     said = "The stage train needs 0.05 GiB with cut 1 in fp32, but 0.04 GiB are free. Take gradient checkpointing: then"
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def train_on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> object:
+    """The status of the command. The GPU is never touched, so that none is needed here; what it has free is told to be
+    little."""
+    pipeline = tiny_pipeline("sd15")
+    pipeline.register_modules(unet=UNet2DConditionModel.from_config(CONFIG))
+    pipeline.save_pretrained(folder / "model")
+    Image.new("RGB", (256, 256)).save(folder / "photo.png")
+    monkeypatch.setattr(meter, "free_bytes", lambda _: 45 * 2**20)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    command = [
+        "hollow",
+        "train",
+        str(folder / "model"),
+        "--images",
+        str(folder),
+        "--subject",
+        "dog",
+        "--device",
+        "cuda",
+    ]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(folder / "out"), *options])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code or 0
 
 
 def test_cuts_worth_a_look_are_the_papers() -> None:

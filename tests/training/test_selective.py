@@ -17,7 +17,8 @@ from hollow_core.errors import HollowError
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import decode_images, load
 from hollow_core.nets.unet import EXIT_ACTIVATION, UNet
-from hollow_core.road import Request, low_examples, make_examples, personalize
+from hollow_core.request import Request, low_examples, make_examples
+from hollow_core.road import personalize
 from hollow_core.training.precompute import precompute
 from hollow_core.training.selective import choices, count_by_time, falling, heat_map, taken
 from hollow_core.training.settings import TrainSettings

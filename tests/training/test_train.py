@@ -155,7 +155,15 @@ def test_same_seed_same_lora_and_another_seed_another(begin, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [FEW, replace(FEW, steps=4, batch=2, precision="fp16")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        FEW,
+        replace(FEW, steps=4, batch=2, precision="fp16"),
+        replace(FEW, steps=2, dora=True, gradient_checkpointing=True),
+        replace(FEW, steps=2, dora=True, strategy="zo", precision="bf16"),
+    ],
+)
 def test_stopped_at_any_step_and_gone_on_gives_the_same_lora(begin, tmp_path, settings):
     network, schedule, store = begin(priors=1)
     network.module.to(DTYPES[settings.precision])
@@ -484,6 +492,7 @@ def test_it_tells_how_far_it_is_and_saves_on_the_way(begin, tmp_path):
         ({"snr_gamma": 0.0}, "snr_gamma is 0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0"),
         ({"precision": "fp8"}, r"precision is 'fp8'\. Choose fp32, bf16 or fp16"),
+        ({"dora": True, "lora_precision": "bf16"}, "dora does not go with lora_precision bf16, which rounds"),
         ({"seed": -1}, "seed is -1"),
         ({"save_every": -1}, "save_every is -1"),
     ],
@@ -509,3 +518,36 @@ def test_what_does_not_belong_together_is_refused(begin, tiny_unet, tmp_path):
     with pytest.raises(HollowError, match=r"is not finished\. Run precompute again"):
         train(network, schedule, store, FEW, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# --- DoRA ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "levers",
+    [
+        {},
+        {"precision": "bf16", "fused_backward": True, "max_grad_norm": math.inf},
+        {"precision": "fp16", "together": 2, "batch": 2},
+        {"strategy": "zo"},
+    ],
+)
+def test_a_dora_trains_its_magnitudes_whatever_the_levers(begin, tmp_path, levers):
+    network, schedule, store = begin()
+    network.module.to(DTYPES[levers.get("precision", "fp32")])
+    targets = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
+    settings = replace(FEW, dora=True, targets=targets, **levers)
+    norms = {path: layer.weight.float().flatten(1).norm(dim=1) for path, layer in network.module.named_modules()
+             if path.endswith(targets)}  # fmt: skip
+    result = train(network, schedule, store, settings, folder=tmp_path / "run")
+    assert result.stopped == "finished"
+    assert finite(result.state)
+    for path, norm in norms.items():
+        moved = (result.state[f"{path}.lora_magnitude_vector.weight"] - norm).abs().max()
+        assert 1e-4 < moved < 1e-1, path
+
+
+def test_what_was_begun_before_there_was_dora_goes_on():
+    assert "dora" not in TrainSettings().fixed
+    assert TrainSettings(dora=True).fixed["dora"] is True

@@ -1,0 +1,50 @@
+"""What `hollow train` shows of the pictures before it starts: their sizes, and what is cut off."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from .app import console, say
+
+if TYPE_CHECKING:
+    from ..data.images import TrainingImage
+    from ..request import Request
+
+
+def show_sizes(request: "Request", passed_over: Sequence[Path]) -> None:
+    """A row for each size: how many pictures have it, and the most that one of them loses or is enlarged."""
+    from ..data.folders import buckets
+
+    table = Table("pictures", "number", "size", "cropped at most", "enlarged at most")
+    named = {"subject": request.images, "class": request.class_pictures, "held out": request.held_out}
+    for name, images in named.items():
+        for bucket in buckets(images):
+            width, height = bucket.size
+            enlarged = f"{bucket.enlarged:.1f}×" if bucket.enlarged > 1.05 else ""
+            table.add_row(name, _number(bucket.images), f"{width}×{height}", f"{bucket.cropped:.0%}", enlarged)
+    console.print(table)
+    if passed_over:
+        names = ", ".join(path.name for path in passed_over)
+        say(f"Not looked into: {names}. Only folders that are named as 10_sks dog count, besides reg or class.")
+
+
+def _number(images: Sequence["TrainingImage"]) -> str:
+    """ "3", or "3 × 10" where each is repeated."""
+    repeats = sorted({image.repeats for image in images})
+    return str(len(images)) + (f" × {'/'.join(map(str, repeats))}" if repeats != [1] else "")
+
+
+def write_crops(path: Path, request: "Request") -> None:
+    """Draw every picture with what is cut off or masked, its caption and its size. Raises HollowError where the file
+    cannot be written."""
+    from ..data.contact_sheet import cell, contact_sheet
+    from ..data.images import open_picture
+    from ..files import write_png
+
+    captioned = [(image, request.personal_prompt(image)) for image in (*request.images, *request.held_out)]
+    captioned += [(image, request.class_prompt(image)) for image in request.class_pictures]
+    cells = [cell(open_picture(image.path), image, caption) for image, caption in captioned if image.path is not None]
+    write_png(path, contact_sheet(cells, most=len(cells)))
+    say(f"What is cut off is drawn in {path}.")

@@ -1,0 +1,113 @@
+"""A person's pictures as they lie on the disk: one folder, or kohya's, whose names say how often, whom and what."""
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from .images import TrainingImage, load_image, picture_paths, training_paths
+from .prompts import Subject
+
+IMAGE_FOLDERS = ("img", "image", "images")  # below a project's, as kohya's own interface lays it out
+CLASS_FOLDERS = ("reg", "class")
+
+
+class Pictures(NamedTuple):
+    """What was found."""
+
+    images: list[TrainingImage]
+    """Of the subjects."""
+    of_class: list[TrainingImage]
+    """Of their classes."""
+    passed_over: list[Path]
+    """Folders below that are named otherwise, into which nobody looked."""
+
+
+class Bucket(NamedTuple):
+    """Pictures of one size."""
+
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    images: list[TrainingImage]
+
+    @property
+    def cropped(self) -> float:
+        """The share that is cut off of the picture that loses most, from 0 to 1."""
+        return max(cropped(image) for image in self.images)
+
+    @property
+    def enlarged(self) -> float:
+        """How many times larger than it was the one that gains most is; below 1 where all shrink."""
+        return max(image.picture.width / (image.crop[2] - image.crop[0]) for image in self.images)
+
+
+def load_pictures(
+    folder: Path,
+    resolution: int,
+    *,
+    class_folder: Path | None = None,
+    square: bool = False,
+    alpha_mask: bool = False,
+) -> Pictures:
+    """The pictures in `folder` and, as kohya's trainer has them, in folders in it that are named `10_sks dog`.
+
+    The number says how often their pictures are repeated, the first word is the identifier, the others are the class; a
+    single word is the identifier. Where `folder` has no pictures itself but a folder img or images, that is meant, and
+    reg or class in either holds pictures of the class, as `class_folder` does. There, `1_dog` names the class. Raises
+    HollowError as `load_images` does.
+    """
+
+    def load(place: Path, subject: Subject | None, repeats: int) -> list[TrainingImage]:
+        loaded = [load_image(path, resolution, square, alpha_mask) for path in picture_paths(place)]
+        return [image._replace(subject=subject, repeats=repeats) for image in loaded]
+
+    inner = _called(folder, IMAGE_FOLDERS) if not picture_paths(folder) else []
+    root = inner[0] if inner else folder
+    class_roots = [*_called(folder, CLASS_FOLDERS), *(_called(root, CLASS_FOLDERS) if inner else [])]
+    if class_folder is not None:
+        class_roots = [class_folder]
+    images, of_class, passed_over = [], [], list[Path]()
+    for place, subject, repeats in _sources(root, passed_over):
+        images += load(place, subject, repeats)
+    for class_root in class_roots:
+        for place, words, repeats in _sources(class_root, passed_over):
+            subject = words and Subject("", f"{words.identifier} {words.class_word}".strip())
+            of_class += load(place, subject, repeats)
+    for empty in [root] * (not images) + class_roots * (bool(class_roots) and not of_class):
+        training_paths(empty)  # which says that there are none
+    return Pictures(images, of_class, passed_over)
+
+
+def _called(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The folders in `folder` that have one of these names, in any case."""
+    return [each for each in sorted(folder.iterdir()) if each.is_dir() and each.name.lower() in names]
+
+
+def _sources(folder: Path, passed_over: list[Path]) -> Iterator[tuple[Path, Subject | None, int]]:
+    """`folder` itself, then those in it that are named as kohya's, each with whom it shows and how often."""
+    yield folder, None, 1
+    for place in sorted(folder.iterdir()):
+        if not place.is_dir() or place.name.startswith(".") or place.name.lower() in (*IMAGE_FOLDERS, *CLASS_FOLDERS):
+            continue
+        if (match := re.fullmatch(r"(\d+)_\s*(\S+)\s*(.*)", place.name)) is None:
+            passed_over.append(place)
+        elif repeats := int(match[1]):
+            yield place, Subject(match[2], match[3].strip()), repeats
+
+
+def buckets(images: Sequence[TrainingImage]) -> list[Bucket]:
+    """The sizes of pictures, from the widest to the highest, with those that have each."""
+
+    def size(image: TrainingImage) -> tuple[int, int]:
+        return image.picture.size
+
+    by_size = sorted(images, key=lambda image: (-image.picture.width / image.picture.height, size(image)))
+    return [Bucket(each, list(alike)) for each, alike in groupby(by_size, size)]
+
+
+def cropped(image: TrainingImage) -> float:
+    """The share of the original that is cut off, from 0 to 1."""
+    left, top, right, bottom = image.crop
+    whole = image.whole or (right, bottom)
+    return 1 - (right - left) * (bottom - top) / (whole[0] * whole[1])

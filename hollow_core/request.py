@@ -1,0 +1,249 @@
+"""What a person asks for, and the examples it becomes: pictures and prompts, encoded."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from .data.captions import CaptionChanges
+from .data.images import TrainingImage, check_resolution, smaller
+from .data.prompts import Subject, generic_prompt, personal_prompt
+from .errors import HollowError
+from .memory.setting import Setting
+from .models.base_model import BaseModel, decode_images, encode_images, encode_prompt, latent_mask, told, visiting
+from .training.optimizer import optimizer_class
+from .training.precompute import Example
+from .training.store import Kind
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to personalise, and how."""
+
+    images: Sequence[TrainingImage]
+    """The subject's pictures; a caption, where there is one, is the picture's personal prompt."""
+    class_word: str = ""
+    """What the subject is, in a common word: "dog". May be empty where every picture has a caption or its folder says
+    it."""
+    identifier: str = "sks"
+    """The rare word by which prompts will call it. Empty for a style or a concept, whose captions are taken as they
+    are: then the base path sees the same prompt as the personal one."""
+    setting: Setting = field(default_factory=Setting)
+    """Every lever; its resolution, where it names one, is that of the pictures."""
+    class_folder: Path | None = None
+    """Where runs of one class share the pictures of it, drawn with the seed 0; None draws the run's own, with its
+    seed."""
+    thumbnail: bool = False
+    """Whether the LoRA file shows the first picture, small, to tools that list files."""
+    class_pictures: Sequence[TrainingImage] = ()
+    """Own pictures of the class for prior preservation, beside those that the base draws; a caption is their prompt."""
+    held_out: Sequence[TrainingImage] = ()
+    """Pictures that are not learned: their loss tells what the others teach."""
+    captions: CaptionChanges = field(default_factory=CaptionChanges)
+    """How captions change from record to record."""
+    name: str = "lora"
+    """Of the LoRA's file, without .safetensors."""
+    keep: int = 10
+    """How many of the files that are written along the way stay; 0 writes none."""
+
+    @property
+    def resolution(self) -> int:
+        """Whose square is about the area of the pictures, in pixels."""
+        return self.setting.resolution or round(math.prod(self.size) ** 0.5)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of the largest picture, width and height in pixels."""
+        pictures = [image.picture.size for image in (*self.images, *self.class_pictures, *self.held_out)]
+        return max(pictures, key=lambda size: (math.prod(size), size))
+
+    @property
+    def subject(self) -> Subject:
+        """Whom the pictures show, in words: of several, all."""
+        return Subject.all_of(self.subject_of(image) for image in self.images)
+
+    def subject_of(self, image: TrainingImage) -> Subject:
+        """Whom a picture shows: as its folder says, else as is asked."""
+        own = image.subject or Subject(self.identifier, self.class_word)
+        return own._replace(class_word=own.class_word or self.class_word)
+
+    def personal_prompt(self, image: TrainingImage) -> str:
+        """Its caption, or the usual sentence. Raises HollowError where the caption lacks the identifier, and where
+        there is neither caption nor class word."""
+        subject = self.subject_of(image)
+        if image.caption is None:
+            if not subject.class_word:
+                raise HollowError(
+                    f"{image.name} has no caption, and nothing says what it shows. Give a class word, such as dog, or "
+                    "write a caption beside the picture."
+                )
+            return personal_prompt(*subject)
+        if subject.identifier and generic_prompt(image.caption, subject.identifier) == image.caption:
+            raise HollowError(
+                f"The caption of {image.name}, {image.caption!r}, lacks the identifier {subject.identifier!r}. Add it "
+                "before the class word, remove the caption, or learn a style or a concept with an empty identifier."
+            )
+        return image.caption
+
+    def generic_prompt(self, personal: str) -> str:
+        """What the base path sees of a personal prompt: no identifier of any subject."""
+        return generic_prompt(personal, self.subject.identifier)
+
+    @property
+    def drawn(self) -> list[tuple[str, tuple[int, int]]]:
+        """Prompt and size, (height, width) in pixels, of each picture of the class that the base draws: those of the
+        subject's pictures, in turn.
+
+        So the prompts differ by the identifier alone, and the LoRA must listen to it to tell them apart.
+        """
+        own = [
+            (self.generic_prompt(self.personal_prompt(image)), (image.picture.height, image.picture.width))
+            for image in self.images
+        ]
+        return [own[number % len(own)] for number in range(self.setting.class_images)]
+
+    def class_prompt(self, image: TrainingImage) -> str:
+        """Of an own picture of the class: its caption, or what its folder or the request calls the class."""
+        if image.caption is not None:
+            return self.generic_prompt(image.caption)
+        own = image.subject or Subject("", next(filter(None, (self.subject_of(i).class_word for i in self.images)), ""))
+        if not own.class_word:
+            raise HollowError(
+                f"{image.name}, a picture of the class, has no caption, and nothing says of which. Give a class word, "
+                "such as dog, or write a caption beside it."
+            )
+        return personal_prompt(*own)
+
+    def check(self) -> None:
+        """Refuse at once what would otherwise be refused after the long stages. Raises HollowError."""
+        if not self.images:
+            raise HollowError("There are no pictures to learn from. Give four or five of your subject.")
+        if not self.name.strip() or Path(self.name).name != self.name:
+            raise HollowError(f"The LoRA cannot be called {self.name!r}. Give the name of a file, without folders.")
+        if self.keep < 0:
+            raise HollowError(f"{self.keep} files cannot be kept. Give 0 or more.")
+        for image in (*self.images, *self.held_out):
+            self.personal_prompt(image)
+        for image in self.class_pictures:
+            self.class_prompt(image)
+        asked = self.setting.resolution
+        for image in (*self.images, *self.class_pictures, *self.held_out):
+            if asked is not None and not 0.8 < math.prod(image.picture.size) / asked**2 < 1.25:
+                raise HollowError(
+                    f"{image.name} is {image.picture.width}×{image.picture.height} pixels, but the setting's "
+                    f"resolution is {asked}. Load the pictures at that resolution, or leave it out."
+                )
+        optimizer_class(self.setting.training.optimizer)
+        if self.setting.training.strategy == "selective":
+            low_factor(self)
+        self.planned.check()
+
+    @property
+    def planned(self) -> Setting:
+        """The setting with all that the pictures say."""
+        return replace(
+            self.setting, resolution=self.resolution, size=self.size, own_class_images=len(self.class_pictures)
+        )
+
+
+def make_examples(
+    model: BaseModel,
+    request: Request,
+    class_latents: Sequence[torch.Tensor],
+    device: torch.device | str | None = None,
+) -> list[Example]:
+    """The subject's pictures with their prompts, each as often as its captions change; those of the class, own ones
+    before the drawn, with the generic one; those held out.
+
+    VAE and text encoders visit `device` in turn; None leaves them where they are.
+    Raises HollowError as `Request.check` does.
+    """
+    images, of_class, held_out = request.images, request.class_pictures, request.held_out
+    with visiting(device, model.vae):
+        encoded = encode_images(model, [*images, *of_class, *held_out])
+    latents = iter(encoded)
+    examples = []
+    with visiting(device, *model.text_encoders):
+        encode = cache(partial(encode_prompt, model))
+
+        def example(image: TrainingImage, z: torch.Tensor, personal: str, kind: Kind) -> Example:
+            generic = request.generic_prompt(personal) if kind != "prior" else personal
+            seen, base_sees = (told(encode(prompt), image.time_ids) for prompt in (personal, generic))
+            mask = latent_mask(image, z)
+            return Example(z, seen, base_sees, personal, generic, kind, image.repeats, mask)
+
+        for (image, captions), z in zip(_captioned(request), latents, strict=False):
+            examples += [example(image, z, caption, "image") for caption in captions]
+        examples += [example(i, z, request.class_prompt(i), "prior") for i, z in zip(of_class, latents, strict=False)]
+        for z, (prompt, size) in zip(class_latents, request.drawn, strict=True):
+            seen = encode_prompt(model, prompt, size)
+            examples.append(Example(z, seen, seen, prompt, prompt, "prior"))
+        examples += [
+            example(i, z, request.personal_prompt(i), "held-out image") for i, z in zip(held_out, latents, strict=True)
+        ]
+    return examples
+
+
+def _captioned(request: Request) -> Iterator[tuple[TrainingImage, list[str]]]:
+    """Each picture with the captions under which it is learned: one, or one for each of its records."""
+    generator = torch.Generator().manual_seed(request.setting.training.seed)
+    prior = bool(request.setting.class_images or request.class_pictures)
+    samples = request.setting.samples - request.setting.samples // 2 * prior
+    shares = sum(image.repeats for image in request.images)
+    for image in request.images:
+        records = -(-samples * image.repeats // shares) if request.captions.any else 1
+        yield image, list(islice(request.captions.of(request.personal_prompt(image), generator), records))
+
+
+def low_examples(
+    model: BaseModel,
+    request: Request,
+    examples: Sequence[Example],
+    class_latents: Sequence[torch.Tensor],
+    device: torch.device | str | None = None,
+) -> list[Example]:
+    """The twins of `examples`, of `make_examples`, at the lower resolution, whose size SDXL is told; drawn class
+    pictures are decoded.
+
+    Raises HollowError as `low_factor` does.
+    """
+    factor = low_factor(request)
+    with visiting(device, model.vae):
+        pictures = decode_images(model, class_latents)
+        drawn = [TrainingImage(picture, None, "", (0, 0, *picture.size)) for picture in pictures]
+        small = [smaller(image, factor) for image in (*request.images, *request.class_pictures, *drawn)]
+        encoded = encode_images(model, small)
+    full = dict.fromkeys(id(example.latents) for example in examples if example.kind != "held-out image")
+    twins = dict(zip(full, zip(small, encoded, strict=True), strict=True))
+    kinds: dict[Kind, Kind] = {"image": "low image", "prior": "low prior"}
+    low = []
+    for example in examples:
+        if example.kind not in kinds:
+            continue
+        image, z = twins[id(example.latents)]
+        low.append(
+            replace(
+                example,
+                latents=z,
+                personal=told(example.personal, image.time_ids),
+                generic=told(example.generic, image.time_ids),
+                kind=kinds[example.kind],
+                mask=latent_mask(image, z),
+            )
+        )
+    return low
+
+
+def low_factor(request: Request) -> float:
+    """How much smaller the pictures for BP-low are. Raises HollowError where they are not smaller than the others, or
+    their resolution is no multiple of 8."""
+    full, asked = request.resolution, request.setting.low_resolution
+    side = full // 16 * 8 if asked is None else asked
+    check_resolution(side)
+    if side >= full:
+        raise HollowError(f"The low resolution {side} is not below the pictures' {full}. Take half of it.")
+    return side / full
