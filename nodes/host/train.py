@@ -17,7 +17,7 @@ from ...hollow_core.errors import HollowError
 from ...hollow_core.progress import Progress
 from ..handles import HollowActivations, HollowedModel, HollowLora
 from .memory import alone_on_device, clear_device, free_bytes
-from .plan import planner_of, setting_of, side_of
+from .plan import planner_of, setting_of
 from .progress import NodeProgress, say
 from .train_preview import LossCurve, Preview, beside
 from .unet import frozen_network, layout, noise_schedule
@@ -81,13 +81,11 @@ def train(
     with torch.inference_mode(False), torch.enable_grad():
         clear_device(hollowed.model)
         planner, free = planner_of(hollowed.model), partial(free_bytes, hollowed.model)
-        latents = [store.inputs(image)[0] for image in range(len(store.fingerprint.kinds))]
-        low = [each for each, kind in zip(latents, store.fingerprint.kinds, strict=True) if kind.startswith("low ")]
-        setting = replace(
-            setting_of(hollowed, latents, settings, len(store.records)),
-            class_images=len(store.indices("prior")),
-            low_resolution=side_of(low) if low else None,
-        )
+        kinds = store.fingerprint.kinds
+        latents = [store.inputs(image)[0] for image in range(len(kinds))]
+        low = [each for each, kind in zip(latents, kinds, strict=True) if kind.startswith("low ")]
+        setting = setting_of(hollowed, latents, settings, len(store.records), low)
+        setting = replace(setting, class_images=len(store.indices("prior")))
         check_fits(planner, setting, free(), ["train"])
         base = frozen_network(hollowed, comfy.model_management.get_torch_device())
         network = base.hollow(hollowed.cut, {record.timestep for record in store.records})

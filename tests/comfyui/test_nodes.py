@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -288,6 +289,17 @@ def test_what_does_not_fit_is_refused_before_it_starts(demo: Any, monkeypatch: p
             precomputed(demo, 3)
     _, resident = precomputed(demo, 4)
     assert same == resident  # and finished: with the same records
+
+
+def test_a_plan_is_for_the_largest_picture_as_it_lies(demo: Any) -> None:
+    hollowed = handles.HollowedModel(demo.model, 3)
+    pictures = [torch.zeros(1, 8, *size) for size in ((16, 24), (20, 18), (8, 12))]
+    setting = plan.setting_of(hollowed, pictures, low_latents=pictures[2:])
+    assert setting.size == (192, 128)  # pixels, wide and high
+    assert setting.low_resolution is not None
+    assert setting.resolution == 2 * setting.low_resolution
+    needed = [plan.planner_of(demo.model).peak("train", each).total for each in (setting, replace(setting, size=None))]
+    assert needed[0] != needed[1]
 
 
 def test_out_of_memory_is_told_and_run_goes_on(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
