@@ -29,7 +29,8 @@ class HollowPrecompute(io.ComfyNode):
                 io.Latent.Input(
                     "latents",
                     tooltip="Four or five pictures of your subject through VAE Encode: one batch, or a list where "
-                    "they differ in size. Crop them before, nothing is squashed here.",
+                    "they differ in size. Crop them before, nothing is squashed here. With masks of Set Latent Noise "
+                    "Mask, what is black is not learned.",
                 ),
                 io.Conditioning.Input(
                     "personal",
@@ -38,7 +39,8 @@ class HollowPrecompute(io.ComfyNode):
                 ),
                 io.Conditioning.Input(
                     "generic",
-                    tooltip="The same without the identifier, 'a photo of a dog'. Split Prompt makes both.",
+                    tooltip="The same without the identifier, 'a photo of a dog'. Split Prompt makes both. Of a "
+                    "style, which has no identifier, it is the same as the personal one.",
                 ),
                 io.Int.Input(
                     "samples",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...hollow_core.errors import HollowError
@@ -22,6 +23,9 @@ from .unet import frozen_network, noise_schedule
 
 if TYPE_CHECKING:
     from ...hollow_core.training.store import Store
+
+Picture = tuple[Tensor, Tensor | None]
+"""Latents (1, channels, height, width) as ComfyUI has them, and a mask of `_masks`."""
 
 WORDS = {  # what users know of a store's fingerprint
     "schedule": "noise schedule",
@@ -106,7 +110,8 @@ def precompute(
     if watch.new == records and (changed := _changed(store)):
         told += f" Changed: {', '.join(changed)}."
     say(told, node_id)
-    words = text_of(personal[0]), text_of(generic[0]), identifier_of(personal[0])
+    identifiers = dict.fromkeys(filter(None, map(identifier_of, personal)))
+    words = text_of(personal[0]), text_of(generic[0]), ", ".join(identifiers)
     return HollowActivations(store.folder, *words), told
 
 
@@ -172,28 +177,49 @@ def _class_examples(
     ]
 
 
-def _pictures(latents: Sequence[dict[str, Any]]) -> list[Tensor]:
-    return [picture[None] for batch in latents for picture in batch["samples"]]
+def _pictures(latents: Sequence[dict[str, Any]]) -> list[Picture]:
+    return [picture for batch in latents for picture in zip(batch["samples"].split(1), _masks(batch), strict=True)]
+
+
+def _masks(batch: dict[str, Any]) -> list[Tensor | None]:
+    """Of each picture of a LATENT how much each of its latents counts, (1, 1, height, width) in 0…1; None: all alike.
+
+    As ComfyUI has it: of any size, and in turn where there are fewer than pictures. Raises HollowError for black ones.
+    """
+    samples, given = batch["samples"], batch.get("noise_mask")
+    if given is None:
+        return [None] * len(samples)
+    with torch.inference_mode(False):
+        whole = given.detach().cpu().float().clone().reshape(-1, 1, *given.shape[-2:])
+        masks = F.interpolate(whole, samples.shape[-2:], mode="area").clamp(0, 1).split(1)
+    for number, mask in enumerate(masks, start=1):
+        if not mask.any():
+            raise HollowError(
+                f"Mask {number} of {len(masks)} is black all over. Paint white what is to be learned, or leave it out."
+            )
+    return [None if mask.min() == 1 else mask for mask, _ in zip(cycle(masks), samples, strict=False)]
 
 
 def _example(
-    hollowed: HollowedModel, picture: Tensor, personal: Conditionings, generic: Conditionings, kind: str
+    hollowed: HollowedModel, picture: Picture, personal: Conditionings, generic: Conditionings, kind: str
 ) -> Any:
     """One picture's `Example`, of ordinary tensors; its latents (1, channels, height, width) as the U-Net expects."""
     from ...hollow_core.training.precompute import Example
 
-    height, width = (PIXELS * size for size in picture.shape[-2:])
+    given, mask = picture
+    height, width = (PIXELS * size for size in given.shape[-2:])
     pooled_width = hollowed.model.model.adm_channels
     encoded = {
         what: to_conditioning(what, prompt, pooled_width=pooled_width, height=height, width=width)
         for what, prompt in (("personal", personal), ("generic", generic))
     }
     with torch.inference_mode(False):
-        latents = hollowed.model.model.process_latent_in(picture.detach().cpu().float().clone())
+        latents = hollowed.model.model.process_latent_in(given.detach().cpu().float().clone())
     return Example(
         latents,
         **encoded,
         personal_prompt=text_of(personal),
         generic_prompt=text_of(generic),
         kind=kind,
+        mask=mask,
     )

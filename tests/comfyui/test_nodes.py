@@ -20,6 +20,7 @@ import torch
 from comfy_api.v0_0_2 import io
 from hollow_pack.hollow_core.errors import HollowError
 from hollow_pack.hollow_core.evaluation import scores
+from hollow_pack.hollow_core.training.store import Store
 from hollow_pack.nodes import (
     demo_model,
     handles,
@@ -36,6 +37,7 @@ from hollow_pack.nodes import (
 )
 from hollow_pack.nodes.host import files, plan, progress, train_preview
 from hollow_pack.nodes.host import precompute as host_precompute
+from hollow_pack.nodes.host import sampling as sampling_host
 from hollow_pack.nodes.host import train as host_train
 from hollow_pack.nodes.host.unet import frozen_network
 from PIL import Image
@@ -355,6 +357,80 @@ def test_cancel_keeps_what_is_done_and_run_goes_on(demo: Any, monkeypatch: pytes
     mean = sum(losses["loss"]) / 3
     assert last.endswith(f" min left,\nloss {losses['loss'][2]:.4f} (mean {mean:.4f})")
     assert resumed.ui["text"][0].startswith("3 steps: 2 were there, 1 new, ")
+
+
+def test_a_style_has_no_identifier_and_several_subjects_have_one_each(demo: Any) -> None:
+    split = split_prompt.HollowSplitPrompt.execute
+    styled = [split(demo.clip, "a cup on grass", "").args, split(demo.clip, "a dog", " ").args]
+    assert [prompt[2:] for prompt in styled] == [("a cup on grass",) * 2, ("a dog",) * 2]
+    hollowed = handles.HollowedModel(demo.model, 3)
+
+    def learned(personal: list[Any], generic: list[Any]) -> Any:
+        stored = precompute_activations.HollowPrecompute.execute(
+            [hollowed], demo.latents[:2], personal, generic, [4], [0], ["float32"], ["styled"]
+        )
+        return train_lora.HollowTrainLoRA.execute(hollowed, stored.args[0], **SETTINGS).args[0]
+
+    lora = learned([prompt[0] for prompt in styled], [prompt[1] for prompt in styled])
+    assert lora.recipe.identifier == ""
+    assert lora.recipe.personal_prompt == lora.recipe.generic_prompt == "a cup on grass"
+    assert lora.metadata["modelspec.trigger_phrase"] == ""
+    path = lora_files.HollowSaveLoRA.execute(lora, "styled").args[0]
+    assert lora_files.HollowLoadLoRA.execute(Path(path).name).args[0].recipe == lora.recipe
+    latent = {"samples": torch.zeros(1, 8, 16, 16)}
+    sampling = {"seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    patched = two_path_model.HollowTwoPathModel.execute(demo.model, lora, 1.0, 1, True).args[0]
+    empty = split(demo.clip, "", "").args[0]
+    alone = sampling_host.sample(patched, styled[0][0], empty, latent, **sampling)["samples"]
+    drawn = two_path_sampler.HollowTwoPathSampler.execute(
+        demo.model, lora, styled[0][1], 1.0, 1, positive=styled[0][0], negative=empty, latent_image=latent, **sampling
+    ).args[0]["samples"]
+    assert drawn.abs().max() > 0
+    assert torch.equal(drawn, alone)
+
+    both = split(demo.clip, "a sks dog and an xyz cup", "sks, xyz").args
+    assert both[3] == "a dog and an cup"
+    each = [split(demo.clip, f"a {word} dog", word).args for word in ("sks", "xyz")]
+    assert learned([prompt[0] for prompt in each], [prompt[1] for prompt in each]).recipe.identifier == "sks, xyz"
+
+
+def test_a_mask_of_the_graph_weighs_the_loss(demo: Any) -> None:
+    """Of any size, in a batch or for all of it; a white one is none, and so is not another store."""
+    hollowed = handles.HollowedModel(demo.model, 3)
+    left = torch.zeros(1, 64, 64)
+    left[..., :36] = 1
+
+    def store(*masks: torch.Tensor | None) -> Any:
+        batch = {"samples": torch.cat([latent["samples"] for latent in demo.latents[:2]])}
+        given = [batch | {"noise_mask": mask} if mask is not None else batch for mask in masks]
+        activations = precompute_activations.HollowPrecompute.execute(
+            [hollowed], given, demo.personal[:1], demo.generic[:1], [4], [0], ["float32"], ["masked"]
+        ).args[0]
+        return Store.open(activations.folder), activations
+
+    plain, _ = store(None)
+    assert store(torch.ones(1, 1, 30, 30))[0].id == plain.id
+    masked, activations = store(left)
+    for image in range(2):
+        mask = masked.mask(image)
+        assert mask is not None
+        assert mask.shape == (1, 1, 16, 16)
+        assert mask[..., :9].eq(1).all()
+        assert mask[..., 9:].eq(0).all()
+    of_each, _ = store(torch.stack([left, torch.full((1, 64, 64), 0.5)]), None)
+    assert [None if mask is None else mask.mean().item() for mask in map(of_each.mask, range(4))] == [
+        pytest.approx(9 / 16),
+        0.5,
+        None,
+        None,
+    ]
+    losses = [
+        train_lora.HollowTrainLoRA.execute(hollowed, each, **SETTINGS).args[2]["loss"]
+        for each in (activations, store(None)[1])
+    ]
+    assert losses[0] != losses[1]
+    with pytest.raises(Exception, match=r"Mask 2 of 2 is black all over\. Paint white what is to be learned"):
+        store(torch.stack([left, torch.zeros(1, 64, 64)]))
 
 
 def test_nodes_say_what_was_there(demo: Any) -> None:
