@@ -100,6 +100,15 @@ class HollowPrecompute(io.ComfyNode):
                     tooltip="How many records of one size pass the U-Net at once: faster, for the memory of so many. "
                     "The plan of Hollow U-Net counts one.",
                 ),
+                io.Int.Input(
+                    "hold_out",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    optional=True,
+                    tooltip="Every so-many-th picture is held out: not learned, its loss is shown while training. It "
+                    "rises where the others are learned by heart. 0 holds out none.",
+                ),
             ],
             outputs=[HollowActivationsType.Output("activations", display_name="activations")],
         )
@@ -120,6 +129,7 @@ class HollowPrecompute(io.ComfyNode):
         low_latents: list[dict[str, Any]] | None = None,
         low_class_latents: list[dict[str, Any]] | None = None,
         together: list[int] | None = None,
+        hold_out: list[int] | None = None,
     ) -> io.NodeOutput:
         """A handle on the finished store, and what of it was there."""
         from .host.precompute import precompute
@@ -138,6 +148,7 @@ class HollowPrecompute(io.ComfyNode):
             storage=storage[0],
             name=name[0],
             together=together[0] if together else 1,
+            hold_out=hold_out[0] if hold_out else 0,
             node_id=cls.hidden.unique_id,
         )
         return io.NodeOutput(activations, ui={"text": (told,)})

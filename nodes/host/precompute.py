@@ -51,12 +51,14 @@ def precompute(
     storage: str,
     name: str,
     together: int,
+    hold_out: int = 0,
     node_id: str,
 ) -> tuple[HollowActivations, str]:
     """Run the base to the exit for each record that is not stored yet; with what was done, in words.
 
     `personal` and `generic` hold one prompt for all pictures or one for each, `class_prompts` also one for each batch
-    of `class_latents`. The low ones are those of the same pictures at a lower resolution, or none.
+    of `class_latents`. The low ones are those of the same pictures at a lower resolution, or none. Every `hold_out`-th
+    picture is not learned, its loss is looked at; 0 holds out none.
     Raises HollowError as `hollow_core.training.precompute.precompute` does and where it needs more memory than is
     free, and ComfyUI's exception on Cancel.
     """
@@ -69,11 +71,11 @@ def precompute(
     folder = store_folder(name)
     of_class = _prompt_of_each(class_latents, class_prompts)
     examples = [
-        *_personal_examples(hollowed, latents, personal, generic),
+        *_personal_examples(hollowed, latents, personal, generic, hold_out),
         *_class_examples(hollowed, class_latents, of_class),
     ]
     if low_latents:
-        examples += _low(_personal_examples(hollowed, low_latents, personal, generic))
+        examples += _low(_personal_examples(hollowed, low_latents, personal, generic, hold_out))
     examples += _low(_class_examples(hollowed, low_class_latents, of_class))
     schedule = noise_schedule(hollowed.model)
     watch = NodeProgress(node_id, "Precompute")
@@ -133,6 +135,7 @@ def _personal_examples(
     latents: Sequence[dict[str, Any]],
     personal: Sequence[Conditionings],
     generic: Sequence[Conditionings],
+    hold_out: int,
 ) -> list[Any]:
     pictures = _pictures(latents)
     if not pictures:
@@ -143,14 +146,23 @@ def _personal_examples(
                 f"There are {len(prompts)} {name} prompts for {len(pictures)} pictures. "
                 "Connect one for all of them, or as many as there are pictures."
             )
+    if hold_out == 1 or hold_out > len(pictures):
+        raise HollowError(
+            f"hold_out is {hold_out}, and there are {len(pictures)} pictures. Give a number from 2 to "
+            f"{len(pictures)}, to hold out every so-many-th, or 0."
+        )
+    kinds = [
+        "held-out image" if hold_out and number % hold_out == 0 else "image" for number, _ in enumerate(pictures, 1)
+    ]
     return [
-        _example(hollowed, picture, personal[number % len(personal)], generic[number % len(generic)], "image")
-        for number, picture in enumerate(pictures)
+        _example(hollowed, picture, personal[number % len(personal)], generic[number % len(generic)], kind)
+        for number, (picture, kind) in enumerate(zip(pictures, kinds, strict=True))
     ]
 
 
 def _low(examples: list[Any]) -> list[Any]:
-    return [replace(example, kind=f"low {example.kind}") for example in examples]
+    """As twins of those that are learned."""
+    return [replace(example, kind=f"low {example.kind}") for example in examples if example.kind in ("image", "prior")]
 
 
 def _prompt_of_each(latents: Sequence[dict[str, Any]], prompts: Sequence[Conditionings]) -> list[Conditionings]:

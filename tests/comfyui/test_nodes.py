@@ -40,7 +40,7 @@ from hollow_pack.nodes.host import precompute as host_precompute
 from hollow_pack.nodes.host import sampling as sampling_host
 from hollow_pack.nodes.host import train as host_train
 from hollow_pack.nodes.host.unet import frozen_network
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors import safe_open
 from tiny_models import tiny_flux
 from tiny_scorers import save_tiny_scorers
@@ -433,6 +433,46 @@ def test_a_mask_of_the_graph_weighs_the_loss(demo: Any) -> None:
         store(torch.stack([left, torch.zeros(1, 64, 64)]))
 
 
+def test_held_out_pictures_are_looked_at_and_not_learned(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hollowed = handles.HollowedModel(demo.model, 3)
+
+    def held_out(every: int, latents: Any = demo.latents, low: Any = None) -> Any:
+        return precompute_activations.HollowPrecompute.execute(
+            *([hollowed], latents, demo.personal, demo.generic, [6], [0], ["float32"], ["held out"]),
+            low_latents=low,
+            hold_out=[every],
+        ).args[0]
+
+    activations = held_out(2)
+    store = Store.open(activations.folder)
+    assert store.fingerprint.kinds == ["image", "held-out image"] * 2 + ["image"]
+    said: list[str] = []
+    monkeypatch.setattr(progress, "say", lambda text, _: said.append(text))
+    curves: list[Any] = []
+
+    class Curve(train_preview.LossCurve):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            curves.append(self)
+
+    monkeypatch.setattr(host_train, "LossCurve", Curve)
+    trained = train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS, validate_every=2)
+    assert [step for step, _ in curves[-1].held_out] == [0, 2, 3]
+    before, middle, after = (loss for _, loss in curves[-1].held_out)
+    assert [f"held out {loss:.4f}" for loss in (before, middle, middle)] == [text.rpartition(", ")[2] for text in said]
+    assert trained.ui["text"][0].endswith(f", held out {after:.4f}.")
+    assert after < before
+
+    low = [{"samples": torch.nn.functional.avg_pool2d(batch["samples"], 2)} for batch in demo.latents]
+    kinds = Store.open(held_out(5, low=low).folder).fingerprint.kinds
+    assert kinds == ["image"] * 4 + ["held-out image"] + ["low image"] * 4
+    for every in (1, 6):
+        with pytest.raises(
+            HollowError, match=f"hold_out is {every}, and there are 5 pictures. Give a number from 2 to 5"
+        ):
+            held_out(every)
+
+
 def test_nodes_say_what_was_there(demo: Any) -> None:
     def run(prompts: list[Any], samples: int) -> tuple[Any, str]:
         stored = precompute_activations.HollowPrecompute.execute(
@@ -469,7 +509,11 @@ def test_the_curve_has_round_numbers_at_its_axes() -> None:
     assert train_preview.ticks(0.000121, 0.000129) == pytest.approx([0.000122, 0.000124, 0.000126, 0.000128])
     assert train_preview.ticks(0, 400) == [0, 100, 200, 300, 400]
     for losses in ([0.5], [0.0, 0.0], [0.2, 0.1], [1 / step for step in range(1, 5001)]):
-        assert train_preview.LossCurve(losses).draw().size == (train_preview.SIDE, train_preview.SIDE)
+        for held_out in ([], [(0, 0.7)], [(0, 0.7), (1, 0.6)]):
+            picture = train_preview.LossCurve(losses, held_out).draw()
+            assert picture.size == (train_preview.SIDE, train_preview.SIDE)
+            colors = {color for _, color in picture.getcolors(1 << 18)}
+            assert (ImageColor.getrgb(train_preview.HELD_OUT) in colors) == bool(held_out)
 
 
 def test_a_node_keeps_a_short_face_where_the_host_knows_of_one() -> None:
