@@ -1,4 +1,4 @@
-"""Load Pictures: a folder of pictures and their captions, cropped as they will be learned."""
+"""Load Pictures: a folder of pictures with their captions and masks, cropped as they will be learned."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class HollowLoadPictures(io.ComfyNode):
             display_name="Load Pictures",
             category=CATEGORY,
             description="Reads a folder of ComfyUI's input folder: pictures of your subject, and the captions that "
-            "lie beside them as text files. Shows what the crop leaves of each.",
+            "lie beside them as text files, and masks. Shows what crop and mask leave of each.",
             is_output_node=True,  # runs by itself, to look at the sheet; and hosts send a cached one's sheet again
             is_input_list=True,  # pictures come as a batch, or as a list where they differ in size
             inputs=[
@@ -48,12 +48,20 @@ class HollowLoadPictures(io.ComfyNode):
                     "caption",
                     multiline=True,
                     default="a photo of a sks dog",
-                    tooltip="For pictures that have no text file of their own: rex.txt is the caption of rex.jpg.",
+                    tooltip="For pictures that have no text file of their own: rex.txt, or rex.caption, is the caption "
+                    "of rex.jpg.",
                 ),
                 io.Image.Input(
                     "images",
                     optional=True,
                     tooltip="Pictures of another node, a batch or a list, instead of the folder's.",
+                ),
+                io.Boolean.Input(
+                    "alpha_mask",
+                    default=False,
+                    optional=True,
+                    tooltip="What is transparent in a picture is not to be learned, unless a mask says otherwise: "
+                    "rex-mask.png is the mask of rex.jpg.",
                 ),
             ],
             outputs=[
@@ -63,6 +71,13 @@ class HollowLoadPictures(io.ComfyNode):
                     display_name="captions",
                     is_output_list=True,
                     tooltip="For Split Prompt: one for each picture, or one for all if none has a text file.",
+                ),
+                io.Mask.Output(
+                    "masks",
+                    display_name="masks",
+                    is_output_list=True,
+                    tooltip="For Set Latent Noise Mask, between VAE Encode and Precompute Activations: white is "
+                    "learned. One for each picture, white all over where it has none.",
                 ),
             ],
         )
@@ -82,7 +97,7 @@ class HollowLoadPictures(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder: list[str | None], images: Any = None, **rest: Any) -> Any:
-        """Read again where a picture or a text of the folder was added, removed or changed."""
+        """Read again where a picture, a text or a mask of the folder was added, removed or changed."""
         from .host.load_pictures import state_of
 
         return state_of(folder[0]) if images is None and folder[0] is not None else None
@@ -95,11 +110,13 @@ class HollowLoadPictures(io.ComfyNode):
         square: list[bool],
         caption: list[str],
         images: list[Any] | None = None,
+        alpha_mask: list[bool] | None = None,
     ) -> io.NodeOutput:
-        """Pictures and captions as lists, and the sheet."""
+        """Pictures, captions and masks as lists, and the sheet."""
         from comfy_api.v0_0_2 import ui
 
         from .host.load_pictures import load
 
-        loaded = load(folder[0], images or (), resolution[0], square[0], caption[0])
-        return io.NodeOutput(loaded.images, loaded.captions, ui=ui.PreviewImage(loaded.sheet))
+        transparent = alpha_mask is not None and alpha_mask[0]
+        loaded = load(folder[0], images or (), resolution[0], square[0], caption[0], transparent)
+        return io.NodeOutput(loaded.images, loaded.captions, loaded.masks, ui=ui.PreviewImage(loaded.sheet))

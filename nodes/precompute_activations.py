@@ -29,7 +29,8 @@ class HollowPrecompute(io.ComfyNode):
                 io.Latent.Input(
                     "latents",
                     tooltip="Four or five pictures of your subject through VAE Encode: one batch, or a list where "
-                    "they differ in size. Crop them before, nothing is squashed here.",
+                    "they differ in size. Crop them before, nothing is squashed here. With masks of Set Latent Noise "
+                    "Mask, what is black is not learned.",
                 ),
                 io.Conditioning.Input(
                     "personal",
@@ -38,7 +39,8 @@ class HollowPrecompute(io.ComfyNode):
                 ),
                 io.Conditioning.Input(
                     "generic",
-                    tooltip="The same without the identifier, 'a photo of a dog'. Split Prompt makes both.",
+                    tooltip="The same without the identifier, 'a photo of a dog'. Split Prompt makes both. Of a "
+                    "style, which has no identifier, it is the same as the personal one.",
                 ),
                 io.Int.Input(
                     "samples",
@@ -98,6 +100,15 @@ class HollowPrecompute(io.ComfyNode):
                     tooltip="How many records of one size pass the U-Net at once: faster, for the memory of so many. "
                     "The plan of Hollow U-Net counts one.",
                 ),
+                io.Int.Input(
+                    "hold_out",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    optional=True,
+                    tooltip="Every so-many-th picture is held out: not learned, its loss is shown while training. It "
+                    "rises where the others are learned by heart. 0 holds out none.",
+                ),
             ],
             outputs=[HollowActivationsType.Output("activations", display_name="activations")],
         )
@@ -118,6 +129,7 @@ class HollowPrecompute(io.ComfyNode):
         low_latents: list[dict[str, Any]] | None = None,
         low_class_latents: list[dict[str, Any]] | None = None,
         together: list[int] | None = None,
+        hold_out: list[int] | None = None,
     ) -> io.NodeOutput:
         """A handle on the finished store, and what of it was there."""
         from .host.precompute import precompute
@@ -136,6 +148,7 @@ class HollowPrecompute(io.ComfyNode):
             storage=storage[0],
             name=name[0],
             together=together[0] if together else 1,
+            hold_out=hold_out[0] if hold_out else 0,
             node_id=cls.hidden.unique_id,
         )
         return io.NodeOutput(activations, ui={"text": (told,)})

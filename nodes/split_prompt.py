@@ -31,7 +31,8 @@ class HollowSplitPrompt(io.ComfyNode):
                 io.String.Input(
                     "identifier",
                     default="sks",
-                    tooltip="The rare word that stands for your subject. Use the same in training and sampling.",
+                    tooltip="The rare word that stands for your subject. Use the same in training and sampling. "
+                    "Several with commas between: sks, xyz. Empty for a style: both prompts are then the same.",
                 ),
             ],
             outputs=[

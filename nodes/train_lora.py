@@ -206,6 +206,15 @@ class HollowTrainLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="Train a magnitude for each output of a layer, too (DoRA): slower, and in fp32.",
                 ),
+                io.Int.Input(
+                    "validate_every",
+                    default=50,
+                    min=0,
+                    max=100_000,
+                    optional=True,
+                    tooltip="Steps from one look at the loss of held-out pictures to the next, if Precompute "
+                    "Activations holds out any. 0 looks at the start and the end only.",
+                ),
             ],
             outputs=[
                 HollowLoraType.Output("hollow_lora", display_name="hollow LoRA"),

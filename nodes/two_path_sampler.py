@@ -25,7 +25,9 @@ class HollowTwoPathSampler(io.ComfyNode):
                 MODEL,
                 HOLLOW_LORA,
                 io.Conditioning.Input("positive", tooltip="Your prompt with the identifier: 'a sks dog on the moon'."),
-                io.Conditioning.Input("generic", tooltip="The same without it: 'a dog on the moon' (Split Prompt)."),
+                io.Conditioning.Input(
+                    "generic", tooltip="The same without it: 'a dog on the moon' (Split Prompt); of a style the same."
+                ),
                 io.Conditioning.Input("negative", tooltip="What you do not want to see."),
                 io.Latent.Input("latent_image", tooltip="An empty latent, or a picture to start from."),
                 io.Int.Input(

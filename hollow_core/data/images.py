@@ -69,9 +69,7 @@ def load_images(
 def load_image(path: Path, resolution: int, square: bool = False, alpha_mask: bool = False) -> TrainingImage:
     """One picture, as `load_images` loads it."""
     check_resolution(resolution)
-    with opened(path) as file:
-        picture, alpha = upright_rgb(file), _alpha(file) if alpha_mask else None
-    mask = _mask(path, picture.size) or alpha
+    picture, mask = open_masked(path, alpha_mask)
     size = (resolution, resolution) if square else size_near(*picture.size, resolution)
     image = fit(picture, size, path.name, caption_of(path), mask)
     return image._replace(path=path)
@@ -104,6 +102,14 @@ def open_picture(path: Path) -> Image.Image:
     """One picture, whole and upright. Raises HollowError for a file that is none."""
     with opened(path) as file:
         return upright_rgb(file)
+
+
+def open_masked(path: Path, alpha_mask: bool = False) -> tuple[Image.Image, Image.Image | None]:
+    """One picture, whole and upright, and its mask of the same size (mode L), if it has one. Raises HollowError as
+    `load_images` does."""
+    with opened(path) as file:
+        picture, alpha = upright_rgb(file), _alpha(file) if alpha_mask else None
+    return picture, _mask(path, picture.size) or alpha
 
 
 @contextmanager
@@ -180,20 +186,25 @@ def smaller(image: TrainingImage, factor: float) -> TrainingImage:
     return image._replace(picture=picture, mask=mask, crop=(a, b, c, d))
 
 
+def mask_path(path: Path) -> Path | None:
+    """NAME-mask.png beside the picture NAME.jpg, None without one."""
+    beside = sorted(path.parent.glob(f"{glob.escape(path.stem)}{MASK}.*"))
+    return next(filter(is_picture, beside), None)
+
+
 def _mask(path: Path, size: tuple[int, int]) -> Image.Image | None:
-    """NAME-mask.png beside a picture of `size`, None without one."""
-    for beside in sorted(path.parent.glob(f"{glob.escape(path.stem)}{MASK}.*")):
-        if not is_picture(beside):
-            continue
-        with opened(beside) as file:
-            mask = upright_rgb(file).convert("L")
-        if abs(mask.width * size[1] - mask.height * size[0]) > 0.02 * mask.width * size[1]:
-            raise HollowError(
-                f"The mask {beside} is {mask.width}×{mask.height} pixels, its picture {size[0]}×{size[1]}. "
-                "Draw it on the picture, in the same shape."
-            )
-        return mask.resize(size, Image.Resampling.BILINEAR)
-    return None
+    """What is in a picture's `mask_path`, at the picture's `size`."""
+    beside = mask_path(path)
+    if beside is None:
+        return None
+    with opened(beside) as file:
+        mask = upright_rgb(file).convert("L")
+    if abs(mask.width * size[1] - mask.height * size[0]) > 0.02 * mask.width * size[1]:
+        raise HollowError(
+            f"The mask {beside} is {mask.width}×{mask.height} pixels, its picture {size[0]}×{size[1]}. "
+            "Draw it on the picture, in the same shape."
+        )
+    return mask.resize(size, Image.Resampling.BILINEAR)
 
 
 def _alpha(picture: Image.Image) -> Image.Image | None:

@@ -67,8 +67,8 @@ def text_of(given: Conditionings) -> str:
 
 
 def identifier_of(given: Conditionings) -> str:
-    """The identifier, if "Split Prompt" made the prompt; otherwise nothing."""
-    return str(given[0][1].get(IDENTIFIER, ""))
+    """The identifier, if "Split Prompt" made the prompt; otherwise nothing, as for a style."""
+    return str(given[0][1].get(IDENTIFIER, "")).strip()
 
 
 def _ordinary(tensor: Tensor) -> Tensor:

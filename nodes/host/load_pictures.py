@@ -13,7 +13,7 @@ from ...hollow_core.data import images
 from ...hollow_core.data.contact_sheet import cell, contact_sheet
 from ...hollow_core.errors import HollowError
 from .files import inside
-from .pictures import to_image, to_pictures
+from .pictures import to_image, to_mask, to_pictures
 
 ITSELF = "(input itself)"
 NONE = "(none yet: upload one)"
@@ -26,6 +26,8 @@ class Loaded(NamedTuple):
     """(1, height, width, 3) in 0…1 each."""
     captions: list[str]
     """One for each picture, or one for all."""
+    masks: list[Tensor]
+    """(1, height, width) in 0…1 for each picture, white where it has none."""
     sheet: Tensor
     """The contact sheet, likewise an IMAGE."""
 
@@ -63,36 +65,45 @@ def folder_of(name: str) -> Path:
 
 
 def state_of(name: str) -> list[tuple[str, int, int]]:
-    """Name, time and size of every picture in a folder and of its text; differs when one of them does."""
+    """Name, time and size of every picture in a folder, of its text and its mask; differs when one of them does."""
     paths = images.training_paths(folder_of(name))
-    files = [file for path in paths for file in (path, path.with_suffix(".txt")) if file.exists()]
+    beside = (file for path in paths for file in (path, *images.caption_paths(path), images.mask_path(path)))
+    files = [file for file in beside if file is not None and file.exists()]
     return [(file.name, (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files]
 
 
-def load(folder: str, given: Sequence[Tensor], resolution: int, square: bool, caption: str) -> Loaded:
-    """The pictures of a folder, or those `given` as IMAGEs; `caption` is for those without a text of their own.
+def load(
+    folder: str, given: Sequence[Tensor], resolution: int, square: bool, caption: str, alpha_mask: bool = False
+) -> Loaded:
+    """The pictures of a folder, or those `given` as IMAGEs; `caption` is for those without a text of their own, and
+    with `alpha_mask` what is transparent in one without a mask counts as black there.
 
     Raises HollowError as `hollow_core.data.images.load_images` does, and for a name that leads out of input/.
     """
     images.check_resolution(resolution)
     caption = caption.strip()
     loaded, cells = [], []
-    for picture, name, text in _given(given) if given else _in_folder(folder_of(folder)):
+    for picture, mask, name, text in _given(given) if given else _in_folder(folder_of(folder), alpha_mask):
         size = (resolution, resolution) if square else images.size_near(*picture.size, resolution)
-        image = images.fit(picture, size, name, text)
+        image = images.fit(picture, size, name, text, mask)
         loaded.append(image)
         cells.append(cell(picture, image, text or caption))
     captions = [image.caption or caption for image in loaded]
     if not any(image.caption for image in loaded):
         captions = [caption]  # or what is drawn from the captions would be drawn once for each
-    return Loaded([to_image(image.picture) for image in loaded], captions, to_image(contact_sheet(cells)))
+    masks = [to_mask(image.mask or Image.new("L", image.picture.size, "white")) for image in loaded]
+    return Loaded([to_image(image.picture) for image in loaded], captions, masks, to_image(contact_sheet(cells)))
 
 
-def _in_folder(folder: Path) -> Iterator[tuple[Image.Image, str, str | None]]:
+Picture = tuple[Image.Image, Image.Image | None, str, str | None]
+"""Whole and upright; its mask, its name and its text."""
+
+
+def _in_folder(folder: Path, alpha_mask: bool) -> Iterator[Picture]:
     for path in images.training_paths(folder):
-        yield images.open_picture(path), path.name, images.caption_of(path)
+        yield *images.open_masked(path, alpha_mask), path.name, images.caption_of(path)
 
 
-def _given(batches: Sequence[Tensor]) -> Iterator[tuple[Image.Image, str, str | None]]:
+def _given(batches: Sequence[Tensor]) -> Iterator[Picture]:
     for number, picture in enumerate(to_pictures(batches), start=1):
-        yield picture, f"Picture {number}", None
+        yield picture, None, f"Picture {number}", None

@@ -13,6 +13,11 @@ def to_image(picture: Image.Image) -> Tensor:
     return pixels.reshape(1, picture.height, picture.width, 3).float() / 255
 
 
+def to_mask(mask: Image.Image) -> Tensor:
+    """A picture in shades of gray (mode L) as a MASK (1, height, width) in 0…1."""
+    return torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).reshape(1, mask.height, mask.width) / 255
+
+
 def to_picture(image: Tensor) -> Image.Image:
     """The first picture of an IMAGE (batch, height, width, 3)."""
     pixels = (image[0, ..., :3] * 255).round().clamp(0, 255).to("cpu", torch.uint8)

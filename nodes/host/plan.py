@@ -1,6 +1,7 @@
 """What training will need, cut by cut, against a budget: planned before anything is loaded."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -102,14 +103,19 @@ def setting_of(
     latents: Sequence[Tensor],
     training: "TrainSettings | None" = None,
     samples: int = 200,
+    low_latents: Sequence[Tensor] = (),
 ) -> "Setting":
-    """How a stage will go for these `latents` (1, channels, height, width): for a square as large as the largest."""
+    """How a stage will go for these `latents` (1, channels, height, width), the largest of which counts; likewise of
+    the `low_latents` for BP-low."""
     from ...hollow_core.memory.setting import Setting
     from ...hollow_core.training.settings import TrainSettings
 
+    size = _largest(latents)
     return Setting(
         cut=hollowed.cut,
-        resolution=side_of(latents),
+        resolution=_side(size),
+        size=size,
+        low_resolution=_side(_largest(low_latents)) if low_latents else None,
         samples=samples,
         base_bits=hollowed.base_bits,
         streaming=hollowed.streaming,
@@ -117,9 +123,15 @@ def setting_of(
     )
 
 
-def side_of(latents: Sequence[Tensor]) -> int:
-    """In pixels, of a square as large as the largest of these latents."""
-    return PIXELS * round(max(each.shape[-2] * each.shape[-1] for each in latents) ** 0.5)
+def _largest(latents: Sequence[Tensor]) -> tuple[int, int]:
+    """Width and height in pixels of the picture with the most."""
+    sizes = [(PIXELS * each.shape[-1], PIXELS * each.shape[-2]) for each in latents]
+    return max(sizes, key=lambda size: (math.prod(size), size))
+
+
+def _side(size: tuple[int, int]) -> int:
+    """In pixels, of a square of about that area."""
+    return PIXELS * round(math.prod(size) ** 0.5 / PIXELS)
 
 
 @lru_cache(maxsize=4)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...hollow_core.errors import HollowError
@@ -22,6 +23,9 @@ from .unet import frozen_network, noise_schedule
 
 if TYPE_CHECKING:
     from ...hollow_core.training.store import Store
+
+Picture = tuple[Tensor, Tensor | None]
+"""Latents (1, channels, height, width) as ComfyUI has them, and a mask of `_masks`."""
 
 WORDS = {  # what users know of a store's fingerprint
     "schedule": "noise schedule",
@@ -47,12 +51,14 @@ def precompute(
     storage: str,
     name: str,
     together: int,
+    hold_out: int = 0,
     node_id: str,
 ) -> tuple[HollowActivations, str]:
     """Run the base to the exit for each record that is not stored yet; with what was done, in words.
 
     `personal` and `generic` hold one prompt for all pictures or one for each, `class_prompts` also one for each batch
-    of `class_latents`. The low ones are those of the same pictures at a lower resolution, or none.
+    of `class_latents`. The low ones are those of the same pictures at a lower resolution, or none. Every `hold_out`-th
+    picture is not learned, its loss is looked at; 0 holds out none.
     Raises HollowError as `hollow_core.training.precompute.precompute` does and where it needs more memory than is
     free, and ComfyUI's exception on Cancel.
     """
@@ -65,11 +71,11 @@ def precompute(
     folder = store_folder(name)
     of_class = _prompt_of_each(class_latents, class_prompts)
     examples = [
-        *_personal_examples(hollowed, latents, personal, generic),
+        *_personal_examples(hollowed, latents, personal, generic, hold_out),
         *_class_examples(hollowed, class_latents, of_class),
     ]
     if low_latents:
-        examples += _low(_personal_examples(hollowed, low_latents, personal, generic))
+        examples += _low(_personal_examples(hollowed, low_latents, personal, generic, hold_out))
     examples += _low(_class_examples(hollowed, low_class_latents, of_class))
     schedule = noise_schedule(hollowed.model)
     watch = NodeProgress(node_id, "Precompute")
@@ -106,7 +112,8 @@ def precompute(
     if watch.new == records and (changed := _changed(store)):
         told += f" Changed: {', '.join(changed)}."
     say(told, node_id)
-    words = text_of(personal[0]), text_of(generic[0]), identifier_of(personal[0])
+    identifiers = dict.fromkeys(filter(None, map(identifier_of, personal)))
+    words = text_of(personal[0]), text_of(generic[0]), ", ".join(identifiers)
     return HollowActivations(store.folder, *words), told
 
 
@@ -128,6 +135,7 @@ def _personal_examples(
     latents: Sequence[dict[str, Any]],
     personal: Sequence[Conditionings],
     generic: Sequence[Conditionings],
+    hold_out: int,
 ) -> list[Any]:
     pictures = _pictures(latents)
     if not pictures:
@@ -138,14 +146,23 @@ def _personal_examples(
                 f"There are {len(prompts)} {name} prompts for {len(pictures)} pictures. "
                 "Connect one for all of them, or as many as there are pictures."
             )
+    if hold_out == 1 or hold_out > len(pictures):
+        raise HollowError(
+            f"hold_out is {hold_out}, and there are {len(pictures)} pictures. Give a number from 2 to "
+            f"{len(pictures)}, to hold out every so-many-th, or 0."
+        )
+    kinds = [
+        "held-out image" if hold_out and number % hold_out == 0 else "image" for number, _ in enumerate(pictures, 1)
+    ]
     return [
-        _example(hollowed, picture, personal[number % len(personal)], generic[number % len(generic)], "image")
-        for number, picture in enumerate(pictures)
+        _example(hollowed, picture, personal[number % len(personal)], generic[number % len(generic)], kind)
+        for number, (picture, kind) in enumerate(zip(pictures, kinds, strict=True))
     ]
 
 
 def _low(examples: list[Any]) -> list[Any]:
-    return [replace(example, kind=f"low {example.kind}") for example in examples]
+    """As twins of those that are learned."""
+    return [replace(example, kind=f"low {example.kind}") for example in examples if example.kind in ("image", "prior")]
 
 
 def _prompt_of_each(latents: Sequence[dict[str, Any]], prompts: Sequence[Conditionings]) -> list[Conditionings]:
@@ -172,28 +189,49 @@ def _class_examples(
     ]
 
 
-def _pictures(latents: Sequence[dict[str, Any]]) -> list[Tensor]:
-    return [picture[None] for batch in latents for picture in batch["samples"]]
+def _pictures(latents: Sequence[dict[str, Any]]) -> list[Picture]:
+    return [picture for batch in latents for picture in zip(batch["samples"].split(1), _masks(batch), strict=True)]
+
+
+def _masks(batch: dict[str, Any]) -> list[Tensor | None]:
+    """Of each picture of a LATENT how much each of its latents counts, (1, 1, height, width) in 0…1; None: all alike.
+
+    As ComfyUI has it: of any size, and in turn where there are fewer than pictures. Raises HollowError for black ones.
+    """
+    samples, given = batch["samples"], batch.get("noise_mask")
+    if given is None:
+        return [None] * len(samples)
+    with torch.inference_mode(False):
+        whole = given.detach().cpu().float().clone().reshape(-1, 1, *given.shape[-2:])
+        masks = F.interpolate(whole, samples.shape[-2:], mode="area").clamp(0, 1).split(1)
+    for number, mask in enumerate(masks, start=1):
+        if not mask.any():
+            raise HollowError(
+                f"Mask {number} of {len(masks)} is black all over. Paint white what is to be learned, or leave it out."
+            )
+    return [None if mask.min() == 1 else mask for mask, _ in zip(cycle(masks), samples, strict=False)]
 
 
 def _example(
-    hollowed: HollowedModel, picture: Tensor, personal: Conditionings, generic: Conditionings, kind: str
+    hollowed: HollowedModel, picture: Picture, personal: Conditionings, generic: Conditionings, kind: str
 ) -> Any:
     """One picture's `Example`, of ordinary tensors; its latents (1, channels, height, width) as the U-Net expects."""
     from ...hollow_core.training.precompute import Example
 
-    height, width = (PIXELS * size for size in picture.shape[-2:])
+    given, mask = picture
+    height, width = (PIXELS * size for size in given.shape[-2:])
     pooled_width = hollowed.model.model.adm_channels
     encoded = {
         what: to_conditioning(what, prompt, pooled_width=pooled_width, height=height, width=width)
         for what, prompt in (("personal", personal), ("generic", generic))
     }
     with torch.inference_mode(False):
-        latents = hollowed.model.model.process_latent_in(picture.detach().cpu().float().clone())
+        latents = hollowed.model.model.process_latent_in(given.detach().cpu().float().clone())
     return Example(
         latents,
         **encoded,
         personal_prompt=text_of(personal),
         generic_prompt=text_of(generic),
         kind=kind,
+        mask=mask,
     )

@@ -79,10 +79,11 @@ def say(text: str, node_id: str) -> None:
 
 
 def in_words(done: Progress, mean_loss: float | None = None) -> str:
-    """ "step 120 of 400, 1:05 min left", and a line "loss 0.0931 (mean 0.1250)" where there is one."""
+    """ "step 120 of 400, 1:05 min left", and a line "loss 0.0931 (mean 0.1250), held out 0.1402" where there is one."""
     loss = "" if done.loss is None else f",\nloss {done.loss:.4f}"
+    held_out = "" if done.validation is None else f", held out {done.validation:.4f}"
     mean = "" if mean_loss is None else f" (mean {mean_loss:.4f})"
-    return f"step {done.step} of {done.steps}, {_minutes(done.seconds_left)} left{loss}{mean}"
+    return f"step {done.step} of {done.steps}, {_minutes(done.seconds_left)} left{loss}{mean}{held_out}"
 
 
 def _minutes(seconds: float) -> str:

@@ -17,12 +17,13 @@ from ...hollow_core.errors import HollowError
 from ...hollow_core.progress import Progress
 from ..handles import HollowActivations, HollowedModel, HollowLora
 from .memory import alone_on_device, clear_device, free_bytes
-from .plan import planner_of, setting_of, side_of
+from .plan import planner_of, setting_of
 from .progress import NodeProgress, say
 from .train_preview import LossCurve, Preview, beside
 from .unet import frozen_network, layout, noise_schedule
 
 if TYPE_CHECKING:
+    from ...hollow_core.training.checkpoint import Checkpoint
     from ...hollow_core.training.settings import TrainSettings
     from ...hollow_core.training.store import Store
 
@@ -75,26 +76,24 @@ def train(
     schedule, family = noise_schedule(hollowed.model), layout(hollowed.model)
     if hollowed.gradient_checkpointing and not settings.gradient_checkpointing:
         settings = replace(settings, gradient_checkpointing=True, checkpoint_levels=hollowed.checkpoint_levels)
-    folder, done_before = _begun(store, settings)
+    folder, begun = _begun(store, settings)
     watch = NodeProgress(node_id, "Train")
     # nodes run in inference mode, where nothing can be trained
     with torch.inference_mode(False), torch.enable_grad():
         clear_device(hollowed.model)
         planner, free = planner_of(hollowed.model), partial(free_bytes, hollowed.model)
-        latents = [store.inputs(image)[0] for image in range(len(store.fingerprint.kinds))]
-        low = [each for each, kind in zip(latents, store.fingerprint.kinds, strict=True) if kind.startswith("low ")]
-        setting = replace(
-            setting_of(hollowed, latents, settings, len(store.records)),
-            class_images=len(store.indices("prior")),
-            low_resolution=side_of(low) if low else None,
-        )
+        kinds = store.fingerprint.kinds
+        latents = [store.inputs(image)[0] for image in range(len(kinds))]
+        low = [each for each, kind in zip(latents, kinds, strict=True) if kind.startswith("low ")]
+        setting = setting_of(hollowed, latents, settings, len(store.records), low)
+        setting = replace(setting, class_images=len(store.indices("prior")))
         check_fits(planner, setting, free(), ["train"])
         base = frozen_network(hollowed, comfy.model_management.get_torch_device())
         network = base.hollow(hollowed.cut, {record.timestep for record in store.records})
         del base  # here the middle leaves memory
         nn.Module.to(network.module, dtype=DTYPES[settings.precision])
         preview = Preview(hollowed.model, network, schedule, store) if preview_every else None
-        curve, learned = LossCurve(done_before), None
+        curve, learned = LossCurve(begun.losses, begun.validation) if begun else LossCurve([]), None
 
         def look() -> None:
             nonlocal learned
@@ -104,6 +103,8 @@ def train(
 
         def tell(done: Progress) -> None:
             curve.add(done.loss or 0.0)
+            if done.validation is not None and [done.validation] != [loss for _, loss in curve.held_out[-1:]]:
+                curve.held_out.append((done.step, done.validation))
             if preview_every and done.step % preview_every == 0:
                 with done.as_used():
                     look()
@@ -112,6 +113,7 @@ def train(
 
         with memory_told(lambda: planner, "train", setting, free), alone_on_device(network.module):
             result = stage.train(network, schedule, store, settings, folder=folder, progress=tell, stop=watch.stop)
+            curve.held_out = result.validation
             if result.stopped == "finished":
                 look()
     watch.finish()
@@ -130,28 +132,31 @@ def train(
     )
     state = lora_file.to_kohya(result.state, network.module.config, alpha=settings.lora_alpha, layout=family)
     metadata = describe("hollow", family, settings.rank, settings.lora_alpha, recipe, dora=settings.dora)
-    told = f"{result.steps} steps: {watch.made(result.steps)}.\nMean loss of the last {curve.window}: "
-    told += f"{curve.mean(result.steps):.4f}."
+    told = f"{result.steps} steps: {watch.made(result.steps)}.\n"
+    if result.validation:
+        told += f"Mean loss {curve.mean(result.steps):.4f}, held out {result.validation[-1][1]:.4f}."
+    else:
+        told += f"Mean loss of the last {curve.window}: {curve.mean(result.steps):.4f}."
     picture = beside(curve.draw(), learned)
     say(told, node_id)
     watch.end_picture(picture)
     return Trained(HollowLora(state, recipe, metadata), result.losses, picture, told)
 
 
-def _begun(store: "Store", settings: "TrainSettings") -> tuple[Path, list[float]]:
-    """Where these settings train, and the losses of what they have done there: apart from it where fewer steps are
-    asked."""
+def _begun(store: "Store", settings: "TrainSettings") -> tuple[Path, "Checkpoint | None"]:
+    """Where these settings train, and what they have done there: apart from it where fewer steps are asked."""
     name = hashlib.sha256(json.dumps(settings.fixed).encode()).hexdigest()[:12]
     folder = store.folder / f"training-{name}"
-    if len(losses := _losses(folder)) > settings.steps:
+    begun = _checkpoint(folder)
+    if begun is not None and len(begun.losses) > settings.steps:
         folder = store.folder / f"training-{name}-{settings.steps}"
-        losses = _losses(folder)
-    return folder, losses
+        begun = _checkpoint(folder)
+    return folder, begun
 
 
-def _losses(folder: Path) -> list[float]:
+def _checkpoint(folder: Path) -> "Checkpoint | None":
     from ...hollow_core.training.checkpoint import Checkpoint
     from ...hollow_core.training.train import CHECKPOINT
 
     path = folder / CHECKPOINT
-    return Checkpoint.load(path).losses if path.exists() else []
+    return Checkpoint.load(path) if path.exists() else None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SIDE = 512  # of a picture, in pixels: the node shows two side by side, a third as large
 LETTERS, MARGIN, LINE = 34, 10, 42
+HELD_OUT = "#d06a00"
 WINDOW = 20  # steps at least, of which the mean is drawn
 TIMESTEP = 600  # noisy enough that the LoRA shows, not so much that nothing can be seen
 
@@ -23,9 +24,11 @@ TIMESTEP = 600  # noisy enough that the LoRA shows, not so much that nothing can
 class LossCurve:
     """The losses of a training, drawn smoothed: one step's says little, as each has another time step."""
 
-    def __init__(self, losses: Iterable[float]) -> None:
-        """With those of the steps that were done before."""
+    def __init__(self, losses: Iterable[float], held_out: Iterable[tuple[int, float]] = ()) -> None:
+        """With those of the steps that were done before; `held_out` are the losses of held-out pictures, and after how
+        many steps."""
         self.sums = [0.0, *accumulate(losses)]
+        self.held_out = [*held_out]
 
     def add(self, loss: float) -> None:
         """One more step's."""
@@ -47,21 +50,24 @@ class LossCurve:
         return (self.sums[end] - self.sums[start]) / (end - start)
 
     def draw(self) -> Image.Image:
-        """SIDE × SIDE: the moving mean over the steps, with its last value in words. There must be a loss."""
+        """SIDE × SIDE: the moving mean over the steps, and the losses of held-out pictures; the last of each in words.
+        There must be a loss."""
         picture = Image.new("RGB", (SIDE, SIDE), "white")
         canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(LETTERS)
         shown = range(self.steps, 0, -max(1, self.steps // SIDE))
         means = {step: self.mean(step) for step in shown}
-        low, high = min(means.values()), max(means.values())
+        drawn = [*means.values(), *(loss for _, loss in self.held_out)]
+        low, high = min(drawn), max(drawn)
         if high == low:
             low, high = 0.0, high or 1.0
         levels = ticks(low, high)
         steps = [step for step in ticks(0, self.steps) if step >= 1 and float(step).is_integer()]
         left = 2 * MARGIN + max(font.getlength(f"{level:g}") for level in levels)
-        right, top, bottom = SIDE - 2 * MARGIN, 2 * LINE + 2 * MARGIN, SIDE - LINE - MARGIN
+        lines = 3 if self.held_out else 2
+        right, top, bottom = SIDE - 2 * MARGIN, lines * LINE + 2 * MARGIN, SIDE - LINE - MARGIN
 
         def place(step: float, loss: float) -> tuple[float, float]:
-            across = (step - 1) / max(1, self.steps - 1)
+            across = max(0, step - 1) / max(1, self.steps - 1)
             return left + across * (right - left), bottom - (loss - low) / (high - low) * (bottom - top)
 
         canvas.text((MARGIN, MARGIN), f"mean loss {self.mean(self.steps):.4f}", "black", font)
@@ -77,6 +83,12 @@ class LossCurve:
             canvas.text((min(x, SIDE - MARGIN - half), bottom + MARGIN), f"{step:.0f}", "#666666", font, anchor="ma")
         canvas.line((left, bottom, right, bottom), "#666666", 2)
         canvas.line([place(step, mean) for step, mean in means.items()], "#2a6fdb", 5)
+        if self.held_out:
+            points = [place(step, loss) for step, loss in self.held_out]
+            canvas.text((MARGIN, MARGIN + 2 * LINE), f"held out {self.held_out[-1][1]:.4f}", HELD_OUT, font)
+            canvas.line(points, HELD_OUT, 3)
+            for point in points:
+                canvas.circle(point, 6, HELD_OUT)
         return picture
 
 

@@ -5,7 +5,7 @@ import { app } from "../../scripts/app.js";
 
 const NODE = "HollowLoadPictures";
 const PICTURE = /\.(png|jpg|jpeg|webp|bmp|gif|tif|tiff|avif|heic|heif)$/i; // as in hollow_core/data/images.py
-const TEXT = /\.txt$/i;
+const TEXT = /\.(txt|caption)$/i;
 
 function say(severity, summary, detail) {
   app.extensionManager.toast.add({ severity, summary, detail, life: severity === "error" ? 20000 : 5000 });

@@ -114,7 +114,7 @@ def test_a_folder_is_uploaded_and_chosen(load_pictures: Any, server: Server, tmp
     (folder / "nested").mkdir(parents=True)
     for name in ("a.png", "b.JPG", "nested/c.png", ".hidden.png"):
         Image.new("RGB", (64, 64)).save(folder / name)
-    for name in ("a.txt", "notes.txt", "notes.md"):
+    for name in ("a.txt", "a.caption", "notes.txt", "notes.md"):
         (folder / name).write_text("a photo of a sks dog")
     inputs = server.folder / "input"
     known = len([*inputs.glob("my dog*")])
@@ -122,12 +122,13 @@ def test_a_folder_is_uploaded_and_chosen(load_pictures: Any, server: Server, tmp
         name = "my dog" if number == 1 else f"my dog {number}"
         choose(load_pictures, folder)
         chosen(load_pictures, name)
-        assert sorted(path.name for path in (inputs / name).iterdir()) == ["a.png", "a.txt", "b.JPG"]
+        assert sorted(path.name for path in (inputs / name).iterdir()) == ["a.caption", "a.png", "a.txt", "b.JPG"]
     saved = load_pictures.evaluate(
         "async () => [shown.serialize().widgets_values, (await app.graphToPrompt()).output[shown.id].inputs]"
     )
-    values = [name, 512, True, "a photo of a sks dog"]
-    assert saved == [values, dict(zip(("folder", "resolution", "square", "caption"), values, strict=True))]
+    values = [name, 512, True, "a photo of a sks dog", False]
+    names = ("folder", "resolution", "square", "caption", "alpha_mask")
+    assert saved == [values, dict(zip(names, values, strict=True))]
 
 
 def test_dropped_pictures_are_uploaded(load_pictures: Any, server: Server) -> None:

@@ -89,9 +89,33 @@ def test_pictures_are_squares_or_keep_their_shape(inputs: Path) -> None:
     assert [image.shape for image in load("rex", 256, square=False).args[0]] == [(1, 192, 320, 3), (1, 320, 192, 3)]
 
 
+def test_masks_come_with_their_pictures(inputs: Path) -> None:
+    """A file's before the transparency; white where there is neither."""
+    half = Image.new("L", (128, 64))
+    half.paste(255, (0, 0, 64, 64))
+    clear = Image.new("RGBA", (64, 128), (255, 0, 0, 0))
+    clear.paste((0, 0, 255, 255), (0, 0, 64, 64))
+    put(inputs / "rex", "a.png", (128, 64))
+    clear.save(inputs / "rex" / "b.png")
+    clear.save(inputs / "rex" / "c.png")
+    half.resize((64, 128)).save(inputs / "rex" / "c-mask.png")
+
+    def masks(**more: Any) -> list[list[float]]:
+        loaded = load("rex", 256, square=False, **more).args[2]
+        return [[mask[0, 16, 8].item(), mask[0, -16, 8].item(), mask[0, 16, -8].item()] for mask in loaded]
+
+    pictures, _, plain = load("rex", 256, square=False).args
+    assert [mask.shape for mask in plain] == [picture.shape[:3] for picture in pictures]
+    assert masks() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
+    assert masks(alpha_mask=[True]) == [[1, 1, 1], [1, 0, 1], [1, 1, 0]]
+    assert load(NONE, images=[torch.rand(1, 64, 64, 3)], alpha_mask=[True]).args[2][0].min() == 1
+    Image.new("L", (64, 128)).save(inputs / "rex" / "c-mask.png")
+    assert "The mask of c.png is black all over." in refusal("rex")
+
+
 def test_pictures_by_wire_take_the_place_of_the_folder(inputs: Path) -> None:
     batch, other = torch.rand(2, 100, 200, 3), torch.rand(1, 90, 90, 3)
-    images, captions = load(NONE, images=[batch, other]).args
+    images, captions, _ = load(NONE, images=[batch, other]).args
     assert [image.shape for image in images] == [(1, 64, 64, 3)] * 3
     assert captions == [CAPTION]
     same = load(NONE, 96, images=[torch.full((1, 96, 96, 3), 0.2)]).args[0][0]
@@ -135,6 +159,9 @@ def test_a_change_is_seen(inputs: Path) -> None:
         lambda: (inputs / "rex" / "b.txt").write_text("on the beach"),
         lambda: (inputs / "rex" / "a.png").unlink(),
         lambda: (inputs / "rex" / "b.txt").unlink(),
+        lambda: (inputs / "rex" / "b.caption").write_text("on sand"),
+        lambda: put(inputs / "rex", "b-mask.png"),
+        lambda: put(inputs / "rex", "b-mask.png", (30, 20)),
     ):
         assert seen() == states[-1]
         change()

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from comfy_api.v0_0_2 import io
 from hollow_pack.hollow_core.errors import HollowError
 from hollow_pack.hollow_core.evaluation import scores
+from hollow_pack.hollow_core.training.store import Store
 from hollow_pack.nodes import (
     demo_model,
     handles,
@@ -35,9 +37,10 @@ from hollow_pack.nodes import (
 )
 from hollow_pack.nodes.host import files, plan, progress, train_preview
 from hollow_pack.nodes.host import precompute as host_precompute
+from hollow_pack.nodes.host import sampling as sampling_host
 from hollow_pack.nodes.host import train as host_train
 from hollow_pack.nodes.host.unet import frozen_network
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors import safe_open
 from tiny_models import tiny_flux
 from tiny_scorers import save_tiny_scorers
@@ -307,6 +310,17 @@ def test_what_does_not_fit_is_refused_before_it_starts(demo: Any, monkeypatch: p
     assert same == resident  # and finished: with the same records
 
 
+def test_a_plan_is_for_the_largest_picture_as_it_lies(demo: Any) -> None:
+    hollowed = handles.HollowedModel(demo.model, 3)
+    pictures = [torch.zeros(1, 8, *size) for size in ((16, 24), (20, 18), (8, 12))]
+    setting = plan.setting_of(hollowed, pictures, low_latents=pictures[2:])
+    assert setting.size == (192, 128)  # pixels, wide and high
+    assert setting.low_resolution is not None
+    assert setting.resolution == 2 * setting.low_resolution
+    needed = [plan.planner_of(demo.model).peak("train", each).total for each in (setting, replace(setting, size=None))]
+    assert needed[0] != needed[1]
+
+
 def test_out_of_memory_is_told_and_run_goes_on(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     hollowed, activations = precomputed(demo)
     whole = train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS).args[1]
@@ -362,6 +376,120 @@ def test_cancel_keeps_what_is_done_and_run_goes_on(demo: Any, monkeypatch: pytes
     assert resumed.ui["text"][0].startswith("3 steps: 2 were there, 1 new, ")
 
 
+def test_a_style_has_no_identifier_and_several_subjects_have_one_each(demo: Any) -> None:
+    split = split_prompt.HollowSplitPrompt.execute
+    styled = [split(demo.clip, "a cup on grass", "").args, split(demo.clip, "a dog", " ").args]
+    assert [prompt[2:] for prompt in styled] == [("a cup on grass",) * 2, ("a dog",) * 2]
+    hollowed = handles.HollowedModel(demo.model, 3)
+
+    def learned(personal: list[Any], generic: list[Any]) -> Any:
+        stored = precompute_activations.HollowPrecompute.execute(
+            [hollowed], demo.latents[:2], personal, generic, [4], [0], ["float32"], ["styled"]
+        )
+        return train_lora.HollowTrainLoRA.execute(hollowed, stored.args[0], **SETTINGS).args[0]
+
+    lora = learned([prompt[0] for prompt in styled], [prompt[1] for prompt in styled])
+    assert lora.recipe.identifier == ""
+    assert lora.recipe.personal_prompt == lora.recipe.generic_prompt == "a cup on grass"
+    assert lora.metadata["modelspec.trigger_phrase"] == ""
+    path = lora_files.HollowSaveLoRA.execute(lora, "styled").args[0]
+    assert lora_files.HollowLoadLoRA.execute(Path(path).name).args[0].recipe == lora.recipe
+    latent = {"samples": torch.zeros(1, 8, 16, 16)}
+    sampling = {"seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    patched = two_path_model.HollowTwoPathModel.execute(demo.model, lora, 1.0, 1, True).args[0]
+    empty = split(demo.clip, "", "").args[0]
+    alone = sampling_host.sample(patched, styled[0][0], empty, latent, **sampling)["samples"]
+    drawn = two_path_sampler.HollowTwoPathSampler.execute(
+        demo.model, lora, styled[0][1], 1.0, 1, positive=styled[0][0], negative=empty, latent_image=latent, **sampling
+    ).args[0]["samples"]
+    assert drawn.abs().max() > 0
+    assert torch.equal(drawn, alone)
+
+    both = split(demo.clip, "a sks dog and an xyz cup", "sks, xyz").args
+    assert both[3] == "a dog and an cup"
+    each = [split(demo.clip, f"a {word} dog", word).args for word in ("sks", "xyz")]
+    assert learned([prompt[0] for prompt in each], [prompt[1] for prompt in each]).recipe.identifier == "sks, xyz"
+
+
+def test_a_mask_of_the_graph_weighs_the_loss(demo: Any) -> None:
+    """Of any size, in a batch or for all of it; a white one is none, and so is not another store."""
+    hollowed = handles.HollowedModel(demo.model, 3)
+    left = torch.zeros(1, 64, 64)
+    left[..., :36] = 1
+
+    def store(*masks: torch.Tensor | None) -> Any:
+        batch = {"samples": torch.cat([latent["samples"] for latent in demo.latents[:2]])}
+        given = [batch | {"noise_mask": mask} if mask is not None else batch for mask in masks]
+        activations = precompute_activations.HollowPrecompute.execute(
+            [hollowed], given, demo.personal[:1], demo.generic[:1], [4], [0], ["float32"], ["masked"]
+        ).args[0]
+        return Store.open(activations.folder), activations
+
+    plain, _ = store(None)
+    assert store(torch.ones(1, 1, 30, 30))[0].id == plain.id
+    masked, activations = store(left)
+    for image in range(2):
+        mask = masked.mask(image)
+        assert mask is not None
+        assert mask.shape == (1, 1, 16, 16)
+        assert mask[..., :9].eq(1).all()
+        assert mask[..., 9:].eq(0).all()
+    of_each, _ = store(torch.stack([left, torch.full((1, 64, 64), 0.5)]), None)
+    assert [None if mask is None else mask.mean().item() for mask in map(of_each.mask, range(4))] == [
+        pytest.approx(9 / 16),
+        0.5,
+        None,
+        None,
+    ]
+    losses = [
+        train_lora.HollowTrainLoRA.execute(hollowed, each, **SETTINGS).args[2]["loss"]
+        for each in (activations, store(None)[1])
+    ]
+    assert losses[0] != losses[1]
+    with pytest.raises(Exception, match=r"Mask 2 of 2 is black all over\. Paint white what is to be learned"):
+        store(torch.stack([left, torch.zeros(1, 64, 64)]))
+
+
+def test_held_out_pictures_are_looked_at_and_not_learned(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hollowed = handles.HollowedModel(demo.model, 3)
+
+    def held_out(every: int, latents: Any = demo.latents, low: Any = None) -> Any:
+        return precompute_activations.HollowPrecompute.execute(
+            *([hollowed], latents, demo.personal, demo.generic, [6], [0], ["float32"], ["held out"]),
+            low_latents=low,
+            hold_out=[every],
+        ).args[0]
+
+    activations = held_out(2)
+    store = Store.open(activations.folder)
+    assert store.fingerprint.kinds == ["image", "held-out image"] * 2 + ["image"]
+    said: list[str] = []
+    monkeypatch.setattr(progress, "say", lambda text, _: said.append(text))
+    curves: list[Any] = []
+
+    class Curve(train_preview.LossCurve):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            curves.append(self)
+
+    monkeypatch.setattr(host_train, "LossCurve", Curve)
+    trained = train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS, validate_every=2)
+    assert [step for step, _ in curves[-1].held_out] == [0, 2, 3]
+    before, middle, after = (loss for _, loss in curves[-1].held_out)
+    assert [f"held out {loss:.4f}" for loss in (before, middle, middle)] == [text.rpartition(", ")[2] for text in said]
+    assert trained.ui["text"][0].endswith(f", held out {after:.4f}.")
+    assert after < before
+
+    low = [{"samples": torch.nn.functional.avg_pool2d(batch["samples"], 2)} for batch in demo.latents]
+    kinds = Store.open(held_out(5, low=low).folder).fingerprint.kinds
+    assert kinds == ["image"] * 4 + ["held-out image"] + ["low image"] * 4
+    for every in (1, 6):
+        with pytest.raises(
+            HollowError, match=f"hold_out is {every}, and there are 5 pictures. Give a number from 2 to 5"
+        ):
+            held_out(every)
+
+
 def test_nodes_say_what_was_there(demo: Any) -> None:
     def run(prompts: list[Any], samples: int) -> tuple[Any, str]:
         stored = precompute_activations.HollowPrecompute.execute(
@@ -398,7 +526,11 @@ def test_the_curve_has_round_numbers_at_its_axes() -> None:
     assert train_preview.ticks(0.000121, 0.000129) == pytest.approx([0.000122, 0.000124, 0.000126, 0.000128])
     assert train_preview.ticks(0, 400) == [0, 100, 200, 300, 400]
     for losses in ([0.5], [0.0, 0.0], [0.2, 0.1], [1 / step for step in range(1, 5001)]):
-        assert train_preview.LossCurve(losses).draw().size == (train_preview.SIDE, train_preview.SIDE)
+        for held_out in ([], [(0, 0.7)], [(0, 0.7), (1, 0.6)]):
+            picture = train_preview.LossCurve(losses, held_out).draw()
+            assert picture.size == (train_preview.SIDE, train_preview.SIDE)
+            colors = {color for _, color in picture.getcolors(1 << 18)}
+            assert (ImageColor.getrgb(train_preview.HELD_OUT) in colors) == bool(held_out)
 
 
 def test_a_node_keeps_a_short_face_where_the_host_knows_of_one() -> None:
