@@ -87,7 +87,7 @@ def train(
     lora_precision: LoraPrecisionOption = LoraPrecision.fp32,
     # training
     steps: Annotated[int, typer.Option(help="Training steps.", rich_help_panel=TRAINING)] = 1000,
-    learning_rate: Annotated[float | None, typer.Option(help="The learning rate at its highest. (default: the optimizer's usual one: adamw 1e-4, adamw8bit 1e-4, prodigy 1, adafactor 1e-4, lion 3e-5, schedulefree 1e-3)", rich_help_panel=TRAINING)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The learning rate at its highest. (default: the optimizer's usual one: adamw 1e-4, adamw8bit 1e-4, prodigy 1, adafactor 1e-4, lion 3e-5, schedulefree 3e-4)", rich_help_panel=TRAINING)] = None,
     lr_schedule: Annotated[LRSchedule, typer.Option(help="How the learning rate goes along the steps.", rich_help_panel=TRAINING)] = LRSchedule.constant,
     warmup: Annotated[int, typer.Option(help="Steps over which the learning rate rises from 0 first.", rich_help_panel=TRAINING)] = 0,
     ema: Annotated[float | None, typer.Option(help="Decay of an average over the steps that is given out in the LoRA's place, such as 0.99. (default: off)", rich_help_panel=TRAINING)] = None,
