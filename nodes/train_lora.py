@@ -215,6 +215,13 @@ class HollowTrainLoRA(io.ComfyNode):
                     tooltip="Steps from one look at the loss of held-out pictures to the next, if Precompute "
                     "Activations holds out any. 0 looks at the start and the end only.",
                 ),
+                io.String.Input(
+                    "save_files",
+                    default="",
+                    optional=True,
+                    tooltip="A name in the loras folder, such as hollow/my-subject: each checkpoint on the way leaves "
+                    "a file there, my-subject-000200 and so on, of which the last ten stay. Empty leaves none.",
+                ),
             ],
             outputs=[
                 HollowLoraType.Output("hollow_lora", display_name="hollow LoRA"),
@@ -239,6 +246,7 @@ class HollowTrainLoRA(io.ComfyNode):
         layers: str = LAYERS[0],
         fused_backward: bool = False,
         ema: float = 0.0,
+        save_files: str = "",
         **settings: Any,
     ) -> io.NodeOutput:
         """The LoRA in both spellings of the graph, and its losses; shown: their course, and what was learned."""
@@ -262,6 +270,7 @@ class HollowTrainLoRA(io.ComfyNode):
             **clipping,
             **settings,
         )
-        trained = train(hollow_unet, activations, chosen, preview_every, node_id=cls.hidden.unique_id)
+        name = save_files.strip()
+        trained = train(hollow_unet, activations, chosen, preview_every, name, node_id=cls.hidden.unique_id)
         shown = ui.PreviewImage(to_image(trained.picture)).as_dict() | {"text": (trained.told,)}
         return io.NodeOutput(trained.lora, trained.lora.state, {"loss": trained.losses}, ui=shown)

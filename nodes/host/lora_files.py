@@ -18,6 +18,8 @@ from .pictures import to_picture
 from .progress import say
 from .unet import unet_config
 
+KEPT = 10  # files along the way
+
 
 def save(
     lora: HollowLora,
@@ -31,6 +33,21 @@ def save(
 ) -> tuple[Path, str]:
     """Where the LoRA was written, and what reading it back found, which the node shows. Raises HollowError as
     `write_dialect` does."""
+    path, told = _write(lora, name, dialect, zero_pad, image, model)
+    say(told, node_id)
+    return path, told
+
+
+def save_along(lora: HollowLora, name: str, step: int, model: ModelPatcher) -> None:
+    """As NAME-000200.safetensors; of a name the last KEPT stay. Raises HollowError as `save` does."""
+    path, _ = _write(lora, f"{name.removesuffix('.safetensors')}-{step:06}", "kohya", False, None, model)
+    for old in lora_file.along_the_way(path.parent, path.stem.rpartition("-")[0])[:-KEPT]:
+        old.unlink()
+
+
+def _write(
+    lora: HollowLora, name: str, dialect: str, zero_pad: bool, image: Tensor | None, model: ModelPatcher | None
+) -> tuple[Path, str]:
     path = _target(name, dialect)
     metadata = lora.metadata | {"ss_output_name": path.stem, "modelspec.title": path.stem}
     if image is not None:
@@ -44,7 +61,6 @@ def save(
     else:
         parsed = dialects.parse(lora.state, config)
         told = _in_words(lora_file.write_dialect(path, parsed, config, metadata, dialect=dialect, zero_pad=zero_pad))
-    say(told, node_id)
     return path, told
 
 

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import comfy.model_management
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from ...hollow_core.errors import HollowError
 from ...hollow_core.progress import Progress
 from ..handles import HollowActivations, HollowedModel, HollowLora
+from .files import lora_path
+from .lora_files import save_along
 from .memory import alone_on_device, clear_device, free_bytes
 from .plan import planner_of, setting_of
 from .progress import NodeProgress, say
@@ -47,13 +49,15 @@ def train(
     activations: HollowActivations,
     settings: "TrainSettings",
     preview_every: int,
+    save_files: str = "",
     *,
     node_id: str,
 ) -> Trained:
     """Train, or go on where the same settings were cancelled.
 
-    Raises HollowError as `hollow_core.training.train.train` does, where the loss stops being finite and where it needs
-    more memory than is free; and ComfyUI's exception on Cancel.
+    With a name in `save_files`, each checkpoint on the way leaves a LoRA file in the loras folder, too. Raises
+    HollowError for a name that leads out of there, as `hollow_core.training.train.train` does, where the loss stops
+    being finite and where it needs more memory than is free; and ComfyUI's exception on Cancel.
     """
     from ...hollow_core.lora import file as lora_file
     from ...hollow_core.lora.metadata import Recipe, describe
@@ -73,9 +77,24 @@ def train(
             f"The activations were precomputed for cut {store.cut}, but this Hollow U-Net has cut {hollowed.cut}. "
             "Connect the same one to both nodes."
         )
+    if save_files:
+        lora_path(save_files)  # refuses a name that leads out
+        if not settings.save_every:
+            raise HollowError(
+                "save_files writes a file at each checkpoint, but save_every is 0. Set it to 100, or empty save_files."
+            )
     schedule, family = noise_schedule(hollowed.model), layout(hollowed.model)
     if hollowed.gradient_checkpointing and not settings.gradient_checkpointing:
         settings = replace(settings, gradient_checkpointing=True, checkpoint_levels=hollowed.checkpoint_levels)
+    recipe = Recipe(
+        cut=hollowed.cut,
+        identifier=activations.identifier,
+        class_word="",
+        personal_prompt=activations.personal_prompt,
+        generic_prompt=activations.generic_prompt,
+        prediction_type=schedule.prediction.name,
+    )
+    metadata = describe("hollow", family, settings.rank, settings.lora_alpha, recipe, dora=settings.dora)
     folder, begun = _begun(store, settings)
     watch = NodeProgress(node_id, "Train")
     # nodes run in inference mode, where nothing can be trained
@@ -95,6 +114,14 @@ def train(
         preview = Preview(hollowed.model, network, schedule, store) if preview_every else None
         curve, learned = LossCurve(begun.losses, begun.validation) if begun else LossCurve([]), None
 
+        def lora_of(state: dict[str, Tensor]) -> HollowLora:
+            kohya = lora_file.to_kohya(state, network.module.config, alpha=settings.lora_alpha, layout=family)
+            return HollowLora(kohya, recipe, metadata)
+
+        def keep(step: int, state: dict[str, Tensor]) -> None:
+            if save_files:
+                save_along(lora_of(state), save_files, step, hollowed.model)
+
         def look() -> None:
             nonlocal learned
             if preview is not None:
@@ -112,7 +139,9 @@ def train(
             watch.tell(done, curve.mean(done.step), drawn)
 
         with memory_told(lambda: planner, "train", setting, free), alone_on_device(network.module):
-            result = stage.train(network, schedule, store, settings, folder=folder, progress=tell, stop=watch.stop)
+            result = stage.train(
+                network, schedule, store, settings, folder=folder, progress=tell, stop=watch.stop, saved=keep
+            )
             curve.held_out = result.validation
             if result.stopped == "finished":
                 look()
@@ -122,16 +151,6 @@ def train(
             f"Training stopped at step {result.steps} ({result.stopped}). "
             "Lower the learning rate, or choose another precision."
         )
-    recipe = Recipe(
-        cut=hollowed.cut,
-        identifier=activations.identifier,
-        class_word="",
-        personal_prompt=activations.personal_prompt,
-        generic_prompt=activations.generic_prompt,
-        prediction_type=schedule.prediction.name,
-    )
-    state = lora_file.to_kohya(result.state, network.module.config, alpha=settings.lora_alpha, layout=family)
-    metadata = describe("hollow", family, settings.rank, settings.lora_alpha, recipe, dora=settings.dora)
     told = f"{result.steps} steps: {watch.made(result.steps)}.\n"
     if result.validation:
         told += f"Mean loss {curve.mean(result.steps):.4f}, held out {result.validation[-1][1]:.4f}."
@@ -140,7 +159,7 @@ def train(
     picture = beside(curve.draw(), learned)
     say(told, node_id)
     watch.end_picture(picture)
-    return Trained(HollowLora(state, recipe, metadata), result.losses, picture, told)
+    return Trained(lora_of(result.state), result.losses, picture, told)
 
 
 def _begun(store: "Store", settings: "TrainSettings") -> tuple[Path, "Checkpoint | None"]:

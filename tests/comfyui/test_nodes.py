@@ -565,6 +565,31 @@ def test_training_leaves_the_models_own_weights_as_they_are(demo: Any) -> None:
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
+def test_files_along_the_way_are_loras_like_the_last(demo: Any, tmp_path: Path) -> None:
+    hollowed, activations = precomputed(demo)
+    folder = tmp_path / "loras" / "hollow"
+    folder.mkdir(parents=True)
+    for kept in ("cup.safetensors", "cup-2.safetensors", "cups-000001.safetensors"):
+        (folder / kept).write_bytes(b"")
+    named = {"steps": 13, "save_every": 1, "save_files": " hollow/cup.safetensors "}
+    last = train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS | named).args[0]
+    written = sorted(path.name for path in folder.iterdir() if path.stat().st_size)
+    assert written == [f"cup-{step:06}.safetensors" for step in range(3, 13)]
+    assert {"cup.safetensors", "cup-2.safetensors", "cups-000001.safetensors"} < {
+        path.name for path in folder.iterdir()
+    }
+
+    whole = train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS | {"steps": 5}).args[0]
+    fifth = lora_files.HollowLoadLoRA.execute("hollow/cup-000005.safetensors").args[0]
+    assert fifth.recipe == last.recipe
+    assert fifth.metadata["ss_output_name"] == "cup-000005"
+    assert all(torch.equal(fifth.state[key], whole.state[key]) for key in whole.state)
+
+    for settings, said in (({"save_files": "../cup"}, "does not stay inside"), ({"save_every": 0}, "save_every is 0")):
+        with pytest.raises(HollowError, match=said):
+            train_lora.HollowTrainLoRA.execute(hollowed, activations, **SETTINGS | named | settings)
+
+
 def test_fewer_steps_begin_anew_beside_what_was_done(demo: Any) -> None:
     hollowed, activations = precomputed(demo)
     few = SETTINGS | {"steps": 2}
