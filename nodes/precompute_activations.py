@@ -106,7 +106,7 @@ class HollowPrecompute(io.ComfyNode):
                     min=0,
                     max=100_000,
                     optional=True,
-                    tooltip="Every so-many-th picture is held out: not learned, its loss is shown while training. It "
+                    tooltip="5 holds out every fifth picture: it is not learned, and training shows its loss, which "
                     "rises where the others are learned by heart. 0 holds out none.",
                 ),
             ],

@@ -148,8 +148,8 @@ def _personal_examples(
             )
     if hold_out == 1 or hold_out > len(pictures):
         raise HollowError(
-            f"hold_out is {hold_out}, and there are {len(pictures)} pictures. Give a number from 2 to "
-            f"{len(pictures)}, to hold out every so-many-th, or 0."
+            f"hold_out is {hold_out}, and there are {len(pictures)} pictures. Give 0 to hold out none, or a number "
+            "from 2 up to that of the pictures."
         )
     kinds = [
         "held-out image" if hold_out and number % hold_out == 0 else "image" for number, _ in enumerate(pictures, 1)

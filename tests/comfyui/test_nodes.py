@@ -485,7 +485,7 @@ def test_held_out_pictures_are_looked_at_and_not_learned(demo: Any, monkeypatch:
     assert kinds == ["image"] * 4 + ["held-out image"] + ["low image"] * 4
     for every in (1, 6):
         with pytest.raises(
-            HollowError, match=f"hold_out is {every}, and there are 5 pictures. Give a number from 2 to 5"
+            HollowError, match=f"hold_out is {every}, and there are 5 pictures. Give 0 to hold out none"
         ):
             held_out(every)
 
