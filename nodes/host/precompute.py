@@ -190,7 +190,7 @@ def _class_examples(
 
 
 def _pictures(latents: Sequence[dict[str, Any]]) -> list[Picture]:
-    return [picture for batch in latents for picture in zip(batch["samples"].split(1), _masks(batch), strict=True)]
+    return [(each[None], mask) for batch in latents for each, mask in zip(batch["samples"], _masks(batch), strict=True)]
 
 
 def _masks(batch: dict[str, Any]) -> list[Tensor | None]:
