@@ -145,9 +145,9 @@ def personalize(
 
     def write_along(step: int, state: dict[str, Tensor]) -> None:
         if request.keep:
-            write(folder / f"{request.name}-{step:06}.safetensors", state)
-            for old in lora_file.along_the_way(folder, request.name)[: -request.keep]:
-                old.unlink()
+            file = folder / f"{request.name}-{step:06}.safetensors"
+            write(file, state)
+            lora_file.keep_last(file, request.keep)
 
     with meter.stage("train"), told("train"):
         network.module.to(device)

@@ -15,6 +15,7 @@ from hollow_core.data.captions import CaptionChanges
 from hollow_core.data.folders import load_pictures
 from hollow_core.data.images import load_images
 from hollow_core.errors import HollowError
+from hollow_core.lora.file import keep_last
 from hollow_core.lora.file import load as load_lora
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel, load
@@ -225,6 +226,11 @@ def test_files_along_the_way_are_whole_and_the_last_are_kept(
     expected = run(folders["sd21"], shorter, tmp_path / "shorter")
     assert same(content(expected.file), content(tmp_path / "out" / along[1]))
     assert recipe(tmp_path / "out" / along[1]) == recipe(outcome.file)
+    for name in ("my dog-000001", "my dog-000002", "my dog-000900", "my dog-20260101000000", "my dog-best"):
+        (tmp_path / "out" / f"{name}.safetensors").touch()
+    keep_last(tmp_path / "out" / "my dog-000008.safetensors", 3)
+    left = {path.stem.removeprefix("my dog-") for path in (tmp_path / "out").glob("my dog-*")}
+    assert left == {"000002", "000006", "000008", "000900", "20260101000000", "best"}  # of another run, or no step
     without = run(folders["sd21"], replace(request, keep=0), tmp_path / "without")
     assert list((tmp_path / "without").glob("my dog-*")) == []
     assert same(content(without.file), content(outcome.file))

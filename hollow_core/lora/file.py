@@ -235,11 +235,14 @@ def convert(
     return write_dialect(target, lora, config, described, dialect=dialect, zero_pad=zero_pad, dtype=dtype)
 
 
-def along_the_way(folder: Path, name: str) -> list[Path]:
-    """The files NAME-000200.safetensors and so on that a training has left in `folder`, the first steps first."""
-    return sorted(
-        path for path in folder.glob(f"{glob.escape(name)}-*.safetensors") if re.search(r"-\d{6,}$", path.stem)
-    )
+def keep_last(path: Path, number: int) -> None:
+    """Of the files NAME-000200.safetensors and so on that a training has left beside `path`, the last of them, leave so
+    many. Those of more steps are of another training, and stay."""
+    name, _, steps = path.stem.rpartition("-")
+    beside = path.parent.glob(f"{glob.escape(name)}-*.safetensors")
+    older = {int(step): each for each in beside if (step := each.stem[len(name) + 1 :]).isdecimal() and len(step) >= 6}
+    for step in sorted(step for step in older if step <= int(steps))[:-number]:
+        older[step].unlink()
 
 
 def config_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] | None = None) -> Config:

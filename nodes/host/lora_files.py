@@ -41,8 +41,7 @@ def save(
 def save_along(lora: HollowLora, name: str, step: int, model: ModelPatcher) -> None:
     """As NAME-000200.safetensors; of a name the last KEPT stay. Raises HollowError as `save` does."""
     path, _ = _write(lora, f"{name.removesuffix('.safetensors')}-{step:06}", "kohya", False, None, model)
-    for old in lora_file.along_the_way(path.parent, path.stem.rpartition("-")[0])[:-KEPT]:
-        old.unlink()
+    lora_file.keep_last(path, KEPT)
 
 
 def _write(
