@@ -240,9 +240,10 @@ def keep_last(path: Path, number: int) -> None:
     many. Those of more steps are of another training, and stay."""
     name, _, steps = path.stem.rpartition("-")
     beside = path.parent.glob(f"{glob.escape(name)}-*.safetensors")
-    older = {int(step): each for each in beside if (step := each.stem[len(name) + 1 :]).isdecimal() and len(step) >= 6}
-    for step in sorted(step for step in older if step <= int(steps))[:-number]:
-        older[step].unlink()
+    ends = {each.stem[len(name) + 1 :]: each for each in beside}
+    by_step = {int(end): each for end, each in ends.items() if end.isdecimal() and len(end) >= 6}
+    for step in sorted(step for step in by_step if step <= int(steps))[:-number]:
+        by_step[step].unlink()
 
 
 def config_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] | None = None) -> Config:
