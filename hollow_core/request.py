@@ -31,9 +31,8 @@ class Request:
     """What the subject is, in a common word: "dog". May be empty where every picture has a caption or its folder says
     it."""
     identifier: str = "sks"
-    """The rare word by which prompts will call it, where no folder says another. Empty for a style or a concept, also in
-    folders that say one, whose captions are taken as they are: then the base path sees the same prompt as the personal
-    one."""
+    """The rare word by which prompts will call it, where no folder says another. Empty for a style or a concept,
+    whatever folders say: captions are taken as they are, and the base path sees the same prompt as the personal one."""
     setting: Setting = field(default_factory=Setting)
     """Every lever; its resolution, where it names one, is that of the pictures."""
     class_folder: Path | None = None
@@ -130,7 +129,7 @@ class Request:
             raise HollowError(f"The LoRA cannot be called {self.name!r}. Leave .safetensors out: it is added.")
         if f"{self.name}.safetensors".lower() == CHECKPOINT:
             raise HollowError(
-                f"The LoRA cannot be called {self.name!r}, as the state of the training is. Give another."
+                f"The LoRA cannot be called {self.name!r}: so is the state of the training. Give another."
             )
         if self.keep < 0:
             raise HollowError(f"{self.keep} files cannot be kept. Give 0 or more.")

@@ -301,7 +301,7 @@ def test_what_a_mask_hides_is_not_learned(folders: dict[str, Path], photos: Path
         ({"name": "a/b"}, "cannot be called 'a/b'. Give the name of a file"),
         ({"name": ""}, "cannot be called ''"),
         ({"name": ".."}, "cannot be called '..'"),
-        ({"name": "Checkpoint"}, "cannot be called 'Checkpoint', as the state of the training is"),
+        ({"name": "Checkpoint"}, "cannot be called 'Checkpoint': so is the state of the training. Give another"),
         ({"name": "dog.safetensors"}, "Leave .safetensors out"),
         ({"keep": -1}, "-1 files cannot be kept. Give 0 or more"),
     ],
