@@ -79,13 +79,13 @@ class Request:
         if image.caption is None:
             if not subject.class_word:
                 raise HollowError(
-                    f"{image.name} has no caption, and nothing says what it shows. Give a class word, such as dog, or "
+                    f"{image.path or image.name} has no caption, and nothing says what it shows. Give a class word, such as dog, or "
                     "write a caption beside the picture."
                 )
             return personal_prompt(*subject)
         if subject.identifier and generic_prompt(image.caption, subject.identifier) == image.caption:
             raise HollowError(
-                f"The caption of {image.name}, {image.caption!r}, lacks the identifier {subject.identifier!r}. Add it "
+                f"The caption of {image.path or image.name}, {image.caption!r}, lacks the identifier {subject.identifier!r}. Add it "
                 "before the class word, remove the caption, or learn a style or a concept with an empty identifier."
             )
         return image.caption
@@ -114,10 +114,10 @@ class Request:
         own = image.subject or Subject("", next(filter(None, (self.subject_of(i).class_word for i in self.images)), ""))
         if not own.class_word:
             raise HollowError(
-                f"{image.name}, a picture of the class, has no caption, and nothing says of which. Give a class word, "
+                f"{image.path or image.name}, a picture of the class, has no caption, and nothing says of which. Give a class word, "
                 "such as dog, or write a caption beside it."
             )
-        return personal_prompt(*own)
+        return self.generic_prompt(personal_prompt(*own))
 
     def check(self) -> None:
         """Refuse at once what would otherwise be refused after the long stages. Raises HollowError."""
