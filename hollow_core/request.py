@@ -79,13 +79,13 @@ class Request:
         if image.caption is None:
             if not subject.class_word:
                 raise HollowError(
-                    f"{image.path or image.name} has no caption, and nothing says what it shows. Give a class word, such as dog, or "
+                    f"{image.where} has no caption, and nothing says what it shows. Give a class word, such as dog, or "
                     "write a caption beside the picture."
                 )
             return personal_prompt(*subject)
         if subject.identifier and generic_prompt(image.caption, subject.identifier) == image.caption:
             raise HollowError(
-                f"The caption of {image.path or image.name}, {image.caption!r}, lacks the identifier {subject.identifier!r}. Add it "
+                f"The caption of {image.where}, {image.caption!r}, lacks the identifier {subject.identifier!r}. Add it "
                 "before the class word, remove the caption, or learn a style or a concept with an empty identifier."
             )
         return image.caption
@@ -114,7 +114,7 @@ class Request:
         own = image.subject or Subject("", next(filter(None, (self.subject_of(i).class_word for i in self.images)), ""))
         if not own.class_word:
             raise HollowError(
-                f"{image.path or image.name}, a picture of the class, has no caption, and nothing says of which. Give a class word, "
+                f"{image.where}, a picture of the class, has no caption, and nothing says of which. Give a class word, "
                 "such as dog, or write a caption beside it."
             )
         return self.generic_prompt(personal_prompt(*own))
@@ -141,7 +141,7 @@ class Request:
         for image in (*self.images, *self.class_pictures, *self.held_out):
             if asked is not None and not 0.8 < math.prod(image.picture.size) / asked**2 < 1.25:
                 raise HollowError(
-                    f"{image.name} is {image.picture.width}×{image.picture.height} pixels, but the setting's "
+                    f"{image.where} is {image.picture.width}×{image.picture.height} pixels, but the setting's "
                     f"resolution is {asked}. Load the pictures at that resolution, or leave it out."
                 )
         optimizer_class(self.setting.training.optimizer)
