@@ -13,6 +13,7 @@ from .data.captions import CaptionChanges
 from .data.images import TrainingImage, check_resolution, smaller
 from .data.prompts import Subject, generic_prompt, personal_prompt
 from .errors import HollowError
+from .lora.metadata import recipe_for
 from .memory.setting import Setting
 from .models.base_model import BaseModel, decode_images, encode_images, encode_prompt, latent_mask, told, visiting
 from .training.optimizer import optimizer_class
@@ -137,6 +138,7 @@ class Request:
             self.personal_prompt(image)
         for image in self.class_pictures:
             self.class_prompt(image)
+        recipe_for(None, *self.subject, "")
         asked = self.setting.resolution
         for image in (*self.images, *self.class_pictures, *self.held_out):
             if asked is not None and not 0.8 < math.prod(image.picture.size) / asked**2 < 1.25:

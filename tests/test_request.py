@@ -331,3 +331,9 @@ def test_an_empty_identifier_counts_in_folders_that_say_one(tmp_path: Path) -> N
     style.check()
     assert style.subject == ("", "")
     assert style.generic_prompt(style.personal_prompt(images[0])) == "a boat on the sea, watercolor painting"
+
+
+def test_words_that_the_lora_could_not_be_called_by_are_refused_at_once(photos: Path) -> None:
+    images = [image._replace(caption="a cat on the moon") for image in load_images(photos, 256)]
+    with pytest.raises(HollowError, match="The identifier and the class word are both 'cat'"):
+        ask(photos, images=images, class_word="cat", identifier="cat").check()

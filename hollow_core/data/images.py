@@ -13,7 +13,7 @@ from .prompts import Subject
 
 # Apple's .heic and .heif are listed so that they are refused by name, not passed over in silence.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
-CAPTIONS = (".txt", ".caption")  # what a caption's file ends with; the first that is there counts
+CAPTIONS = (".txt", ".caption", ".TXT", ".CAPTION")  # what a caption's file ends with; the first that is there counts
 MASK = "-mask"  # behind the name of a picture: its mask
 MAX_UPSCALE = 8
 GRID = 64  # pixels, of which the sides of a picture that is no square are multiples

@@ -156,4 +156,5 @@ def test_a_mask_that_cannot_be_is_refused(tmp_path: Path, size: tuple[int, int],
 def test_captions_may_end_with_caption(tmp_path: Path) -> None:
     put(tmp_path / "a.png").with_suffix(".caption").write_text("a sks dog")
     put(tmp_path / "b.png", caption="of the .txt").with_suffix(".caption").write_text("of the other")
-    assert [image.caption for image in load_images(tmp_path, 64)] == ["a sks dog", "of the .txt"]
+    put(tmp_path / "c.PNG").with_suffix(".TXT").write_text("from a camera")
+    assert [image.caption for image in load_images(tmp_path, 64)] == ["a sks dog", "of the .txt", "from a camera"]
