@@ -18,6 +18,7 @@ from .models.base_model import BaseModel, decode_images, encode_images, encode_p
 from .training.optimizer import optimizer_class
 from .training.precompute import Example
 from .training.store import Kind
+from .training.train import CHECKPOINT
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Request:
     """What the subject is, in a common word: "dog". May be empty where every picture has a caption or its folder says
     it."""
     identifier: str = "sks"
-    """The rare word by which prompts will call it. Empty for a style or a concept, whose captions are taken as they
-    are: then the base path sees the same prompt as the personal one."""
+    """The rare word by which prompts will call it, where no folder says another. Empty for a style or a concept, also in
+    folders that say one, whose captions are taken as they are: then the base path sees the same prompt as the personal
+    one."""
     setting: Setting = field(default_factory=Setting)
     """Every lever; its resolution, where it names one, is that of the pictures."""
     class_folder: Path | None = None
@@ -67,9 +69,9 @@ class Request:
         return Subject.all_of(self.subject_of(image) for image in self.images)
 
     def subject_of(self, image: TrainingImage) -> Subject:
-        """Whom a picture shows: as its folder says, else as is asked."""
+        """Whom a picture shows: as its folder says, else as is asked; without an identifier if none is asked."""
         own = image.subject or Subject(self.identifier, self.class_word)
-        return own._replace(class_word=own.class_word or self.class_word)
+        return Subject(own.identifier if self.identifier.strip() else "", own.class_word or self.class_word)
 
     def personal_prompt(self, image: TrainingImage) -> str:
         """Its caption, or the usual sentence. Raises HollowError where the caption lacks the identifier, and where
@@ -122,8 +124,14 @@ class Request:
         """Refuse at once what would otherwise be refused after the long stages. Raises HollowError."""
         if not self.images:
             raise HollowError("There are no pictures to learn from. Give four or five of your subject.")
-        if not self.name.strip() or Path(self.name).name != self.name:
+        if not self.name.strip(" .") or Path(self.name).name != self.name:
             raise HollowError(f"The LoRA cannot be called {self.name!r}. Give the name of a file, without folders.")
+        if self.name.lower().endswith(".safetensors"):
+            raise HollowError(f"The LoRA cannot be called {self.name!r}. Leave .safetensors out: it is added.")
+        if f"{self.name}.safetensors".lower() == CHECKPOINT:
+            raise HollowError(
+                f"The LoRA cannot be called {self.name!r}, as the state of the training is. Give another."
+            )
         if self.keep < 0:
             raise HollowError(f"{self.keep} files cannot be kept. Give 0 or more.")
         for image in (*self.images, *self.held_out):

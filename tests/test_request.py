@@ -300,6 +300,9 @@ def test_what_a_mask_hides_is_not_learned(folders: dict[str, Path], photos: Path
         ({"class_word": ""}, "0.png has no caption, and nothing says what it shows. Give a class word"),
         ({"name": "a/b"}, "cannot be called 'a/b'. Give the name of a file"),
         ({"name": ""}, "cannot be called ''"),
+        ({"name": ".."}, "cannot be called '..'"),
+        ({"name": "Checkpoint"}, "cannot be called 'Checkpoint', as the state of the training is"),
+        ({"name": "dog.safetensors"}, "Leave .safetensors out"),
         ({"keep": -1}, "-1 files cannot be kept. Give 0 or more"),
     ],
 )
@@ -314,3 +317,16 @@ def test_a_caption_without_the_identifier_says_how_styles_go(photos: Path) -> No
     with pytest.raises(HollowError, match=r"lacks the identifier 'sks'.*or learn a style or a concept with an empty"):
         ask(photos).check()
     ask(photos, identifier="").check()
+
+
+def test_an_empty_identifier_counts_in_folders_that_say_one(tmp_path: Path) -> None:
+    """As people have a style: kohya's folder with one word, captions that do not hold it."""
+    folder = tmp_path / "5_watercolor"
+    folder.mkdir()
+    Image.new("RGB", (256, 256)).save(folder / "a.png")
+    (folder / "a.txt").write_text("a boat on the sea, watercolor painting")
+    images = load_pictures(tmp_path, 256).images
+    style = ask(tmp_path, images=images, class_word="", identifier="")
+    style.check()
+    assert style.subject == ("", "")
+    assert style.generic_prompt(style.personal_prompt(images[0])) == "a boat on the sea, watercolor painting"

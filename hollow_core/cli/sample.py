@@ -107,7 +107,8 @@ def sample(
         write_png(out / "grid.png", grid(rows))
     if as_json:
         print(json.dumps(written))
-    say(f"{len(written)} pictures{' and grid.png' if as_grid else ''} are in {out}.")
+    files = [f"{len(written)} picture{'s' * (len(written) > 1)}", *["grid.png"] * as_grid]
+    say(f"{' and '.join(files)} {'is' if files == ['1 picture'] else 'are'} in {out}.")
 
 
 def lora_files(asked: Sequence[Path]) -> dict[str, Path]:

@@ -70,12 +70,12 @@ def train(
     alpha_mask: Annotated[bool, typer.Option("--alpha-mask", show_default="off", help="What is transparent in a picture is not learned, where no mask lies beside it.", rich_help_panel=PICTURES)] = False,
     show_crops: Annotated[Path | None, typer.Option(help="Draw what is cut off of each picture into this .png before anything starts. (default: none)", rich_help_panel=PICTURES)] = None,
     validation: Annotated[Path | None, typer.Option(help="Folder of pictures that are not learned, as in --images: their loss tells what the others teach. (default: none)", rich_help_panel=PICTURES)] = None,
-    hold_out: Annotated[int, typer.Option(min=0, help="Hold every n-th picture of --images out in the same way; 0 for none.", rich_help_panel=PICTURES)] = 0,
-    validate_every: Annotated[int, typer.Option(help="Steps from one look at what is held out to the next; 0 looks at the end only.", rich_help_panel=PICTURES)] = 50,
+    hold_out: Annotated[int, typer.Option(min=0, help="Hold every n-th picture of --images out in the same way, from 2 on; 0 for none.", rich_help_panel=PICTURES)] = 0,
+    validate_every: Annotated[int, typer.Option(help="Steps from one look at what is held out to the next; 0 looks before the first and after the last only.", rich_help_panel=PICTURES)] = 50,
     thumbnail: Annotated[bool, typer.Option(help="Put the first picture, small, into the LoRA file, for tools that list files; whoever gets the file sees it.", rich_help_panel=PICTURES)] = False,
     # captions and prompts
     subject: Annotated[str, typer.Option(help="What the subject is, in a common word: dog, cup, backpack. (default: as the folders or the captions say)", show_default=False, rich_help_panel=PROMPTS)] = "",
-    identifier: Annotated[str, typer.Option(help="The rare word that will call the subject in prompts. Empty for a style or a concept: captions are taken as they are, and the base path of two-path sampling sees the whole prompt.", rich_help_panel=PROMPTS)] = "sks",
+    identifier: Annotated[str, typer.Option(help="The rare word that will call the subject in prompts, where no folder says another. Empty for a style or a concept, whatever folders say: captions are taken as they are, and the base path of two-path sampling sees the whole prompt.", rich_help_panel=PROMPTS)] = "sks",
     caption_dropout: Annotated[float, typer.Option(help="Share of the records, from 0 to 1, that are learned without a caption.", rich_help_panel=PROMPTS)] = 0.0,
     shuffle_tags: Annotated[bool, typer.Option("--shuffle-tags", show_default="off", help="Bring the tags of a caption, the words between commas, in a new order for each record.", rich_help_panel=PROMPTS)] = False,
     keep_tags: Annotated[int, typer.Option(help="Of --shuffle-tags: so many tags, from the first on, stay where they are.", rich_help_panel=PROMPTS)] = 1,
@@ -142,9 +142,11 @@ def train(
     from ..request import Request
     from ..road import check_cut, personalize
 
+    planner = cache(partial(Planner, str(model)))
+    side = resolution or planner().resolution
     setting = setting_of(
         cut=cut,
-        resolution=resolution,
+        resolution=side,
         samples=samples,
         class_images=class_images,
         base_bits=base_bits,
@@ -183,11 +185,11 @@ def train(
         zo_timesteps=zo_timesteps,
     )
     to = device_of(device)
-    planner = cache(partial(Planner, str(model)))
-    side = resolution or planner().resolution
     load = partial(load_pictures, resolution=side, square=square, alpha_mask=alpha_mask)
     found = load(images, class_folder=class_folder)
     learned, held_out = found.images, []
+    if hold_out == 1:
+        raise HollowError("--hold-out 1 leaves no picture to learn. Give 2 to hold every second one out, or more.")
     if hold_out:
         learned, held_out = (
             [each for n, each in enumerate(learned, 1) if n % hold_out],

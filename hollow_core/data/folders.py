@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from .images import TrainingImage, load_image, picture_paths, training_paths
+from ..errors import HollowError
+from .images import TrainingImage, load_image, picture_paths
 from .prompts import Subject
 
 IMAGE_FOLDERS = ("img", "image", "images")  # below a project's, as kohya's own interface lays it out
@@ -67,16 +68,25 @@ def load_pictures(
     class_roots = [*_called(folder, CLASS_FOLDERS), *(_called(root, CLASS_FOLDERS) if inner else [])]
     if class_folder is not None:
         class_roots = [class_folder]
-    images, of_class, passed_over = [], [], list[Path]()
+    images, of_class, passed_over = [], [], inner[1:]
     for place, subject, repeats in _sources(root, passed_over):
         images += load(place, subject, repeats)
     for class_root in class_roots:
         for place, words, repeats in _sources(class_root, passed_over):
             subject = words and Subject("", f"{words.identifier} {words.class_word}".strip())
             of_class += load(place, subject, repeats)
-    for empty in [root] * (not images) + class_roots * (bool(class_roots) and not of_class):
-        training_paths(empty)  # which says that there are none
+    if not images:
+        _refuse(root, "Put four or five of your subject there, .png or .jpg", passed_over)
+    if class_roots and not of_class:
+        _refuse(class_roots[0], "Put some of the class there, or remove it", passed_over)
     return Pictures(images, of_class, passed_over)
+
+
+def _refuse(folder: Path, advice: str, passed_over: Sequence[Path]) -> NoReturn:
+    """Raises HollowError for a folder without pictures."""
+    inside = [place.name for place in passed_over if place.parent == folder]
+    looked = f" Not looked into: {', '.join(inside)}; a folder counts if it is named as 10_sks dog." if inside else ""
+    raise HollowError(f"{folder} holds no pictures. {advice}.{looked}")
 
 
 def _called(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -88,7 +98,7 @@ def _sources(folder: Path, passed_over: list[Path]) -> Iterator[tuple[Path, Subj
     """`folder` itself, then those in it that are named as kohya's, each with whom it shows and how often."""
     yield folder, None, 1
     for place in sorted(folder.iterdir()):
-        if not place.is_dir() or place.name.startswith(".") or place.name.lower() in (*IMAGE_FOLDERS, *CLASS_FOLDERS):
+        if not place.is_dir() or place.name.startswith(".") or place.name.lower() in CLASS_FOLDERS:
             continue
         if (match := re.fullmatch(r"(\d+)_\s*(\S+)\s*(.*)", place.name)) is None:
             passed_over.append(place)

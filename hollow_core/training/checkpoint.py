@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from ..errors import HollowError
 from ..files import read_safetensors, write_safetensors
+from .settings import LATER, TrainSettings
 
 _KEY = "hollow.checkpoint"  # of the metadata; one key, as safetensors writes several in any order
-_USUAL = "the usual"  # of a setting that is named only where it is another
 
 
 class Checkpoint(NamedTuple):
@@ -50,14 +51,9 @@ class Checkpoint(NamedTuple):
         about = json.loads(metadata[_KEY])
         stored = about["made_for"]
         asked = stored if made_for is None else json.loads(json.dumps(made_for))
-        differences = [
-            f"{name} ({stored.get(name, _USUAL)} there, {asked.get(name, _USUAL)} asked)"
-            for name in asked | stored
-            if stored.get(name, _USUAL) != asked.get(name, _USUAL)
-        ]
-        if differences:
+        if stored != asked:
             raise HollowError(
-                f"{path} is of a training that differs: {', '.join(differences)}. "
+                f"{path} is of a training that differs: {', '.join(_differences(stored, asked))}. "
                 "Go back to what it was, choose another folder, or delete the file to start anew."
             )
         lora, averages = {}, {}
@@ -73,3 +69,16 @@ class Checkpoint(NamedTuple):
         validation = [(step, loss) for step, loss in about.get("validation", [])]
         losses = tensors["losses"].tolist()
         return cls(lora, optimizers, averages, losses, about["loss_scale"], stored, validation)
+
+
+def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """In words. What counts on one side alone, as the steps do for a learning rate that falls, comes with another
+    difference, and is left out for it."""
+    usual = {each.name: each.default for each in fields(TrainSettings) if each.name in LATER}
+    there, here = usual | dict(stored), usual | dict(asked)
+    both = [
+        f"{name} ({there[name]} there, {here[name]} asked)"
+        for name in here
+        if name in there and there[name] != here[name]
+    ]
+    return both or sorted(there.keys() ^ here.keys())

@@ -14,7 +14,8 @@ from .rates import LRSchedule
 from .selective import Probability, Strategy, falling, heat_map
 
 Precision = Literal["fp32", "bf16", "fp16"]
-_LATER = ("dora", "lr_schedule", "warmup", "ema")  # which older checkpoints do not name; so nor does a default
+LATER = ("dora", "lr_schedule", "warmup", "ema")
+"""Settings that older checkpoints do not name; so nor does `TrainSettings.fixed` where they are as usual."""
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -76,7 +77,8 @@ class TrainSettings:
     save_every: int = 0
     """Steps from one checkpoint to the next; 0 writes one only at the end or when stopped."""
     validate_every: int = 50
-    """Steps from one look at the held-out pictures to the next, if there are any; 0 looks at the end only."""
+    """Steps from one look at the held-out pictures to the next, if there are any; 0 looks before the
+    first and after the last only."""
     strategy: Strategy = "bp"
     """How steps find the gradient: backwards, by MeZO's forward passes ("zo"), or by both ("selective")."""
     selective_gamma: float = 1.0
@@ -114,7 +116,7 @@ class TrainSettings:
                 free.add("steps")
         if self.strategy == "bp":
             free |= {"zo_learning_rate", "zo_epsilon", "zo_queries", "zo_timesteps"}
-        free |= {each.name for each in fields(self) if each.name in _LATER and getattr(self, each.name) == each.default}
+        free |= {each.name for each in fields(self) if each.name in LATER and getattr(self, each.name) == each.default}
         fixed = {name: value for name, value in asdict(self).items() if name not in free} | {"learning_rate": self.rate}
         if "probability" in fixed and self.probability is not None:
             fixed["probability"] = digest(torch.tensor(heat_map(self.probability)))

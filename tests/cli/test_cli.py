@@ -355,6 +355,7 @@ def refusals(folder: Path, photos: Path, model_folder: Path) -> dict[str, tuple[
             "The low resolution 128 is not below the pictures' 128",
         ),
         "a fused step that clips": ([*train(), "--fused-backward"], "does not go with max_grad_norm 1.0"),
+        "all held out": ([*train(), "--hold-out", 1], "--hold-out 1 leaves no picture to learn. Give 2"),
         "no model": (["train", folder / "nowhere", "--images", photos, "--subject", "dog"], "does not exist"),
         "a LoRA of another architecture": (sample(foreign), "was made for another kind of model"),
         "a truncated LoRA": (sample(cut_off), "is not a whole safetensors file"),

@@ -44,6 +44,7 @@ def test_kohyas_own_layout(tmp_path: Path) -> None:
 def test_one_folder_with_others_in_it(tmp_path: Path) -> None:
     put(tmp_path / "a.png")
     put(tmp_path / "old" / "b.png")
+    put(tmp_path / "images" / "h.png")  # which counts where there are no pictures beside it
     put(tmp_path / "5_sks" / "c.png")
     put(tmp_path / "class" / "d.png", caption="a dog")
     put(tmp_path / ".cache" / "e.png")
@@ -54,7 +55,7 @@ def test_one_folder_with_others_in_it(tmp_path: Path) -> None:
         ("c.png", Subject("sks", ""), 5),
     ]
     assert [(image.name, image.caption) for image in found.of_class] == [("d.png", "a dog")]
-    assert found.passed_over == [tmp_path / "old"]
+    assert found.passed_over == [tmp_path / "images", tmp_path / "old"]
 
     put(tmp_path / "elsewhere" / "g.png")
     found = load_pictures(tmp_path, 128, class_folder=tmp_path / "elsewhere")
@@ -66,11 +67,13 @@ def test_one_folder_with_others_in_it(tmp_path: Path) -> None:
     [
         ("missing", None, "missing does not exist. Give the folder"),
         (".", None, r"img holds no pictures\. Put four or five"),
-        ("whole", "img", r"img holds no pictures\. Put four or five"),
+        ("whole", "img", r"img holds no pictures\. Put some of the class there, or remove it\.$"),
+        ("unnumbered", None, r"\.jpg\. Not looked into: dog; a folder counts if it is named as 10_sks dog\."),
     ],
 )
 def test_empty_folders_are_told(tmp_path: Path, folder: str, class_folder: str | None, said: str) -> None:
     put(tmp_path / "whole" / "a.png")
+    put(tmp_path / "unnumbered" / "dog" / "b.png")
     (tmp_path / "img").mkdir()
     with pytest.raises(HollowError, match=said):
         load_pictures(tmp_path / folder, 128, class_folder=None if class_folder is None else tmp_path / class_folder)

@@ -256,14 +256,14 @@ def scaled(example, factor):
             lambda asked: asked.update(schedule=tiny_schedule(steps_offset=1, num_train_timesteps=999)),
             "schedule",
         ),
-        (lambda asked: asked.update(examples=[scaled(e, 1.01) for e in asked["examples"]]), "latents"),
+        (lambda asked: asked.update(examples=[scaled(e, 1.01) for e in asked["examples"]]), "pictures"),
         (
             lambda asked: asked.update(examples=[replace(e, personal_prompt="a dog") for e in asked["examples"]]),
-            "prompts",
+            "captions and prompts",
         ),
         (
             lambda asked: asked.update(examples=[replace(e, generic=e.personal) for e in asked["examples"]]),
-            "embeddings",
+            "embedded prompts",
         ),
         (lambda asked: asked.update(cut=1, seed=7), r"cut \(2 stored, 1 asked\), seed \(0 stored, 7 asked\)"),
     ],
