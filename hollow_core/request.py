@@ -31,9 +31,8 @@ class Request:
     """What the subject is, in a common word: "dog". May be empty where every picture has a caption or its folder says
     it."""
     identifier: str = "sks"
-    """The rare word by which prompts will call it, where no folder says another. Empty for a style or a concept, also in
-    folders that say one, whose captions are taken as they are: then the base path sees the same prompt as the personal
-    one."""
+    """The rare word by which prompts will call it, where no folder says another. Empty for a style or a concept,
+    whatever folders say: captions are taken as they are, and the base path sees the same prompt as the personal one."""
     setting: Setting = field(default_factory=Setting)
     """Every lever; its resolution, where it names one, is that of the pictures."""
     class_folder: Path | None = None
@@ -80,13 +79,13 @@ class Request:
         if image.caption is None:
             if not subject.class_word:
                 raise HollowError(
-                    f"{image.name} has no caption, and nothing says what it shows. Give a class word, such as dog, or "
+                    f"{image.where} has no caption, and nothing says what it shows. Give a class word, such as dog, or "
                     "write a caption beside the picture."
                 )
             return personal_prompt(*subject)
         if subject.identifier and generic_prompt(image.caption, subject.identifier) == image.caption:
             raise HollowError(
-                f"The caption of {image.name}, {image.caption!r}, lacks the identifier {subject.identifier!r}. Add it "
+                f"The caption of {image.where}, {image.caption!r}, lacks the identifier {subject.identifier!r}. Add it "
                 "before the class word, remove the caption, or learn a style or a concept with an empty identifier."
             )
         return image.caption
@@ -115,10 +114,10 @@ class Request:
         own = image.subject or Subject("", next(filter(None, (self.subject_of(i).class_word for i in self.images)), ""))
         if not own.class_word:
             raise HollowError(
-                f"{image.name}, a picture of the class, has no caption, and nothing says of which. Give a class word, "
+                f"{image.where}, a picture of the class, has no caption, and nothing says of which. Give a class word, "
                 "such as dog, or write a caption beside it."
             )
-        return personal_prompt(*own)
+        return self.generic_prompt(personal_prompt(*own))
 
     def check(self) -> None:
         """Refuse at once what would otherwise be refused after the long stages. Raises HollowError."""
@@ -130,7 +129,7 @@ class Request:
             raise HollowError(f"The LoRA cannot be called {self.name!r}. Leave .safetensors out: it is added.")
         if f"{self.name}.safetensors".lower() == CHECKPOINT:
             raise HollowError(
-                f"The LoRA cannot be called {self.name!r}, as the state of the training is. Give another."
+                f"The LoRA cannot be called {self.name!r}: so is the state of the training. Give another."
             )
         if self.keep < 0:
             raise HollowError(f"{self.keep} files cannot be kept. Give 0 or more.")
@@ -142,7 +141,7 @@ class Request:
         for image in (*self.images, *self.class_pictures, *self.held_out):
             if asked is not None and not 0.8 < math.prod(image.picture.size) / asked**2 < 1.25:
                 raise HollowError(
-                    f"{image.name} is {image.picture.width}×{image.picture.height} pixels, but the setting's "
+                    f"{image.where} is {image.picture.width}×{image.picture.height} pixels, but the setting's "
                     f"resolution is {asked}. Load the pictures at that resolution, or leave it out."
                 )
         optimizer_class(self.setting.training.optimizer)

@@ -123,8 +123,9 @@ def test_sdxl_is_told_each_pictures_sizes(folders: dict[str, Path], photos: Path
 
 @pytest.mark.slow
 def test_kohyas_folders_train_several_subjects_in_one_lora(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A class folder may be named as its subject's: its pictures are of the class all the same."""
     root = tmp_path / "project"
-    for name, number in {"img/2_sks dog": 2, "img/1_xyz cat": 1, "reg/1_dog": 1, "reg/1_cat": 1}.items():
+    for name, number in {"img/2_sks dog": 2, "img/1_xyz cat": 1, "reg/1_sks dog": 1, "reg/1_cat": 1}.items():
         (root / name).mkdir(parents=True)
         for picture in range(number):
             Image.new("RGB", (256, 256), (picture * 90, 80, 10)).save(root / name / f"{name[-3:]}{picture}.png")
@@ -301,7 +302,7 @@ def test_what_a_mask_hides_is_not_learned(folders: dict[str, Path], photos: Path
         ({"name": "a/b"}, "cannot be called 'a/b'. Give the name of a file"),
         ({"name": ""}, "cannot be called ''"),
         ({"name": ".."}, "cannot be called '..'"),
-        ({"name": "Checkpoint"}, "cannot be called 'Checkpoint', as the state of the training is"),
+        ({"name": "Checkpoint"}, "cannot be called 'Checkpoint': so is the state of the training. Give another"),
         ({"name": "dog.safetensors"}, "Leave .safetensors out"),
         ({"keep": -1}, "-1 files cannot be kept. Give 0 or more"),
     ],

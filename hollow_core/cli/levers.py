@@ -24,7 +24,7 @@ LEVERS = {
     "stream_middle": "stream_middle",
     "stream": "streaming",
 }
-"""Options by what the library calls them, `memory.choice.LEVERS`."""
+"""Options, and what the library calls them: fields of `Setting`, or of its training, that `choose` may choose."""
 
 SPARE = 20
 """A twentieth of what is free is not planned with: what cuDNN borrows, and what is lost between blocks, is in no

@@ -70,7 +70,7 @@ def train(
     alpha_mask: Annotated[bool, typer.Option("--alpha-mask", show_default="off", help="What is transparent in a picture is not learned, where no mask lies beside it.", rich_help_panel=PICTURES)] = False,
     show_crops: Annotated[Path | None, typer.Option(help="Draw what is cut off of each picture into this .png before anything starts. (default: none)", rich_help_panel=PICTURES)] = None,
     validation: Annotated[Path | None, typer.Option(help="Folder of pictures that are not learned, as in --images: their loss tells what the others teach. (default: none)", rich_help_panel=PICTURES)] = None,
-    hold_out: Annotated[int, typer.Option(min=0, help="Hold every n-th picture of --images out in the same way, from 2 on; 0 for none.", rich_help_panel=PICTURES)] = 0,
+    hold_out: Annotated[int, typer.Option(min=0, help="Hold every n-th picture of --images out in the same way; n is 2 or more, 0 holds none out.", rich_help_panel=PICTURES)] = 0,
     validate_every: Annotated[int, typer.Option(help="Steps from one look at what is held out to the next; 0 looks before the first and after the last only.", rich_help_panel=PICTURES)] = 50,
     thumbnail: Annotated[bool, typer.Option(help="Put the first picture, small, into the LoRA file, for tools that list files; whoever gets the file sees it.", rich_help_panel=PICTURES)] = False,
     # captions and prompts

@@ -42,6 +42,11 @@ class TrainingImage(NamedTuple):
     """Where the original is, if on a disk."""
 
     @property
+    def where(self) -> str:
+        """Which one it is, in a sentence: in folders many have one name."""
+        return str(self.path or self.name)
+
+    @property
     def time_ids(self) -> tuple[int, int, int, int, int, int]:
         """What SDXL is told of it: the original's height and width, top and left of the crop, height and width; all in
         pixels, the crop in those of the original scaled as the picture is (Podell et al. 2023, section 2.2)."""

@@ -9,24 +9,12 @@ from ..training.settings import Precision
 from .planner import Fit, Planner
 from .setting import Setting
 
-LEVERS = (
-    "cut",
-    "precision",
-    "together",
-    "gradient_checkpointing",
-    "checkpoint_levels",
-    "base_bits",
-    "tiled_vae",
-    "stream_middle",
-    "streaming",
-)
-"""What `choose` may choose: fields of `Setting`, or of its training."""
-
 
 def choose(
     planner: Planner, room: int, setting: Setting, *, named: Collection[str], precisions: Sequence[Precision]
 ) -> Fit:
-    """`Planner.fit` into `room` bytes, where the `named` of `LEVERS` stay as they are in `setting`.
+    """`Planner.fit` into `room` bytes, where the `named` stay as they are in `setting`: cut, precision, and what `fit`
+    can leave fixed.
 
     Records pass together if nothing else is said, as many as a step has; `precisions` are tried in their order.
     Raises HollowError where nothing fits.

@@ -87,10 +87,10 @@ class Fingerprint:
             name: f"{name} ({stored[name]} stored, {asked[name]} asked)" for name in ("cut", "samples", "seed", "dtype")
         } | {
             "model": "model (other weights, or the same in another precision)",
-            "kinds": "how many pictures are learned, of the class and held out",
+            "kinds": "which pictures are learned, of the class or held out",
             "prompts": "captions and prompts",
             "embeddings": "embedded prompts",
-            "latents": "pictures",
+            "latents": "the pictures themselves",
             "repeats": "how often pictures are repeated",
         }
         return [named.get(name, name) for name in stored if stored[name] != asked[name]]

@@ -256,7 +256,7 @@ def scaled(example, factor):
             lambda asked: asked.update(schedule=tiny_schedule(steps_offset=1, num_train_timesteps=999)),
             "schedule",
         ),
-        (lambda asked: asked.update(examples=[scaled(e, 1.01) for e in asked["examples"]]), "pictures"),
+        (lambda asked: asked.update(examples=[scaled(e, 1.01) for e in asked["examples"]]), "the pictures themselves"),
         (
             lambda asked: asked.update(examples=[replace(e, personal_prompt="a dog") for e in asked["examples"]]),
             "captions and prompts",
