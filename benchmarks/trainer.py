@@ -6,7 +6,7 @@ such shapes. "optimizers": every optimizer, schedule, EMA and DoRA against AdamW
 learning rate times what this small model's AdamW has over AdamW's usual one. "style": pictures of several classes in
 two colours, with ordinary captions and no identifier; whether pictures of other classes in other scenes have these
 colours. `--only` makes one of them, `--quick` a small run. What is done is kept in DIR, so that a stopped run goes on.
-Writes DIR/style.png, and prints the tables.
+Writes DIR/shapes.png and DIR/style.png, and prints the tables.
 """
 
 import argparse
@@ -88,12 +88,25 @@ def shapes(options: argparse.Namespace) -> None:
         return _scores(options, subject, images, options.training, folder, of_class)
 
     _table(options, "shapes", list(names), measure)
+    _shapes_sheet(options, options.out / "shapes" / f"subject-{options.subjects[0]}", list(names)[:2])
     losses = {number: _base_losses(options, number) for number in options.subjects}
     print("\n| pictures of | the base model's loss | over the square's |\n|---|---|---|")
     for size in losses[options.subjects[0]]:
         of_size = {(number, 0): row[size] for number, row in losses.items()}
         over = {(number, 0): row[size] - row["64×64"] for number, row in losses.items()}
         print(f"| {size} | {plain(Figure.of(of_size))} | {signed(Figure.of(over))} |", flush=True)
+
+
+def _shapes_sheet(options: argparse.Namespace, folder: Path, names: Sequence[str]) -> None:
+    """What the first subject was learned from, and what came of it."""
+    subject, base = world.HELD_OUT[options.subjects[0]], run.model()
+    sheet = []
+    for name in names:
+        images = load_images(folder / name / "references", world.SIZE, square=name == "squares")
+        lora = lora_file.load(folder / name / run.LORA_FILE, base.unet)
+        drawn = run.draw(base, run.called(subject), world.NEW_SCENES, options.sampling, lora=lora, single_path=True)
+        sheet += [grid.Row(name, [image.picture for image in images], "learned"), grid.Row("", drawn, "drawn")]
+    write_png(options.out / "shapes.png", grid.grid(sheet, cell=128))
 
 
 def write_mixed(folder: Path, subject: world.Subject, shapes: Sequence[tuple[int, int]]) -> None:
