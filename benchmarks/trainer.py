@@ -182,7 +182,7 @@ def optimizers(options: argparse.Namespace) -> None:
         images = held_out.references(folder.parent / "references", subject)
         return _scores(options, subject, images, trainings[name], folder, folder.parent / "class")
 
-    _table(options, "optimizers", list(trainings), measure)
+    _table(options, "optimizers", list(trainings), measure, TOLERANCE)
 
 
 # A style
@@ -305,26 +305,32 @@ def _learned(request: Request, folder: Path) -> LoraFile:
 
 
 def _table(
-    options: argparse.Namespace, part: str, names: Sequence[str], measure: Callable[[int, str, Path], Row]
+    options: argparse.Namespace,
+    part: str,
+    names: Sequence[str],
+    measure: Callable[[int, str, Path], Row],
+    tolerance: float | None = None,
 ) -> None:
-    """Of each subject and way, measured where it was not; differences are to the first way."""
+    """Of each subject and way, measured where it was not; differences are to the first way. With a `tolerance`, whether
+    a way is worse by no more."""
     rows: dict[str, dict[tuple[int, int], Row]] = {name: {} for name in names}
     for number in options.subjects:
         for name in names:
             folder, started = options.out / part / f"subject-{number}" / name, time.monotonic()
             is_new = not (folder / "row.json").exists()
-            rows[name][number, 0] = held_out.kept(folder / "row.json", partial(measure, number, name, folder))
+            row = rows[name][number, 0] = held_out.kept(folder / "row.json", partial(measure, number, name, folder))
             if is_new:
-                print(
-                    f"subject {number}, {name}: {rows[name][number, 0]} {time.monotonic() - started:.0f} s", flush=True
-                )
-    print(f"\n| | subject | over {names[0]} | scene | reached |\n|---|---|---|---|---|")
-    for name, row in rows.items():
-        subject, scene = (Figure.of({key: each[what] for key, each in row.items()}) for what in ("subject", "scene"))
-        over = Figure.of({key: each["subject"] - rows[names[0]][key]["subject"] for key, each in row.items()})
+                print(f"subject {number}, {name}: {row} {time.monotonic() - started:.0f} s", flush=True)
+    columns = ["", "subject", f"over {names[0]}", "scene", *(["reached"] if tolerance is not None else [])]
+    print(f"\n| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
+    for name, of_way in rows.items():
+        subject, scene = (Figure.of({key: row[what] for key, row in of_way.items()}) for what in ("subject", "scene"))
+        over = Figure.of({key: row["subject"] - rows[names[0]][key]["subject"] for key, row in of_way.items()})
         assert over is not None
-        reached = "yes" if over.mean >= -TOLERANCE else "no"
-        print(f"| {name} | {plain(subject)} | {signed(over)} | {plain(scene)} | {reached} |", flush=True)
+        cells = [name, plain(subject), signed(over), plain(scene)]
+        if tolerance is not None:
+            cells.append("yes" if over.mean >= -tolerance else "no")
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
