@@ -6,7 +6,7 @@ such shapes. "optimizers": every optimizer, schedule, EMA and DoRA against AdamW
 learning rate times what this small model's AdamW has over AdamW's usual one. "style": pictures of several classes in
 two colours, with ordinary captions and no identifier; whether pictures of other classes in other scenes have these
 colours. `--only` makes one of them, `--quick` a small run. What is done is kept in DIR, so that a stopped run goes on.
-Writes DIR/style.png, and prints the tables.
+Writes DIR/shapes.png and DIR/style.png, and prints the tables.
 """
 
 import argparse
@@ -88,12 +88,25 @@ def shapes(options: argparse.Namespace) -> None:
         return _scores(options, subject, images, options.training, folder, of_class)
 
     _table(options, "shapes", list(names), measure)
+    _shapes_sheet(options, options.out / "shapes" / f"subject-{options.subjects[0]}", list(names)[:2])
     losses = {number: _base_losses(options, number) for number in options.subjects}
     print("\n| pictures of | the base model's loss | over the square's |\n|---|---|---|")
     for size in losses[options.subjects[0]]:
         of_size = {(number, 0): row[size] for number, row in losses.items()}
         over = {(number, 0): row[size] - row["64×64"] for number, row in losses.items()}
         print(f"| {size} | {plain(Figure.of(of_size))} | {signed(Figure.of(over))} |", flush=True)
+
+
+def _shapes_sheet(options: argparse.Namespace, folder: Path, names: Sequence[str]) -> None:
+    """What the first subject was learned from, and what came of it."""
+    subject, base = world.HELD_OUT[options.subjects[0]], run.model()
+    sheet = []
+    for name in names:
+        images = load_images(folder / name / "references", world.SIZE, square=name == "squares")
+        lora = lora_file.load(folder / name / run.LORA_FILE, base.unet)
+        drawn = run.draw(base, run.called(subject), world.NEW_SCENES, options.sampling, lora=lora, single_path=True)
+        sheet += [grid.Row(name, [image.picture for image in images], "learned"), grid.Row("", drawn, "drawn")]
+    write_png(options.out / "shapes.png", grid.grid(sheet, cell=128))
 
 
 def write_mixed(folder: Path, subject: world.Subject, shapes: Sequence[tuple[int, int]]) -> None:
@@ -169,7 +182,7 @@ def optimizers(options: argparse.Namespace) -> None:
         images = held_out.references(folder.parent / "references", subject)
         return _scores(options, subject, images, trainings[name], folder, folder.parent / "class")
 
-    _table(options, "optimizers", list(trainings), measure)
+    _table(options, "optimizers", list(trainings), measure, TOLERANCE)
 
 
 # A style
@@ -292,26 +305,32 @@ def _learned(request: Request, folder: Path) -> LoraFile:
 
 
 def _table(
-    options: argparse.Namespace, part: str, names: Sequence[str], measure: Callable[[int, str, Path], Row]
+    options: argparse.Namespace,
+    part: str,
+    names: Sequence[str],
+    measure: Callable[[int, str, Path], Row],
+    tolerance: float | None = None,
 ) -> None:
-    """Of each subject and way, measured where it was not; differences are to the first way."""
+    """Of each subject and way, measured where it was not; differences are to the first way. With a `tolerance`, whether
+    a way is worse by no more."""
     rows: dict[str, dict[tuple[int, int], Row]] = {name: {} for name in names}
     for number in options.subjects:
         for name in names:
             folder, started = options.out / part / f"subject-{number}" / name, time.monotonic()
             is_new = not (folder / "row.json").exists()
-            rows[name][number, 0] = held_out.kept(folder / "row.json", partial(measure, number, name, folder))
+            row = rows[name][number, 0] = held_out.kept(folder / "row.json", partial(measure, number, name, folder))
             if is_new:
-                print(
-                    f"subject {number}, {name}: {rows[name][number, 0]} {time.monotonic() - started:.0f} s", flush=True
-                )
-    print(f"\n| | subject | over {names[0]} | scene | reached |\n|---|---|---|---|---|")
-    for name, row in rows.items():
-        subject, scene = (Figure.of({key: each[what] for key, each in row.items()}) for what in ("subject", "scene"))
-        over = Figure.of({key: each["subject"] - rows[names[0]][key]["subject"] for key, each in row.items()})
+                print(f"subject {number}, {name}: {row} {time.monotonic() - started:.0f} s", flush=True)
+    columns = ["", "subject", f"over {names[0]}", "scene", *(["reached"] if tolerance is not None else [])]
+    print(f"\n| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
+    for name, of_way in rows.items():
+        subject, scene = (Figure.of({key: row[what] for key, row in of_way.items()}) for what in ("subject", "scene"))
+        over = Figure.of({key: row["subject"] - rows[names[0]][key]["subject"] for key, row in of_way.items()})
         assert over is not None
-        reached = "yes" if over.mean >= -TOLERANCE else "no"
-        print(f"| {name} | {plain(subject)} | {signed(over)} | {plain(scene)} | {reached} |", flush=True)
+        cells = [name, plain(subject), signed(over), plain(scene)]
+        if tolerance is not None:
+            cells.append("yes" if over.mean >= -tolerance else "no")
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -235,15 +235,18 @@ def convert(
     return write_dialect(target, lora, config, described, dialect=dialect, zero_pad=zero_pad, dtype=dtype)
 
 
-def keep_last(path: Path, number: int) -> None:
+def keep_last(path: Path, most: int) -> None:
     """Of the files NAME-000200.safetensors and so on that a training has left beside `path`, the last of them, leave so
     many. Those of more steps are of another training, and stay."""
-    name, _, steps = path.stem.rpartition("-")
-    beside = path.parent.glob(f"{glob.escape(name)}-*.safetensors")
-    ends = {each.stem[len(name) + 1 :]: each for each in beside}
-    by_step = {int(end): each for end, each in ends.items() if end.isdecimal() and len(end) >= 6}
-    for step in sorted(step for step in by_step if step <= int(steps))[:-number]:
-        by_step[step].unlink()
+    name, _, last = path.stem.rpartition("-")
+    steps = {
+        each: int(number)
+        for each in path.parent.glob(f"{glob.escape(name)}-*.safetensors")
+        if re.fullmatch(r"\d{6,}", number := each.stem[len(name) + 1 :])
+    }
+    own = [each for each in sorted(steps, key=steps.__getitem__) if steps[each] <= int(last)]
+    for old in own[:-most]:
+        old.unlink()
 
 
 def config_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] | None = None) -> Config:
