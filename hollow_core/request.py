@@ -112,7 +112,13 @@ class Request:
         """Of an own picture of the class: its caption, or what its folder or the request calls the class."""
         if image.caption is not None:
             return self.generic_prompt(image.caption)
-        own = image.subject or Subject("", next(filter(None, (self.subject_of(i).class_word for i in self.images)), ""))
+        classes = list(filter(None, dict.fromkeys(self.subject_of(each).class_word for each in self.images)))
+        if image.subject is None and len(classes) > 1:
+            raise HollowError(
+                f"{image.where} is a picture of the class, but of which: {' or '.join(classes)}? Put it into a folder "
+                f"named 1_{classes[0]}, or write a caption beside it."
+            )
+        own = image.subject or Subject("", classes[0] if classes else "")
         if not own.class_word:
             raise HollowError(
                 f"{image.where}, a picture of the class, has no caption, and nothing says of which. Give a class word, "

@@ -58,9 +58,9 @@ def personalize(
 ) -> Outcome:
     """Encode, precompute, train and save into `folder`; called again after any interruption, it goes on.
 
-    On the way to NAME.safetensors there are NAME-000200.safetensors and so on, whenever a checkpoint is saved; the last
-    few are kept. The course of the loss is left there as a picture; by the strategy selective also its schedule, with
-    the steps that were taken.
+    On the way to NAME.safetensors there are NAME-000200.safetensors and so on, whenever a checkpoint is saved, and one
+    of the last step, which more steps leave there; the last few are kept. The course of the loss is left there as a
+    picture; by the strategy selective also its schedule, with the steps that were taken.
 
     `load` gives the base model, on the CPU, and keeps no reference to it. Its parts visit `device` in turn: VAE,
     text encoders, the U-Net up to the exit, and what is left of it; the whole U-Net only to draw class pictures. What

@@ -14,6 +14,7 @@ from tiny_pipelines import shallow_pipeline
 from hollow_core.data.captions import CaptionChanges
 from hollow_core.data.folders import load_pictures
 from hollow_core.data.images import load_images
+from hollow_core.data.prompts import Subject
 from hollow_core.errors import HollowError
 from hollow_core.lora.file import keep_last
 from hollow_core.lora.file import load as load_lora
@@ -222,16 +223,32 @@ def test_files_along_the_way_are_whole_and_the_last_are_kept(
     outcome = run(folders["sd21"], request, tmp_path / "out")
     assert outcome.file == tmp_path / "out" / "my dog.safetensors"
     along = sorted(path.name for path in outcome.file.parent.glob("my dog-*"))
-    assert along == ["my dog-000006.safetensors", "my dog-000008.safetensors"]
+    assert along == ["my dog-000008.safetensors", "my dog-000010.safetensors"]
+    assert same(content(outcome.file), content(tmp_path / "out" / along[1]))
     shorter = ask(photos, training={"steps": 8}, name="my dog")
     expected = run(folders["sd21"], shorter, tmp_path / "shorter")
-    assert same(content(expected.file), content(tmp_path / "out" / along[1]))
-    assert recipe(tmp_path / "out" / along[1]) == recipe(outcome.file)
-    for name in ("my dog-000001", "my dog-000002", "my dog-000900", "my dog-20260101000000", "my dog-best"):
+    assert same(content(expected.file), content(tmp_path / "out" / along[0]))
+    assert recipe(tmp_path / "out" / along[0]) == recipe(outcome.file)
+    for name in (
+        "my dog-000000",
+        "my dog-000001",
+        "my dog-000002",
+        "my dog-000900",
+        "my dog-20260101000000",
+        "my dog-best",
+    ):
         (tmp_path / "out" / f"{name}.safetensors").touch()
     keep_last(tmp_path / "out" / "my dog-000008.safetensors", 3)
     left = {path.stem.removeprefix("my dog-") for path in (tmp_path / "out").glob("my dog-*")}
-    assert left == {"000002", "000006", "000008", "000900", "20260101000000", "best"}  # of another run, or no step
+    assert left == {
+        "000001",
+        "000002",
+        "000008",
+        "000010",
+        "000900",
+        "20260101000000",
+        "best",
+    }  # of another run, or no step
     without = run(folders["sd21"], replace(request, keep=0), tmp_path / "without")
     assert list((tmp_path / "without").glob("my dog-*")) == []
     assert same(content(without.file), content(outcome.file))
@@ -337,3 +354,12 @@ def test_words_that_the_lora_could_not_be_called_by_are_refused_at_once(photos: 
     images = [image._replace(caption="a cat on the moon") for image in load_images(photos, 256)]
     with pytest.raises(HollowError, match="The identifier and the class word are both 'cat'"):
         ask(photos, images=images, class_word="cat", identifier="cat").check()
+
+
+def test_a_picture_of_one_of_several_classes_must_say_of_which(photos: Path) -> None:
+    subjects = [Subject("sks", "dog"), Subject("xyz", "cat")]
+    images = [image._replace(subject=each) for image, each in zip(load_images(photos, 256), subjects, strict=False)]
+    of_class = load_images(photos, 256)[2:]
+    with pytest.raises(HollowError, match=r"but of which: dog or cat\? Put it into a folder named 1_dog"):
+        ask(photos, images=images, class_pictures=of_class).check()
+    ask(photos, images=images[:1], class_pictures=of_class).check()

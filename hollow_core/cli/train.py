@@ -102,7 +102,7 @@ def train(
     class_images: Annotated[int, typer.Option(help="Pictures of the class that the base model draws for prior preservation; 0 does without.", rich_help_panel=CLASS_PICTURES)] = 0,
     prior_weight: Annotated[float, typer.Option(help="Weight of the prior-preservation loss.", rich_help_panel=CLASS_PICTURES)] = 1.0,
     # memory
-    budget: Annotated[str | None, typer.Option(help="Memory to stay within, such as 4GB. What of this group is not given is chosen: the least hollowing and the fastest that fit. (default: what is free on a GPU; on a CPU nothing is chosen)", rich_help_panel=MEMORY)] = None,
+    budget: Annotated[str | None, typer.Option(help="Memory to stay within, such as 4GB. What of this group is not given, but for --fused-backward, is chosen: the least hollowing and the fastest that fit. (default: what is free on a GPU; on a CPU nothing is chosen)", rich_help_panel=MEMORY)] = None,
     cut: Annotated[int, typer.Option(help="How much of the U-Net to hollow, see `hollow cuts`; -1 for an ordinary LoRA on all of it.", show_default="chosen to fit; 3 on a CPU", rich_help_panel=MEMORY)] = 3,
     precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic.", show_default="bf16 where the GPU has it; fp32 on a CPU", rich_help_panel=MEMORY)] = Precision.fp32,
     together: Together = 1,

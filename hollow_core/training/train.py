@@ -67,7 +67,8 @@ def train(
     (Eq. 1) plus `prior_weight` times that of `batch` prior records (Eq. 2), in the way that the strategy
     chooses; "selective" needs a store with low examples. `progress` is called after each
     step, and inside its `as_used` the LoRA is as it would be given out then; `stop` is asked before each step; `saved`
-    gets the number of steps and the LoRA as it would be given out whenever a checkpoint was saved on the way.
+    gets the number of steps and the LoRA as it would be given out whenever a checkpoint was saved by `save_every`, and
+    after the last step.
     Interrupted anywhere and called again, it ends with the same LoRA, on a CPU bit by bit, on a GPU but for rounding,
     as its backward pass is not the same twice; called with more `steps`, it goes on, but for "selective" and for
     learning rates that fall, whose schedules end with the last of them.
@@ -202,6 +203,8 @@ def train(
         validate()
         save()
         averages.use()
+        if saved is not None and settings.save_every and stopped == "finished":
+            saved(len(losses), lora_state(module))
     else:
         good.give_back()
     return TrainResult(lora_state(module), losses, stopped, trained_on, validation)
