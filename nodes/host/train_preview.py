@@ -87,8 +87,8 @@ class LossCurve:
             points = [place(step, loss) for step, loss in self.held_out]
             canvas.text((MARGIN, MARGIN + 2 * LINE), f"held out {self.held_out[-1][1]:.4f}", HELD_OUT, font)
             canvas.line(points, HELD_OUT, 3)
-            for point in points:
-                canvas.circle(point, 6, HELD_OUT)
+            for across, down in points:
+                canvas.ellipse((across - 6, down - 6, across + 6, down + 6), HELD_OUT)
         return picture
 
 
