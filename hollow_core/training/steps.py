@@ -15,8 +15,7 @@ from ..nets.schedule import NoiseSchedule
 from ..nets.transfer import room_like, send
 from .store import Record, Store
 
-Inputs = tuple[Tensor, Conditioning, Tensor | None]
-"""Of a record: latents (1, channels, height, width), prompt, and how much each latent counts (1, 1, height, width)."""
+Inputs = tuple[Tensor, Conditioning]  # of a record: latents (1, channels, height, width) and prompt
 
 
 class Part(NamedTuple):
@@ -38,23 +37,25 @@ class Part(NamedTuple):
         inputs: Sequence[Inputs],
         weights: Sequence[float],
         *,
+        masks: Sequence[Tensor | None] = (),
         snr_gamma: float | None = None,
     ) -> "Part":
-        """Records whose latents are of one size and whose prompts have as many tokens, each with its weight."""
+        """Records whose latents are of one size and whose prompts have as many tokens, each with its weight; of each,
+        if any has one, its mask (1, 1, height, width)."""
         timesteps = [record.timestep for record in records]
-        noised = [record.noisy(schedule, latents) for record, (latents, *_) in zip(records, inputs, strict=True)]
+        noised = [record.noisy(schedule, latents) for record, (latents, _) in zip(records, inputs, strict=True)]
         targets = [
             schedule.target(latents.float().cpu(), noise, timestep)
-            for (latents, *_), (_, noise), timestep in zip(inputs, noised, timesteps, strict=True)
+            for (latents, _), (_, noise), timestep in zip(inputs, noised, timesteps, strict=True)
         ]
         return cls(
             torch.cat([noisy for noisy, _ in noised]),
             timesteps,
-            Conditioning.batch([conditioning for _, conditioning, _ in inputs]),
+            Conditioning.batch([conditioning for _, conditioning in inputs]),
             {name: torch.cat([record.stored[name] for record in records]) for name in records[0].stored},
             torch.cat(targets),
             torch.tensor([w * schedule.loss_weight(t, snr_gamma) for w, t in zip(weights, timesteps, strict=True)]),
-            _masks([mask for *_, mask in inputs], inputs[0][0].shape[-2:]),
+            _masks(masks, inputs[0][0].shape[-2:]),
         )
 
 
@@ -171,13 +172,13 @@ def read_parts(
     read = []
     for index, weight in weighted:
         record = store.record(index)
-        read.append((record, (*store.inputs(record.image), store.mask(record.image)), weight))
+        read.append((record, store.inputs(record.image), weight, store.mask(record.image)))
     parts = []
     for _, alike in groupby(read, lambda each: (each[1][0].shape, each[1][1].encoder_hidden_states.shape)):
         same = list(alike)
         for first in range(0, len(same), together):
-            records, inputs, weights = zip(*same[first : first + together], strict=True)
-            parts.append(Part.of(schedule, records, inputs, weights, snr_gamma=snr_gamma))
+            records, inputs, weights, masks = zip(*same[first : first + together], strict=True)
+            parts.append(Part.of(schedule, records, inputs, weights, masks=masks, snr_gamma=snr_gamma))
     return parts
 
 

@@ -16,8 +16,9 @@ from torch import nn
 from benchmarks.memory import INFERENCE, PUBLISHED, REACH, inference, reach, training
 from benchmarks.memory import SMALL as HALF
 from hollow_core.cli import main
+from hollow_core.cli.levers import LEVERS
 from hollow_core.errors import HollowError
-from hollow_core.memory.choice import LEVERS, choose, precisions_for
+from hollow_core.memory.choice import choose, precisions_for
 from hollow_core.memory.dry_run import DryRun
 from hollow_core.memory.planner import GIB, STAGES, Planner, Prediction, parse_bytes
 from hollow_core.memory.remedy import advice
@@ -311,7 +312,7 @@ def test_what_is_named_is_not_chosen(tiny: Planner) -> None:
     assert (chosen.cut, chosen.training.precision, chosen.training.gradient_checkpointing) == (None, "fp32", False)
     assert chosen.base_bits == 8
     with pytest.raises(HollowError, match="the smallest, the whole U-Net in fp32, needs"):
-        choose(tiny, room, asked, named=LEVERS, precisions=["bf16"])
+        choose(tiny, room, asked, named=LEVERS.values(), precisions=["bf16"])
     assert precisions_for(torch.device("cpu"), asked) == ("fp32", "bf16")
 
 

@@ -279,7 +279,7 @@ def sdxl_request(tmp_path):
         Image.new("RGB", (150, 130), color).save(tmp_path / "photos" / f"{number}.png")
     training = TrainSettings(rank=2, steps=4, strategy="selective", selective_gamma=20.0)
     setting = Setting(cut=1, samples=8, class_images=2, training=training)
-    request = Request(load_images(tmp_path / "photos", 128), "dog", setting=setting)
+    request = Request(load_images(tmp_path / "photos", 128, square=True), "dog", setting=setting)
     return (lambda: load(tmp_path / "model")), request
 
 
@@ -294,7 +294,9 @@ def test_sdxl_is_told_the_size_of_each_picture(sdxl_request):
         for example in examples:
             assert tuple(example.latents.shape) == (1, 4, side // 8, side // 8)
             for conditioning in (example.personal, example.generic):
-                assert conditioning.time_ids.tolist() == [[side, side, 0, 0, side, side]]
+                of_subject = [130, 150, 0, round(10 * side / 130), side, side]  # cut off at both sides
+                told = of_subject if "image" in example.kind else [128, 128, 0, 0, side, side]  # as it was drawn
+                assert conditioning.time_ids.tolist() == [told]
     for one, other in zip(high, low, strict=True):
         assert (one.personal_prompt, one.generic_prompt) == (other.personal_prompt, other.generic_prompt)
     smaller = replace(request, setting=replace(request.setting, low_resolution=32))
