@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import islice
 from pathlib import Path
 
@@ -63,7 +63,7 @@ class Request:
         pictures = [image.picture.size for image in (*self.images, *self.class_pictures, *self.held_out)]
         return max(pictures, key=lambda size: (math.prod(size), size))
 
-    @property
+    @cached_property
     def subject(self) -> Subject:
         """Whom the pictures show, in words: of several, all."""
         return Subject.all_of(self.subject_of(image) for image in self.images)

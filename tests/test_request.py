@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from tiny_pipelines import shallow_pipeline
+from tiny_training import same
 
 from hollow_core.data.captions import CaptionChanges
 from hollow_core.data.folders import load_pictures
@@ -68,10 +69,6 @@ def recipe(file: Path | None) -> dict[str, Any]:
     with safe_open(file, "pt") as lora:
         metadata = lora.metadata()
     return {key.removeprefix("hollow."): json.loads(value) for key, value in metadata.items() if "hollow." in key}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.slow

@@ -4,16 +4,19 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from tiny_unets import make_tiny_conditioning
+from tiny_unets import make_shallow_unet, make_tiny_conditioning
 
+from hollow_core.nets.network import Network
 from hollow_core.nets.schedule import NoiseSchedule
-from hollow_core.training.precompute import Example
+from hollow_core.nets.unet import UNet
+from hollow_core.training.precompute import Example, precompute
+from hollow_core.training.store import Store
 
 
 def tiny_schedule(prediction_type: str = "epsilon", **changes: object) -> NoiseSchedule:
@@ -35,6 +38,18 @@ def tiny_examples(unet: UNet2DConditionModel, images: int = 2, priors: int = 0, 
         Example(z, personal, generic, "a photo of a sks dog", "a photo of a dog", kind)
         for z, kind in zip(latents.split(1), ["image"] * images + ["prior"] * priors, strict=True)
     ]
+
+
+def tiny_beginning(folder: Path, priors: int = 0) -> tuple[Network, NoiseSchedule, Store]:
+    """What `train` takes of four records in `folder`: a network of random weights, hollowed at cut 1."""
+    unet, schedule = make_shallow_unet("sd15"), tiny_schedule()
+    store = precompute(UNet(unet), schedule, tiny_examples(unet, 2, priors), folder, cut=1, samples=4)
+    return UNet(unet).hollow(1, range(1000)), schedule, store
+
+
+def same(state: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    """Bit by bit."""
+    return state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -38,7 +38,7 @@ def cell(whole: Image.Image, image: TrainingImage, caption: str) -> Cell:
     kept = picture.crop((left, top, right, bottom))
     picture = Image.blend(picture, Image.new("RGB", picture.size, DIM), 0.7)
     picture.paste(kept, (left, top), image.mask and image.mask.resize(kept.size))
-    return Cell(picture, caption, image.picture.size, image.picture.width / (image.crop[2] - image.crop[0]))
+    return Cell(picture, caption, image.picture.size, image.enlarged)
 
 
 def contact_sheet(cells: Sequence[Cell], most: int = COLUMNS * ROWS) -> Image.Image:

@@ -35,12 +35,12 @@ class Bucket(NamedTuple):
     @property
     def cropped(self) -> float:
         """The share that is cut off of the picture that loses most, from 0 to 1."""
-        return max(cropped(image) for image in self.images)
+        return max(image.cropped for image in self.images)
 
     @property
     def enlarged(self) -> float:
         """How many times larger than it was the one that gains most is; below 1 where all shrink."""
-        return max(image.picture.width / (image.crop[2] - image.crop[0]) for image in self.images)
+        return max(image.enlarged for image in self.images)
 
 
 def load_pictures(
@@ -114,10 +114,3 @@ def buckets(images: Sequence[TrainingImage]) -> list[Bucket]:
 
     by_size = sorted(images, key=lambda image: (-image.picture.width / image.picture.height, size(image)))
     return [Bucket(each, list(alike)) for each, alike in groupby(by_size, size)]
-
-
-def cropped(image: TrainingImage) -> float:
-    """The share of the original that is cut off, from 0 to 1."""
-    left, top, right, bottom = image.crop
-    whole = image.whole or (right, bottom)
-    return 1 - (right - left) * (bottom - top) / (whole[0] * whole[1])

@@ -47,12 +47,29 @@ class TrainingImage(NamedTuple):
         return str(self.path or self.name)
 
     @property
+    def original(self) -> tuple[int, int]:
+        """`whole`, or where the crop ends."""
+        return self.whole or self.crop[2:]
+
+    @property
+    def cropped(self) -> float:
+        """The share of the original that is cut off, from 0 to 1."""
+        left, top, right, bottom = self.crop
+        width, height = self.original
+        return 1 - (right - left) * (bottom - top) / (width * height)
+
+    @property
+    def enlarged(self) -> float:
+        """How many times larger than it was; below 1 where it shrinks."""
+        return self.picture.width / (self.crop[2] - self.crop[0])
+
+    @property
     def time_ids(self) -> tuple[int, int, int, int, int, int]:
         """What SDXL is told of it: the original's height and width, top and left of the crop, height and width; all in
         pixels, the crop in those of the original scaled as the picture is (Podell et al. 2023, section 2.2)."""
         left, top, right, bottom = self.crop
         width, height = self.picture.size
-        whole = self.whole or (right, bottom)
+        whole = self.original
         across, down = round(left * width / (right - left)), round(top * height / (bottom - top))
         return whole[1], whole[0], down, across, height, width
 

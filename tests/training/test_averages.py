@@ -1,19 +1,17 @@
 """The LoRA that is given out, where it is another than the one that is trained: EMA, and schedule-free's."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import BreakAt, Broken, content, tiny_examples, tiny_schedule
-from tiny_unets import make_shallow_unet
+from tiny_training import BreakAt, Broken, content, same, tiny_beginning
 
 from hollow_core.errors import HollowError
 from hollow_core.lora.layers import lora_state
 from hollow_core.memory.planner import Planner
 from hollow_core.memory.setting import Setting
-from hollow_core.nets.unet import UNet
-from hollow_core.training.precompute import precompute
 from hollow_core.training.settings import TrainSettings
 from hollow_core.training.train import train
 
@@ -23,16 +21,7 @@ FREE = TrainSettings(rank=2, steps=6, learning_rate=1e-2, optimizer="schedulefre
 
 @pytest.fixture
 def begin(tmp_path):
-    def begin():
-        unet, schedule = make_shallow_unet("sd15"), tiny_schedule()
-        store = precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path / "store", cut=1, samples=4)
-        return UNet(unet).hollow(1, range(1000)), schedule, store
-
-    return begin
-
-
-def same(state, other):
-    return state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
+    return partial(tiny_beginning, tmp_path / "store")
 
 
 def trained(folder):

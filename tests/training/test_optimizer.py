@@ -7,19 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import BreakAt, Broken, content, tiny_examples, tiny_schedule
-from tiny_unets import make_shallow_unet
+from tiny_training import BreakAt, Broken, content, same, tiny_beginning
 
 from hollow_core.errors import HollowError
 from hollow_core.lora.layers import ALL_LAYERS, lora_parameters
 from hollow_core.memory.dry_run import BLOCK, DryRun
-from hollow_core.nets.unet import UNet
 from hollow_core.training.optimizer import ALL_AT_ONCE, Optimizer
-from hollow_core.training.precompute import precompute
 from hollow_core.training.settings import TrainSettings
 from hollow_core.training.train import train
 
-CUT = 1
 FEW = TrainSettings(rank=2, steps=6, learning_rate=1e-3, max_grad_norm=math.inf)
 FUSED = replace(FEW, fused_backward=True)
 
@@ -27,16 +23,9 @@ FUSED = replace(FEW, fused_backward=True)
 @pytest.fixture
 def begin(tmp_path):
     def begin(priors=0):
-        unet, schedule = make_shallow_unet("sd15"), tiny_schedule()
-        examples = tiny_examples(unet, 2, priors)
-        store = precompute(UNet(unet), schedule, examples, tmp_path / f"store {priors}", cut=CUT, samples=4)
-        return UNet(unet).hollow(CUT, range(1000)), schedule, store
+        return tiny_beginning(tmp_path / f"store {priors}", priors)
 
     return begin
-
-
-def same(state, other):
-    return state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
 
 
 @pytest.mark.slow

@@ -1,19 +1,17 @@
 """The learning rate along a training: diffusers' schedules, without their state."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
-from tiny_training import BreakAt, Broken, content, tiny_examples, tiny_schedule
-from tiny_unets import make_shallow_unet
+from tiny_training import BreakAt, Broken, content, tiny_beginning
 
 from hollow_core.errors import HollowError
 from hollow_core.lora.layers import lora_state
-from hollow_core.nets.unet import UNet
 from hollow_core.training.optimizer import Optimizer
-from hollow_core.training.precompute import precompute
 from hollow_core.training.rates import POWER, RESTARTS, rate_factor
 from hollow_core.training.settings import TrainSettings
 from hollow_core.training.train import train
@@ -23,12 +21,7 @@ FEW = TrainSettings(rank=2, steps=6, learning_rate=1e-3, lr_schedule="cosine", w
 
 @pytest.fixture
 def begin(tmp_path):
-    def begin():
-        unet, schedule = make_shallow_unet("sd15"), tiny_schedule()
-        store = precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path / "store", cut=1, samples=4)
-        return UNet(unet).hollow(1, range(1000)), schedule, store
-
-    return begin
+    return partial(tiny_beginning, tmp_path / "store")
 
 
 @pytest.mark.parametrize("warmup", [0, 5])

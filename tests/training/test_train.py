@@ -16,6 +16,7 @@ from tiny_training import (
     content,
     full_disk,
     run_script,
+    same,
     tiny_examples,
     tiny_schedule,
 )
@@ -44,10 +45,6 @@ def begin(tmp_path):
         return (UNet(unet) if cut is None else UNet(unet).hollow(cut, range(1000))), schedule, store
 
     return begin
-
-
-def same(state, other):
-    return state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
 
 
 def finite(state):
