@@ -256,8 +256,8 @@ def low_examples(
 def low_factor(request: Request) -> float:
     """How much smaller the pictures for BP-low are. Raises HollowError where they are not smaller than the others, or
     their resolution is no multiple of 8."""
-    full, asked = request.resolution, request.setting.low_resolution
-    side = full // 16 * 8 if asked is None else asked
+    full = request.resolution
+    side = request.setting.low_side(full)
     check_resolution(side)
     if side >= full:
         raise HollowError(f"The low resolution {side} is not below the pictures' {full}. Take half of it.")

@@ -246,7 +246,7 @@ class Planner:
         """Training by two kinds of steps, where the larger counts: while one goes on, the other's optimizer states are
         there, too."""
         full = setting.resolution or self.resolution
-        factor = (setting.low_resolution or full // 2) / full
+        factor = setting.low_side(full) / full
         width, height = (-(-round(side * factor) // 64) * 64 for side in setting.measured(self.resolution))
         low = replace(setting, size=(width, height), training=replace(setting.training, strategy="bp"))
         high = replace(setting, training=replace(setting.training, strategy="zo"))

@@ -67,6 +67,10 @@ class Setting:
         side = self.resolution or resolution
         return self.size or (side, side)
 
+    def low_side(self, resolution: int) -> int:
+        """`low_resolution`, or what it is where it is None, for pictures of this resolution."""
+        return resolution // 16 * 8 if self.low_resolution is None else self.low_resolution
+
     def at_once(self, stage: str) -> int:
         """How many records or pictures of a stage pass the U-Net together: as many as are asked for, and there."""
         there = {"encode": self.class_images, "precompute": SHARD, "train": self.step_records}.get(stage, 1)
