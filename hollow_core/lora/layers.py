@@ -45,8 +45,8 @@ def add_lora(
 
     A is drawn from the CPU `generator` (kaiming uniform, as peft does), B is zero, and with `dora` the magnitudes are
     the norms of W; all are fp32 and all that is trainable. `alpha` None means alpha = rank. `targets` are names, or the
-    ends of names, of linear and convolution layers whose paths begin as one of `within`. Raises HollowError for a rank below 1 and for a target that cannot
-    carry a LoRA.
+    ends of names, of linear and convolution layers whose paths begin as one of `within`. Raises HollowError for a rank
+    below 1 and for a target that cannot carry a LoRA.
     """
     if rank < 1:
         raise HollowError(f"A LoRA of rank {rank} holds nothing. Choose a rank of at least 1.")

@@ -158,7 +158,7 @@ class Transformer:
         if enters not in ("image", "two"):
             joined = sum(-(-number // family.multiple) * family.multiple for number in tokens.values())
             tokens = {STATE: joined}
-        kept = {name: (tokens[name], channels) for name in _names(enters)}
+        kept: dict[str, tuple[int, ...]] = {name: (tokens[name], channels) for name in _names(enters)}
         return kept | ({RESIDUAL: (image, channels)} if m else {})
 
     def inputs(self, height: int, width: int) -> tuple[Tensor, Conditioning]:

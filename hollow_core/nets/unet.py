@@ -57,7 +57,7 @@ class UNet:
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """They are under one percent, what they make goes into every layer, and device and dtype are read off conv_in."""
+        """They are under one percent, and what they make goes everywhere; device and dtype are read off conv_in."""
         return "conv_in", "conv_out", "time_embedding", "add_embedding"
 
     @property

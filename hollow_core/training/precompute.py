@@ -117,7 +117,7 @@ def precompute(
 
 
 def run_base(base: BasePath, schedule: NoiseSchedule, records: Sequence[Record], examples: Sequence[Example]) -> Stored:
-    """What the base path leaves for records, each of its example, under the prompts that it sees: tensors (batch, …)."""
+    """What the base path leaves for records, each of its example, under the prompt that it sees: tensors (batch, …)."""
     noisy = [record.noisy(schedule, example.latents)[0] for record, example in zip(records, examples, strict=True)]
     prompts = Conditioning.batch([_seen(base, example) for example in examples])
     return base(torch.cat(noisy), [record.timestep for record in records], prompts)

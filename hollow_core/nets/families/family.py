@@ -78,7 +78,7 @@ class Family:
 
 
 def packed(latents: "Tensor") -> "Tensor":
-    """(batch, channels, height, width) → (batch, height/2 · width/2, channels · 4): patches of 2×2, as FLUX has them."""
+    """(batch, channels, height, width) → (batch, height/2 · width/2, channels · 4): patches of 2×2, as FLUX has."""
     return latents.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
