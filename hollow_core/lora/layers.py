@@ -37,6 +37,7 @@ def add_lora(
     alpha: float | None = None,
     targets: Sequence[str] = ATTENTION,
     *,
+    within: tuple[str, ...] = ("",),
     dora: bool = False,
     generator: torch.Generator,
 ) -> None:
@@ -44,17 +45,23 @@ def add_lora(
 
     A is drawn from the CPU `generator` (kaiming uniform, as peft does), B is zero, and with `dora` the magnitudes are
     the norms of W; all are fp32 and all that is trainable. `alpha` None means alpha = rank. `targets` are names, or the
-    ends of names, of linear and convolution layers. Raises HollowError for a rank below 1 and for a target that cannot
-    carry a LoRA.
+    ends of names, of linear and convolution layers whose paths begin as one of `within`. Raises HollowError for a rank
+    below 1 and for a target that cannot carry a LoRA.
     """
     if rank < 1:
         raise HollowError(f"A LoRA of rank {rank} holds nothing. Choose a rank of at least 1.")
     _make_room(unet)
-    possible = [path for path, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    possible = [
+        path
+        for path, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and path.startswith(within)
+    ]
     for target in targets:
         if not any(f".{path}".endswith(f".{target}") for path in possible):
-            raise HollowError(f"This U-Net has no layer {target!r} to put a LoRA on. Check the targets.")
-    _inject(unet, list(targets), rank, rank if alpha is None else alpha, dora=dora)
+            raise HollowError(f"This network has no layer {target!r} to put a LoRA on. Check the targets.")
+    ends = tuple(f".{target}" for target in targets)
+    paths = [path for path in possible if f".{path}".endswith(ends)]
+    _inject(unet, paths, rank, rank if alpha is None else alpha, dora=dora)
     for key, matrix in named_lora_parameters(unet).items():
         if MAGNITUDES in key:
             continue

@@ -10,11 +10,12 @@ from .transfer import send
 
 
 class Conditioning(NamedTuple):
-    """A prompt as the U-Net sees it."""
+    """A prompt as the network sees it."""
 
-    encoder_hidden_states: Tensor  # (batch, tokens, width)
-    text_embeds: Tensor | None = None  # SDXL: pooled text embedding (batch, width)
+    encoder_hidden_states: Tensor  # (batch, tokens, width); of Krea 2 (batch, tokens, layers, width)
+    text_embeds: Tensor | None = None  # SDXL, SD3, FLUX: pooled text embedding (batch, width)
     time_ids: Tensor | None = None  # SDXL: original size, crop and target size in pixels (batch, 6)
+    guidance: Tensor | None = None  # what a network distilled for guidance is told (batch,); None: 1, as in training
 
     def kwargs(self) -> dict[str, Any]:
         """The arguments under which a diffusers U-Net expects it."""

@@ -4,15 +4,15 @@ What the base path leaves in a record is a mapping of named tensors (1, …), wh
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from .conditioning import Conditioning
 
-Cut: TypeAlias = int
-"""How much is hollowed; of a U-Net the paper's k."""
+Cut: TypeAlias = int | tuple[int, int]
+"""How much is hollowed; of a U-Net the paper's k, of a transformer how many blocks of the front and of the back."""
 
 Stored: TypeAlias = Mapping[str, Tensor]
 """What a record keeps of the base path, by names that are the network's own business."""
@@ -24,6 +24,11 @@ class BasePath(Protocol):
     @property
     def module(self) -> nn.Module:
         """What must be on the device while it runs."""
+        ...
+
+    @property
+    def sees_identifier(self) -> bool:
+        """Whether it is given the personal prompt, not the generic one."""
         ...
 
     def __call__(self, noisy: Tensor, timesteps: Sequence[int], conditioning: Conditioning) -> Stored:
@@ -53,6 +58,16 @@ class Network(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Of its arithmetic."""
+        ...
+
+    @property
+    def within(self) -> tuple[str, ...]:
+        """The beginnings of the paths of layers that may get a LoRA."""
+        ...
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The beginnings of the paths of layers that are neither quantised nor streamed, as they are small."""
         ...
 
     @property
@@ -118,6 +133,11 @@ class Network(Protocol):
         """Let backward passes compute anew what would be kept, in so many of `levels`, those first that keep most;
         None: in all."""
         ...
+
+
+def read_cut(cut: object) -> Cut | None:
+    """A cut as JSON has it, where a pair is a list; anything else stays as it is."""
+    return cast(Cut, tuple(cut) if isinstance(cut, list) else cut)
 
 
 def at_cut(network: Network, cut: Cut | None, timesteps: Iterable[int] | None) -> Network:

@@ -2,13 +2,15 @@
 
 At time step t, z_t = α_t z + σ_t ε for clean latents z and noise ε. A schedule keeps one number a time step; what it
 says of α_t and σ_t, what is predicted, and how its error counts, a kind of prediction knows. Another kind is another
-class here, in `PREDICTIONS`.
+class here, in `PREDICTIONS`, or, of flow matching, `FLOW`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ..errors import HollowError
@@ -90,7 +92,39 @@ class Sample(PredictionKind):
         return 1.0
 
 
+class Flow(PredictionKind):
+    """ε − z on the straight way from z to ε (Lipman et al. 2022, arXiv 2210.02747). The numbers are σ_t, and
+    α_t = 1 − σ_t."""
+
+    name = "flow"
+
+    def scales(self, number: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - number, number
+
+    def snr(self, number: float) -> float:
+        return ((1 - number) / number) ** 2 if number else math.inf
+
+    def target(self, latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return noise - latents
+
+    def clean(self, noisy: Tensor, predicted: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return noisy - sigma * predicted
+
+    def error(self, snr: float) -> float:
+        return (1 + snr**0.5) ** 2
+
+
 PREDICTIONS: dict[str, PredictionKind] = {kind.name: kind for kind in (Epsilon(), Velocity(), Sample())}
+"""Of diffusion, by diffusers' names."""
+
+FLOW = Flow()
+
+FLOW_TIMESTEPS = 1000
+"""σ = t / 1000, as diffusers' schedulers of flow matching have it."""
+
+Density = Literal["uniform", "logit-normal"]
+"""How often each time step is drawn: all alike, or those of middling noise more (Esser et al. 2024, arXiv 2403.03206,
+Sec. 3.1)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +134,10 @@ class NoiseSchedule:
     prediction: PredictionKind
     numbers: Tensor
     """(time steps,), in float32 on the CPU."""
+    density: Density = "uniform"
+    """Of the time steps that are drawn, before they are shifted."""
+    shift: float = 1.0
+    """s of s σ / (1 + (s − 1) σ), to which a drawn σ is shifted: above 1, more noise."""
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> "NoiseSchedule":
@@ -110,14 +148,30 @@ class NoiseSchedule:
             raise HollowError(f"The prediction type {name!r} is unknown. Use {', '.join(others)} or {last}.")
         return cls(PREDICTIONS[name], scheduler.alphas_cumprod)
 
+    @classmethod
+    def flow(cls, *, density: Density = "logit-normal", shift: float = 1.0) -> "NoiseSchedule":
+        """That of flow matching: the time steps 1 to 1000 have σ = t / 1000; 0, which has no noise, is never drawn."""
+        return cls(FLOW, torch.arange(FLOW_TIMESTEPS + 1) / FLOW_TIMESTEPS, density, shift)
+
     def __len__(self) -> int:
         """How many time steps there are."""
         return len(self.numbers)
 
     @property
     def id(self) -> str:
-        """A name for what training needs of it: the kind of prediction and every number."""
-        return f"{self.prediction.name} {digest(self.numbers)}"
+        """A name for what training needs of it: the kind of prediction, every number, and how they are drawn."""
+        drawn = "" if (self.density, self.shift) == ("uniform", 1.0) else f" {self.density} {self.shift:g}"
+        return f"{self.prediction.name} {digest(self.numbers)}{drawn}"
+
+    def drawn(self, places: Tensor, of: int) -> Tensor:
+        """The time steps at `places` from 0 to `of`, of all that are drawn: evenly spread places give them as the
+        density has them."""
+        if self.prediction is not FLOW:
+            return (places * len(self) / of).long().clamp(max=len(self) - 1)
+        share = places / of
+        sigma = share if self.density == "uniform" else torch.special.ndtri(share).sigmoid()
+        shifted = self.shift * sigma / (1 + (self.shift - 1) * sigma)
+        return (shifted * FLOW_TIMESTEPS).round().long().clamp(1, FLOW_TIMESTEPS)
 
     def noisy(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
         """z_t = α_t z + σ_t ε."""

@@ -51,6 +51,16 @@ class UNet:
         return self._weight.dtype
 
     @property
+    def within(self) -> tuple[str, ...]:
+        """Anywhere."""
+        return ("",)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """They are under one percent, and what they make goes everywhere; device and dtype are read off conv_in."""
+        return "conv_in", "conv_out", "time_embedding", "add_embedding"
+
+    @property
     def levels(self) -> int:
         """Of the U."""
         return len(self.config["block_out_channels"])
@@ -162,6 +172,11 @@ class UNetBasePath:
     """What `head` gives, as a `BasePath`."""
 
     module: UNet2DConditionModel
+
+    @property
+    def sees_identifier(self) -> bool:
+        """It makes what any of the class has (Hollowed Net, Sec. 4.3)."""
+        return False
 
     @torch.no_grad()
     def __call__(self, noisy: Tensor, timesteps: Sequence[int], conditioning: Conditioning) -> Stored:

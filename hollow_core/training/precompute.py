@@ -85,7 +85,7 @@ def precompute(
     made_by = model_id(network) if made_by is None else made_by
     fingerprint, inputs = _fingerprint(made_by, schedule, examples, cut, samples, seed, dtype)
     pictures = [id(example.latents) for example in examples]
-    records = plan(fingerprint.kinds, samples, len(schedule), seed, pictures=pictures, repeats=fingerprint.repeats)
+    records = plan(fingerprint.kinds, samples, schedule, seed, pictures=pictures, repeats=fingerprint.repeats)
     if apart:
         folder = Path(folder) / store_id(fingerprint, records)[:12]
     store = Store.open_or_create(folder, fingerprint, records, inputs)
@@ -100,7 +100,7 @@ def precompute(
     with one_behind() as later:
         for shard in store.missing:
             left: list[tuple[list[int], Arriving]] = []
-            for indices in _alike(store.shard(shard), store.records, examples, together):
+            for indices in _alike(base, store.shard(shard), store.records, examples, together):
                 if stop is not None and stop():
                     return store
                 records_now = [store.records[index] for index in indices]
@@ -117,20 +117,25 @@ def precompute(
 
 
 def run_base(base: BasePath, schedule: NoiseSchedule, records: Sequence[Record], examples: Sequence[Example]) -> Stored:
-    """What the base path leaves for records, each of its example, under the generic prompts: tensors (batch, …)."""
+    """What the base path leaves for records, each of its example, under the prompt that it sees: tensors (batch, …)."""
     noisy = [record.noisy(schedule, example.latents)[0] for record, example in zip(records, examples, strict=True)]
-    generic = Conditioning.batch([example.generic for example in examples])
-    return base(torch.cat(noisy), [record.timestep for record in records], generic)
+    prompts = Conditioning.batch([_seen(base, example) for example in examples])
+    return base(torch.cat(noisy), [record.timestep for record in records], prompts)
+
+
+def _seen(base: BasePath, example: Example) -> Conditioning:
+    """The prompt that the base path sees of an example."""
+    return example.personal if base.sees_identifier and example.kind.endswith("image") else example.generic
 
 
 def _alike(
-    indices: Iterable[int], records: Sequence[Record], examples: Sequence[Example], together: int
+    base: BasePath, indices: Iterable[int], records: Sequence[Record], examples: Sequence[Example], together: int
 ) -> Iterator[list[int]]:
     """`indices` in lots of up to so many whose pictures and prompts are of one size."""
     sizes: dict[tuple[torch.Size, torch.Size], list[int]] = {}
     for index in indices:
         example = examples[records[index].image]
-        size = example.latents.shape, example.generic.encoder_hidden_states.shape
+        size = example.latents.shape, _seen(base, example).encoder_hidden_states.shape
         sizes.setdefault(size, []).append(index)
     for alike in sizes.values():
         yield from (alike[first : first + together] for first in range(0, len(alike), together))
@@ -154,13 +159,13 @@ def _write(store: Store, shard: int, left: Sequence[tuple[Sequence[int], Arrivin
 def plan(
     kinds: Sequence[Kind],
     samples: int,
-    timesteps: int,
+    schedule: NoiseSchedule,
     seed: int,
     *,
     pictures: Sequence[Hashable] = (),
     repeats: Sequence[int] = (),
 ) -> list[Record]:
-    """The records to make: stratified over the time steps from 0, and dealt evenly over the pictures.
+    """The records to make: stratified over the time steps that the schedule draws, and dealt evenly over the pictures.
 
     The images share `samples` records, or half of them (rounded up) where there is a prior for the rest. Where
     there are low examples, each of these records has a twin of the same time step and noise seed behind them. Each
@@ -178,16 +183,15 @@ def plan(
         for index in examples:
             shown.setdefault(pictures[index] if pictures else index, []).append(index)
         often = [repeats[indices[0]] if repeats else 1 for indices in shown.values()]
-        return _stratified(kind, list(shown.values()), often, number, timesteps, generator)
+        return _stratified(kind, list(shown.values()), often, number, schedule, generator)
 
     prior_samples = samples // 2 if prior else 0
     records = [*stratified("image", images, samples - prior_samples), *stratified("prior", prior, prior_samples)]
     low = dict(zip([*images, *prior], [*low_images, *low_prior], strict=True)) if low_images else {}
     twins = [record._replace(image=low[record.image], kind=kinds[low[record.image]]) for record in records if low]
+    middles = schedule.drawn(torch.arange(HELD_OUT_LOOKS, dtype=torch.float64) + 0.5, HELD_OUT_LOOKS).tolist()
     looks = [
-        Record(index, "held-out image", int(timesteps * (look + 0.5) / HELD_OUT_LOOKS), look)
-        for index in held_out
-        for look in range(HELD_OUT_LOOKS)
+        Record(index, "held-out image", timestep, look) for index in held_out for look, timestep in enumerate(middles)
     ]
     return [*records, *twins, *looks]
 
@@ -197,7 +201,7 @@ def _stratified(
     pictures: Sequence[Sequence[int]],
     often: Sequence[int],
     samples: int,
-    timesteps: int,
+    schedule: NoiseSchedule,
     generator: torch.Generator,
 ) -> list[Record]:
     """One draw from each of `samples` equal stretches of time.
@@ -206,7 +210,7 @@ def _stratified(
     them in a random order: so every picture, too, is spread over the time steps. Its examples take turns.
     """
     places = torch.arange(samples) + torch.rand(samples, generator=generator, dtype=torch.float64)
-    drawn = (places * timesteps / samples).long().clamp(max=timesteps - 1).tolist()
+    drawn = schedule.drawn(places, samples).tolist()
     common = math.gcd(*often) or 1
     in_a_round = [number for number, times in enumerate(often) for _ in range(times // common)]
     rounds = math.ceil(samples / max(len(in_a_round), 1))

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import HollowError
 from ..files import read_json, write_json, write_safetensors
 from ..nets.conditioning import Conditioning
-from ..nets.network import Cut, Stored
+from ..nets.network import Cut, Stored, read_cut
 from ..nets.schedule import NoiseSchedule
 
 FORMAT = 1
@@ -149,7 +149,7 @@ class Store:
         try:
             if index["format"] != FORMAT:
                 raise HollowError(f"{path} has the unknown format {index['format']}. Precompute into a new folder.")
-            fingerprint = Fingerprint(**index["fingerprint"])
+            fingerprint = Fingerprint(**{**index["fingerprint"], "cut": read_cut(index["fingerprint"]["cut"])})
             store = cls(path.parent, fingerprint, [Record(**record) for record in index["records"]])
             with store._open_inputs():
                 pass

@@ -96,7 +96,15 @@ def train(
         network.checkpoint(settings.checkpoint_levels)
     if begun is None:
         generator = torch.Generator().manual_seed(_seeds(settings)[0])
-        add_lora(module, settings.rank, settings.lora_alpha, settings.targets, dora=settings.dora, generator=generator)
+        add_lora(
+            module,
+            settings.rank,
+            settings.lora_alpha,
+            settings.targets,
+            within=network.within,
+            dora=settings.dora,
+            generator=generator,
+        )
     else:
         load_lora_state(module, begun.lora, settings.lora_alpha)
     named = named_lora_parameters(module)

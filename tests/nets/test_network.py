@@ -86,6 +86,8 @@ class Toy:
     config = MappingProxyType({"blocks": BLOCKS})
     dtype = torch.float32
     levels = 1
+    within = ("",)
+    kept = ()
 
     def check_inputs(self, name: str, latents: torch.Tensor, prompts: Any) -> None:
         assert latents.shape[1] == 4, name
@@ -144,6 +146,7 @@ class Toy:
 class ToyBase:
     module: Any
     cut: int
+    sees_identifier = False
 
     @torch.no_grad()
     def __call__(self, noisy: torch.Tensor, timesteps: Any, conditioning: Conditioning) -> dict[str, torch.Tensor]:

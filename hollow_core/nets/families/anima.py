@@ -1,0 +1,53 @@
+"""Anima and Cosmos Predict 2: the image alone passes the blocks, and hears the text by cross-attention."""
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .family import Blocks, Family
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..conditioning import Conditioning
+
+
+def _called(network: Any) -> Any:
+    """A padding mask, which for a picture is all zeros, diffusers resizes by torchvision; as a condition mask it is
+    handed in whole."""
+    if not network.config.concat_padding_mask:
+        return network
+    view = copy.copy(network)
+    view.register_to_config(concat_padding_mask=False)
+    return view
+
+
+def _arguments(
+    config: Mapping[str, Any], latents: "Tensor", sigmas: "Tensor", prompt: "Conditioning"
+) -> dict[str, Any]:
+    return {
+        "hidden_states": latents.unsqueeze(2),
+        "timestep": sigmas,
+        "encoder_hidden_states": prompt.encoder_hidden_states,
+        "condition_mask": latents.new_zeros(len(latents), 1, 1, *latents.shape[-2:])
+        if config["concat_padding_mask"]
+        else None,
+    }
+
+
+ANIMA = Family(
+    name="anima",
+    title="Anima",
+    network="CosmosTransformer3DModel",
+    pipelines=("AnimaModularPipeline",),
+    blocks=(Blocks("transformer_blocks", "image"),),
+    kept=("patch_embed", "time_embed", "norm_out", "proj_out"),
+    all_layers=("ff.net.0.proj", "ff.net.2"),
+    prompt_tokens=512,
+    guidance=4.0,
+    source="diffusers 0.42, CosmosTransformer3DModel and the modular pipeline of Anima",
+    called=_called,
+    arguments=_arguments,
+    velocity=lambda config, out, size: out.squeeze(2),
+    text_shape=lambda config: (config["text_embed_dim"],),
+)

@@ -1,0 +1,98 @@
+"""What Hollow knows of a family of transformers: facts, and two functions that speak its language. Needs no torch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..conditioning import Conditioning
+
+Streams = Literal["image", "two", "image first", "text first"]
+"""What passes a block: the image's tokens alone; image and text side by side; or both joined in one sequence."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A list of blocks.
+
+    A block takes its stream first, or the image's and then the text's, by position or as `hidden_states` and
+    `encoder_hidden_states`. It gives back the same, of two streams the text's first.
+    """
+
+    path: str
+    """Of the list in diffusers' network."""
+    streams: Streams
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of transformers, by diffusers' own class."""
+
+    name: str
+    """Short, for files and the command."""
+    title: str
+    """For people."""
+    network: str
+    """The name of diffusers' class."""
+    pipelines: tuple[str, ...]
+    """As model_index.json names the pipelines of text to image."""
+    blocks: tuple[Blocks, ...]
+    """In the order in which they run."""
+    refiners: tuple[str, ...] = ()
+    """Lists of blocks before all others, which go with the front: what they make is in the state that is stored."""
+    kept: tuple[str, ...] = ()
+    """Layers that stay as they are where others are quantised or streamed: small, and at both ends."""
+    attention: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the layers that usually get a LoRA."""
+    all_layers: tuple[str, ...] = ()
+    """Those of feed-forward layers, too."""
+    shift: float | None = 3.0
+    """Of the noise levels where the scheduler does not tell: above 1 draws more of the noisy ones."""
+    multiple: int = 1
+    """Of which image and text, where they are joined, each have a number of tokens; the network pads them."""
+    prompt_tokens: int = 512
+    """Of a usual prompt, or what prompts are padded to."""
+    guidance: float = 4.0
+    """Usual scale of classifier-free guidance in sampling, or of what a distilled network is told."""
+    source: str = ""
+    """Where these facts are from."""
+
+    called: Callable[[Any], Any] = lambda network: network
+    """What is called in a network's place: a view of it, where it cannot be called as it is."""
+    arguments: "Callable[[Mapping[str, Any], Tensor, Tensor, Conditioning], dict[str, Any]]" = lambda *_: {}
+    """Of the network's forward: (config, latents (batch, channels, height, width), σ (batch,), prompt) → by name."""
+    velocity: "Callable[[Mapping[str, Any], Any, tuple[int, int]], Tensor]" = lambda _, out, size: out
+    """ε − x₀ (batch, channels, height, width), of what forward gives: (config, output, (height, width))."""
+    width: Callable[[Mapping[str, Any]], int] = lambda config: (
+        config["num_attention_heads"] * config["attention_head_dim"]
+    )
+    """Of a token inside."""
+    channels: Callable[[Mapping[str, Any]], int] = lambda config: config["in_channels"]
+    """Of the latents."""
+    text_shape: Callable[[Mapping[str, Any]], tuple[int, ...]] = lambda config: (config["joint_attention_dim"],)
+    """Of a prompt's token."""
+    pooled_width: Callable[[Mapping[str, Any]], int | None] = lambda config: None
+    """Of the pooled prompt, where there is one."""
+
+
+def packed(latents: "Tensor") -> "Tensor":
+    """(batch, channels, height, width) → (batch, height/2 · width/2, channels · 4): patches of 2×2, as FLUX has."""
+    return latents.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpacked(tokens: "Tensor", size: tuple[int, int]) -> "Tensor":
+    """The inverse of `packed`, for latents of height × width."""
+    height, width = size
+    patches = tokens.unflatten(1, (height // 2, width // 2)).unflatten(-1, (-1, 2, 2))
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def grid_ids(latents: "Tensor") -> "Tensor":
+    """(height/2 · width/2, 3): the place of each patch, as (0, row, column)."""
+    import torch
+
+    rows, columns = (torch.arange(side // 2, device=latents.device) for side in latents.shape[-2:])
+    places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
+    return torch.nn.functional.pad(places, (1, 0)).float()

@@ -1,0 +1,45 @@
+"""FLUX.1: two streams, then both in one block after another; the text comes from T5 and, pooled, from CLIP."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .family import Blocks, Family, grid_ids, packed, unpacked
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..conditioning import Conditioning
+
+
+def _arguments(
+    config: Mapping[str, Any], latents: "Tensor", sigmas: "Tensor", prompt: "Conditioning"
+) -> dict[str, Any]:
+    told = sigmas.new_ones(len(sigmas)) if prompt.guidance is None else prompt.guidance
+    return {
+        "hidden_states": packed(latents),
+        "encoder_hidden_states": prompt.encoder_hidden_states,
+        "pooled_projections": prompt.text_embeds,
+        "timestep": sigmas,
+        "img_ids": grid_ids(latents),
+        "txt_ids": sigmas.new_zeros(prompt.encoder_hidden_states.shape[1], 3),
+        "guidance": told if config["guidance_embeds"] else None,
+    }
+
+
+FLUX = Family(
+    name="flux",
+    title="FLUX.1",
+    network="FluxTransformer2DModel",
+    pipelines=("FluxPipeline",),
+    blocks=(Blocks("transformer_blocks", "two"), Blocks("single_transformer_blocks", "two")),
+    kept=("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out"),
+    attention=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    all_layers=("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
+    prompt_tokens=512,
+    guidance=3.5,
+    source="diffusers 0.42, FluxTransformer2DModel and FluxPipeline; the dev model is distilled for guidance",
+    arguments=_arguments,
+    velocity=lambda config, out, size: unpacked(out, size),
+    channels=lambda config: config["in_channels"] // 4,
+    pooled_width=lambda config: config["pooled_projection_dim"],
+)

@@ -1,0 +1,44 @@
+"""Krea 2: text and image in one sequence; a prompt is the states of several layers of its encoder."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .family import Blocks, Family, grid_ids, packed, unpacked
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..conditioning import Conditioning
+
+
+def _arguments(
+    config: Mapping[str, Any], latents: "Tensor", sigmas: "Tensor", prompt: "Conditioning"
+) -> dict[str, Any]:
+    import torch
+
+    text = prompt.encoder_hidden_states
+    return {
+        "hidden_states": packed(latents),
+        "encoder_hidden_states": text,
+        "timestep": sigmas,
+        "position_ids": torch.cat([sigmas.new_zeros(text.shape[1], 3), grid_ids(latents)]),
+    }
+
+
+KREA2 = Family(
+    name="krea2",
+    title="Krea 2",
+    network="Krea2Transformer2DModel",
+    pipelines=("Krea2Pipeline",),
+    blocks=(Blocks("transformer_blocks", "text first"),),
+    kept=("img_in", "time_embed", "txt_in", "final_layer"),
+    attention=("to_q", "to_k", "to_v", "to_out.0"),
+    all_layers=("ff.gate", "ff.up", "ff.down"),
+    prompt_tokens=64,
+    guidance=4.5,
+    source="diffusers 0.42, Krea2Transformer2DModel and Krea2Pipeline",
+    arguments=_arguments,
+    velocity=lambda config, out, size: unpacked(out, size),
+    channels=lambda config: config["in_channels"] // 4,
+    text_shape=lambda config: (config["num_text_layers"], config["text_hidden_dim"]),
+)

@@ -1,0 +1,43 @@
+"""Qwen-Image: two streams to the end; prompts are as long as they are."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .family import Blocks, Family, packed, unpacked
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..conditioning import Conditioning
+
+
+def _arguments(
+    config: Mapping[str, Any], latents: "Tensor", sigmas: "Tensor", prompt: "Conditioning"
+) -> dict[str, Any]:
+    height, width = latents.shape[-2:]
+    told = sigmas.new_ones(len(sigmas)) if prompt.guidance is None else prompt.guidance
+    return {
+        "hidden_states": packed(latents),
+        "encoder_hidden_states": prompt.encoder_hidden_states,
+        "timestep": sigmas,
+        "img_shapes": [[(1, height // 2, width // 2)]] * len(latents),
+        "guidance": told if config["guidance_embeds"] else None,
+    }
+
+
+QWEN_IMAGE = Family(
+    name="qwen-image",
+    title="Qwen-Image",
+    network="QwenImageTransformer2DModel",
+    pipelines=("QwenImagePipeline",),
+    blocks=(Blocks("transformer_blocks", "two"),),
+    kept=("img_in", "txt_in", "time_text_embed", "norm_out", "proj_out"),
+    attention=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    all_layers=("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    prompt_tokens=64,
+    guidance=4.0,
+    source="diffusers 0.42, QwenImageTransformer2DModel and QwenImagePipeline",
+    arguments=_arguments,
+    velocity=lambda config, out, size: unpacked(out, size),
+    channels=lambda config: config["in_channels"] // 4,
+)

@@ -1,0 +1,39 @@
+"""Stable Diffusion 3 and 3.5: two streams, of which the last block leaves the image's alone."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .family import Blocks, Family
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..conditioning import Conditioning
+
+
+def _arguments(
+    config: Mapping[str, Any], latents: "Tensor", sigmas: "Tensor", prompt: "Conditioning"
+) -> dict[str, Any]:
+    return {
+        "hidden_states": latents,
+        "encoder_hidden_states": prompt.encoder_hidden_states,
+        "pooled_projections": prompt.text_embeds,
+        "timestep": sigmas * 1000,
+    }
+
+
+SD3 = Family(
+    name="sd3",
+    title="Stable Diffusion 3.5",
+    network="SD3Transformer2DModel",
+    pipelines=("StableDiffusion3Pipeline",),
+    blocks=(Blocks("transformer_blocks", "two"),),
+    kept=("pos_embed", "context_embedder", "time_text_embed", "norm_out", "proj_out"),
+    attention=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    all_layers=("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    prompt_tokens=333,  # CLIP's 77 and T5's 256
+    guidance=4.5,
+    source="diffusers 0.42, SD3Transformer2DModel and StableDiffusion3Pipeline",
+    arguments=_arguments,
+    pooled_width=lambda config: config["pooled_projection_dim"],
+)

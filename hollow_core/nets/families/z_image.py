@@ -1,0 +1,47 @@
+"""Z-Image: image and text in one sequence, behind a refiner of each; predicts x₀ − ε at the time 1 − σ."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .family import Blocks, Family
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..conditioning import Conditioning
+
+
+def _arguments(
+    config: Mapping[str, Any], latents: "Tensor", sigmas: "Tensor", prompt: "Conditioning"
+) -> dict[str, Any]:
+    return {
+        "x": list(latents.unsqueeze(2).unbind(0)),
+        "t": 1 - sigmas,
+        "cap_feats": list(prompt.encoder_hidden_states.unbind(0)),
+    }
+
+
+def _velocity(config: Mapping[str, Any], out: "Sequence[Tensor]", size: tuple[int, int]) -> "Tensor":
+    import torch
+
+    return -torch.stack(list(out)).squeeze(2)
+
+
+Z_IMAGE = Family(
+    name="z-image",
+    title="Z-Image",
+    network="ZImageTransformer2DModel",
+    pipelines=("ZImagePipeline",),
+    blocks=(Blocks("layers", "image first"),),
+    refiners=("noise_refiner", "context_refiner"),
+    kept=("all_x_embedder", "cap_embedder", "t_embedder", "all_final_layer"),
+    all_layers=("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+    multiple=32,
+    prompt_tokens=64,
+    guidance=5.0,
+    source="diffusers 0.42, ZImageTransformer2DModel and ZImagePipeline",
+    arguments=_arguments,
+    velocity=_velocity,
+    width=lambda config: config["dim"],
+    text_shape=lambda config: (config["cap_feat_dim"],),
+)
