@@ -11,7 +11,7 @@ import random
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import (
@@ -23,7 +23,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..files import read_json, write_json
 from . import language, pretrain, run
@@ -93,7 +93,7 @@ def train(out: Path, pictures: int, steps: int) -> dict[str, Any]:
     latents, subjects, scenes = pretrain.drawn_latents(out, pictures)
     torch.manual_seed(0)  # initial weights; the constructors of diffusers take no generator
     transformer = new_transformer()
-    pipeline = ZImagePipeline.from_pretrained(out, transformer=transformer, torch_dtype=torch.float32)
+    pipeline = load(out, transformer=transformer)
     average = AveragedModel(transformer, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     both = nn.ModuleDict({"trained": transformer, "average": average})
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=PEAK, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -116,9 +116,7 @@ def train(out: Path, pictures: int, steps: int) -> dict[str, Any]:
         noisy = torch.lerp(clean, noise, sigmas[:, None, None, None])
         with torch.no_grad():
             target = teacher.velocity(noisy, sigmas, texts)
-            states, _ = pipeline.encode_prompt(
-                texts, do_classifier_free_guidance=False, max_sequence_length=language.MAX_TOKENS
-            )
+            states = encode(pipeline, texts)
         loss = (velocity(transformer, noisy, sigmas, states) - target).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
@@ -135,13 +133,26 @@ def train(out: Path, pictures: int, steps: int) -> dict[str, Any]:
         if (step + 1) % 200 == 0 or step + 1 == steps:
             write_json(out / "transformer-losses.json", losses)
             pretrain.keep(checkpoint, step + 1, both, optimizer)
-            copy.deepcopy(average.module).half().save_pretrained(out / "transformer")
+            cast(ZImageTransformer2DModel, copy.deepcopy(average.module)).half().save_pretrained(out / "transformer")
     return {
         "steps": steps,
         "pictures": steps * BATCH,
         "losses": losses,
         "parameters": pretrain.count(transformer),
     }
+
+
+def load(out: Path, **parts: Any) -> ZImagePipeline:
+    """The pipeline in a folder, in fp32, with other `parts` in place of those there."""
+    return ZImagePipeline.from_pretrained(out, torch_dtype=torch.float32, **parts)
+
+
+def encode(pipeline: ZImagePipeline, texts: list[str]) -> list[Tensor]:
+    """Each text as the transformer sees it, (tokens, 96)."""
+    states: list[Tensor] = pipeline.encode_prompt(
+        list(texts), do_classifier_free_guidance=False, max_sequence_length=language.MAX_TOKENS
+    )[0]
+    return states
 
 
 def velocity(transformer: ZImageTransformer2DModel, noisy: Tensor, sigmas: Tensor, states: list[Tensor]) -> Tensor:
@@ -160,9 +171,9 @@ class Teacher:
         unet = UNet2DConditionModel.from_pretrained(run.MODEL / "unet", torch_dtype=torch.float32)
         self.unet = unet.requires_grad_(False).to(memory_format=torch.channels_last)
         self.text_encoder = CLIPTextModel.from_pretrained(run.MODEL / "text_encoder", dtype=torch.float32)
-        self.tokenizer = run.model().tokenizers[0]
+        self.tokenizer = CLIPTokenizer.from_pretrained(run.MODEL / "tokenizer")
         alphas = DDIMScheduler.from_pretrained(run.MODEL / "scheduler").alphas_cumprod
-        self.signals = alphas.sqrt()  # falling, to zero
+        self.signals: Tensor = alphas.sqrt()  # falling, to zero
 
     @torch.no_grad()
     def velocity(self, noisy: Tensor, sigmas: Tensor, texts: list[str]) -> Tensor:
