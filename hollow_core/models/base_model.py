@@ -312,8 +312,8 @@ def keep_small(
     """Take memory off a model, for all that is done with it on `device`.
 
     `base_bits` are of a weight of the network; `streaming` keeps the weights of network and text encoders in main
-    memory, from where they visit the device; `tiled_vae` has pictures encoded and decoded in tiles. Raises HollowError as
-    `residency` does.
+    memory, from where they visit the device; `tiled_vae` has pictures encoded and decoded in tiles. Raises HollowError
+    as `residency` does.
     """
     network = model.network
     if base_bits is not None:

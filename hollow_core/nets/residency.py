@@ -63,9 +63,10 @@ def stream(
     """Keep the weights of linear and convolution layers, quantised or not, in main memory, where `.to` leaves them.
 
     (Pinned for CUDA, which takes up to twice their size.) They visit `device` one ahead of use, forward and
-    backward: at most two at a time are there. What is computed is the same bit by bit. `part` is a network's module, of
-    which what is named in `kept`, as `Network.kept`, goes with `part`, or a text encoder; `only` names those of its
-    modules whose weights stay away, all by default; bring the rest to `device` afterwards. Stream before `hollow`. Raises HollowError for a part that is streamed or carries a LoRA.
+    backward: at most two at a time are there. What is computed is the same bit by bit. `part` is a network's module,
+    of which what is named in `kept`, as `Network.kept`, does not stay away, or a text encoder. `only` names those of
+    its modules whose weights stay away, all by default; bring the rest to `device` afterwards. Stream before `hollow`.
+    Raises HollowError for a part that is streamed or carries a LoRA.
     """
     if any(layer.streamer for layer in _frozen(part)):
         raise HollowError("This network is streamed already. Load it anew for another device.")
@@ -272,7 +273,7 @@ def _frozen(part: nn.Module) -> Iterator[_FrozenLayer]:
 
 
 def _freeze(part: nn.Module, kept: Collection[str], only: Iterable[str] = ("",)) -> list[_FrozenLayer]:
-    """The layers in the modules `only` of `part`, but not in those `kept`, that are to be frozen, made so where they are
+    """The layers in the modules `only` of `part`, but for those `kept`, that are to be frozen, made so where they are
     not yet."""
     if any(isinstance(module, LoraLayer) for module in part.modules()):
         raise HollowError("This network carries a LoRA already. Quantise and stream it before it gets one.")
