@@ -380,15 +380,17 @@ def keep_small(
 ) -> None:
     """Take memory off a model, for all that is done with it on `device`.
 
-    `base_bits` are of a weight of the U-Net; `streaming` keeps the weights of U-Net and text encoders in main memory,
-    from where they visit the device; `tiled_vae` has pictures encoded and decoded in tiles. Raises HollowError as
-    `residency` does.
+    `base_bits` are of a weight of the network; `streaming` keeps the weights of network and text encoders in main
+    memory, from where they visit the device; `tiled_vae` has pictures encoded and decoded in tiles. Raises HollowError
+    as `residency` does.
     """
+    network = model.network
     if base_bits is not None:
-        quantize(model.unet, base_bits)
+        quantize(network.module, base_bits, network.kept)
     if streaming:
-        for part in (model.unet, *model.text_encoders):
-            stream(part, device)
+        stream(network.module, device, network.kept)
+        for encoder in model.text_encoders:
+            stream(encoder, device)
     if tiled_vae:
         tile_vae(model)
 
