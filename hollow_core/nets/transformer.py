@@ -23,7 +23,7 @@ from ..errors import HollowError
 from .conditioning import Conditioning
 from .families import Family, family_of
 from .families.family import Streams
-from .network import Cut, Stored
+from .network import Cut, Stored, Targets
 from .transfer import send
 
 RESIDUAL, STATE = "residual", "state"
@@ -72,6 +72,11 @@ class Transformer:
     def within(self) -> tuple[str, ...]:
         """The beginnings of the paths where a LoRA may be: the blocks, not what is before and behind."""
         return tuple(f"{blocks.path}." for blocks in self.family.blocks)
+
+    @property
+    def targets(self) -> Targets:
+        """The family's."""
+        return Targets(self.family.attention, (*self.family.attention, *self.family.feed_forward))
 
     @property
     def kept(self) -> tuple[str, ...]:
