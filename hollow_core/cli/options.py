@@ -11,6 +11,7 @@ from ..errors import HollowError
 
 if TYPE_CHECKING:
     from ..memory.setting import Setting
+    from ..nets.network import Network
     from ..nets.residency import Bits
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -214,6 +215,7 @@ ClipModel = Annotated[
 
 def setting_of(
     *,
+    network: "Network",
     optimizer: OptimizerKind,
     lora_precision: LoraPrecision,
     checkpointing: bool,
@@ -229,8 +231,7 @@ def setting_of(
     low_resolution: int | None = None,
     **training: Any,
 ) -> "Setting":
-    """What the options say; `training` are those that `TrainSettings` calls by the same name."""
-    from ..lora.layers import ALL_LAYERS, ATTENTION
+    """What the options say of a network; `training` are those that `TrainSettings` calls by the same name."""
     from ..memory.setting import Setting
     from ..training.settings import TrainSettings
 
@@ -245,7 +246,7 @@ def setting_of(
         tiled_vae=tiled_vae,
         low_resolution=low_resolution,
         training=TrainSettings(
-            targets=ATTENTION if layers is Layers.attention else ALL_LAYERS,
+            targets=network.targets.attention if layers is Layers.attention else network.targets.all,
             optimizer=optimizer.value,
             lora_precision=lora_precision.value,
             gradient_checkpointing=checkpointing,

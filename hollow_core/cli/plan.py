@@ -101,7 +101,9 @@ def plan(
     quiet()
     from ..memory.planner import Planner, parse_bytes
 
+    planner = Planner(model)
     setting = setting_of(
+        network=planner.network,
         resolution=resolution,
         samples=samples,
         class_images=class_images,
@@ -123,7 +125,6 @@ def plan(
     )
     precisions: list[Any] = [each.value for each in precision or []]
     if budget is None:
-        planner = Planner(model)
         settings = [
             replace(setting, cut=None if k < 0 else k, training=replace(setting.training, precision=each))
             for each in precisions or ["fp32"]
@@ -139,7 +140,7 @@ def plan(
         raise HollowError("A budget picks the cut itself. Leave out --cut or --budget.")
     else:
         available = parse_bytes(budget)
-        fit = Planner(model).fit(available, setting, **({"precisions": precisions} if precisions else {}))
+        fit = planner.fit(available, setting, **({"precisions": precisions} if precisions else {}))
         predictions = [fit.prediction]
         rows = [fit.prediction.row() | {"gave_up": list(fit.gave_up)}]
         say(f"Fits into {budget}: {fit.prediction.setting}. Given up: {', '.join(fit.gave_up) or 'nothing'}.")

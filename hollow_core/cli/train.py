@@ -145,6 +145,7 @@ def train(
     planner = cache(partial(Planner, str(model)))
     side = resolution or planner().resolution
     setting = setting_of(
+        network=planner().network,
         cut=cut,
         resolution=side,
         samples=samples,

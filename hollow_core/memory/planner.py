@@ -100,7 +100,7 @@ class Planner:
         known = self._outline(torch.float32)
         self.stages = STAGES if known.vae is not None else ("precompute", "train")
         self.road = [stage for stage in ROAD if stage in self.stages]
-        self._network, self._pixels, self.resolution = known.network, known.pixels_per_latent, known.resolution
+        self.network, self._pixels, self.resolution = known.network, known.pixels_per_latent, known.resolution
 
     def predict(self, setting: Setting) -> Prediction:
         """Of every stage. Raises HollowError for a cut, a resolution or a number of records that cannot be."""
@@ -118,7 +118,7 @@ class Planner:
         width, height = (side // self._pixels for side in self._check(setting))
         if setting.cut is None:
             return 0
-        shapes = self._network.stored_shapes(setting.cut, height, width).values()
+        shapes = self.network.stored_shapes(setting.cut, height, width).values()
         return setting.samples * sum(map(math.prod, shapes)) * setting.store_dtype.itemsize
 
     def peak(self, stage: str, setting: Setting) -> Peak:
@@ -128,7 +128,7 @@ class Planner:
 
     def cuts(self) -> list[Cut]:
         """Those worth a look: they leave at least 15 % of the U-Net, as the paper's do, and attention in it."""
-        network = self._network
+        network = self.network
         return [
             cut for cut in network.cuts() if network.leaves_attention(cut) and removed_fraction(network, cut) <= 0.85
         ]
@@ -154,7 +154,7 @@ class Planner:
         fits, saying what the smallest would need.
         """
         self._check(setting)
-        resident = _ways(setting, tuple(precisions), self._network.levels, fixed)
+        resident = _ways(setting, tuple(precisions), self.network.levels, fixed)
         streamed = [_but(resident[-1], fixed, streaming=True)]
         cuts = (None, *self.cuts()) if cuts is None else cuts
         for ways, cut in product((resident, streamed), cuts):
@@ -188,7 +188,7 @@ class Planner:
     def _check(self, setting: Setting) -> tuple[int, int]:
         """The size of the largest picture in pixels."""
         if setting.cut is not None:
-            self._network.check_cut(setting.cut)
+            self.network.check_cut(setting.cut)
         size = setting.measured(self.resolution)
         for side in size:
             if side < 1 or side % self._pixels:

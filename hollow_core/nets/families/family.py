@@ -46,8 +46,8 @@ class Family:
     """Layers that stay as they are where others are quantised or streamed: small, and at both ends."""
     attention: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the layers that usually get a LoRA."""
-    all_layers: tuple[str, ...] = ()
-    """Those of feed-forward layers, too."""
+    feed_forward: tuple[str, ...] = ()
+    """Those of the layers between."""
     shift: float | None = 3.0
     """Of the noise levels where the scheduler does not tell: above 1 draws more of the noisy ones."""
     multiple: int = 1
