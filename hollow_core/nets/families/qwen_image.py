@@ -25,6 +25,13 @@ def _arguments(
     }
 
 
+def _guided(seen: "Tensor", unseen: "Tensor", scale: float) -> "Tensor":
+    """Each token as long as it is without guidance."""
+    size = (seen.shape[-2], seen.shape[-1])
+    own, guided = packed(seen), packed(unseen + scale * (seen - unseen))
+    return unpacked(guided * (own.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), size)
+
+
 QWEN_IMAGE = Family(
     name="qwen-image",
     title="Qwen-Image",
@@ -39,6 +46,8 @@ QWEN_IMAGE = Family(
     architecture="Qwen-Image",
     prompt_tokens=64,
     guidance=4.0,
+    encoded=("prompt", "mask"),
+    guided=_guided,
     source="diffusers 0.42, QwenImageTransformer2DModel and QwenImagePipeline",
     arguments=_arguments,
     velocity=lambda config, out, size: unpacked(out, size),
