@@ -66,6 +66,11 @@ class TransformerModel:
         return tuple(self.encoders.values())
 
     @property
+    def large_encoders(self) -> tuple[nn.Module, ...]:
+        """All: they are as large as the network."""
+        return self.text_encoders
+
+    @property
     def layout(self) -> str:
         """The family's name."""
         return self.family.name

@@ -84,6 +84,11 @@ class Network(Protocol):
         ...
 
     @property
+    def usual_cut(self) -> Cut:
+        """Where nobody asks for another."""
+        ...
+
+    @property
     def levels(self) -> int:
         """How many parts can `checkpoint` by themselves."""
         ...
@@ -153,9 +158,9 @@ def read_cut(cut: object) -> Cut | None:
     return cast(Cut, tuple(cut) if isinstance(cut, list) else cut)
 
 
-def two_path_cut(cut: Cut | None) -> int | None:
-    """At which a U-Net is sampled on two paths; None where one is all that is needed."""
-    return cut if isinstance(cut, int) else None
+def cut_in_words(cut: Cut) -> str:
+    """ "3", of a pair "4,6"."""
+    return ",".join(map(str, cut)) if isinstance(cut, tuple) else str(cut)
 
 
 def at_cut(network: Network, cut: Cut | None, timesteps: Iterable[int] | None) -> Network:

@@ -23,7 +23,7 @@ from ..errors import HollowError
 from .conditioning import Conditioning
 from .families import Family, family_of
 from .families.family import Streams
-from .network import Cut, Stored, Targets
+from .network import Cut, Stored, Targets, removed_fraction
 from .transfer import send
 
 RESIDUAL, STATE = "residual", "state"
@@ -62,6 +62,11 @@ class Transformer:
     def dtype(self) -> torch.dtype:
         """Of its arithmetic."""
         return self._weight.dtype
+
+    @property
+    def usual_cut(self) -> Cut:
+        """That which removes about half of the parameters, of both ends evenly."""
+        return min(self.cuts(), key=lambda cut: abs(removed_fraction(self, cut) - 0.5))
 
     @property
     def levels(self) -> int:

@@ -75,6 +75,11 @@ class UNet:
         return "conv_in", "conv_out", "time_embedding", "add_embedding"
 
     @property
+    def usual_cut(self) -> int:
+        """The paper's."""
+        return 3
+
+    @property
     def levels(self) -> int:
         """Of the U."""
         return len(self.config["block_out_channels"])

@@ -117,7 +117,7 @@ def encode(
     size = settings.size or (model.resolution, model.resolution)
     with visiting(device, *model.text_encoders):
         guided = {prompt: encode_guided(model, prompt, settings) for prompt in dict.fromkeys(prompts)}
-        if recipe is None or recipe.cut is None:
+        if recipe is None or not recipe.two_paths:
             return Texts([guided[prompt] for prompt in prompts], [], None)
         generics = generics or [generic_prompt(prompt, recipe.identifier) for prompt in prompts]
         generic = {text: encode_prompt(model, text, size) for text in dict.fromkeys(generics)}
@@ -146,7 +146,9 @@ def portions(
         with _lora(model, lora, settings.strength), visiting(device, model.network.module):
             for few in slices(portion.start, portion.stop, settings.together):
                 generic = None if recipe is None else Conditioning.batch(texts.generic[few])
-                latents += draw(model, model.batch_guided(texts.guided[few]), seeds[few], settings, recipe, generic).split(1)
+                latents += draw(
+                    model, model.batch_guided(texts.guided[few]), seeds[few], settings, recipe, generic
+                ).split(1)
                 if progress is not None:
                     progress(few.stop, number)
         with visiting(device, model.vae):
@@ -202,6 +204,7 @@ def _(
     height, width = settings.size or (model.resolution, model.resolution)
     paths: Any = nullcontext()
     if recipe is not None and generic is not None:
+        assert not isinstance(recipe.cut, tuple)
         paths = two_path(
             pipeline, cut=recipe.cut, generic=generic, strength=settings.strength, refresh=settings.refresh
         )

@@ -86,6 +86,7 @@ class Toy:
     config = MappingProxyType({"blocks": BLOCKS})
     dtype = torch.float32
     levels = 1
+    usual_cut = 1
     within = ("",)
     targets = Targets(("to_q",), ("to_q", "text"))
     kept = ()
