@@ -84,6 +84,11 @@ class Network(Protocol):
         ...
 
     @property
+    def record_dtype(self) -> torch.dtype:
+        """How its records are usually kept."""
+        ...
+
+    @property
     def levels(self) -> int:
         """How many parts can `checkpoint` by themselves."""
         ...

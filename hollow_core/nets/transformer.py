@@ -64,6 +64,11 @@ class Transformer:
         return self._weight.dtype
 
     @property
+    def record_dtype(self) -> torch.dtype:
+        """That of its arithmetic, where nothing is lost by it; the states of large ones overflow in float16."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
+
+    @property
     def levels(self) -> int:
         """Parts of the blocks."""
         return LEVELS

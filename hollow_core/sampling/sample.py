@@ -146,7 +146,9 @@ def portions(
         with _lora(model, lora, settings.strength), visiting(device, model.network.module):
             for few in slices(portion.start, portion.stop, settings.together):
                 generic = None if recipe is None else Conditioning.batch(texts.generic[few])
-                latents += draw(model, model.batch_guided(texts.guided[few]), seeds[few], settings, recipe, generic).split(1)
+                latents += draw(
+                    model, model.batch_guided(texts.guided[few]), seeds[few], settings, recipe, generic
+                ).split(1)
                 if progress is not None:
                     progress(few.stop, number)
         with visiting(device, model.vae):
