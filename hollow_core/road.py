@@ -19,7 +19,7 @@ from .memory.remedy import memory_told
 from .memory.setting import Setting
 from .models.base_model import free_encoders, outlines
 from .models.model import Model
-from .nets.network import Network, at_cut, two_path_cut
+from .nets.network import Network, at_cut
 from .nets.residency import stream_middle
 from .progress import Progress, Stop, Watch
 from .request import Request, low_examples, make_examples
@@ -138,7 +138,7 @@ def personalize(
     config, layout = model.network.config, model.layout
     network = at_cut(model.network, setting.cut, {record.timestep for record in store.records})
     del model  # here the middle leaves memory
-    recipe = recipe_for(two_path_cut(setting.cut), *request.subject, schedule.prediction.name)
+    recipe = recipe_for(setting.cut, *request.subject, schedule.prediction.name)
     picture = request.images[0].picture if request.thumbnail else None
     alpha = training.lora_alpha
 

@@ -97,7 +97,7 @@ class Planner:
     def __init__(self, model: str | Outlines) -> None:
         self._outline: Outlines = partial(outline, model) if isinstance(model, str) else model
         self._runs: dict[tuple[str, Setting], tuple[Peak, int]] = {}  # what was run once
-        known = self._outline(torch.float32)
+        known = self._known = self._outline(torch.float32)
         self.stages = STAGES if known.vae is not None else ("precompute", "train")
         self.road = [stage for stage in ROAD if stage in self.stages]
         self.network, self._pixels, self.resolution = known.network, known.pixels_per_latent, known.resolution
@@ -191,6 +191,7 @@ class Planner:
         """The size of the largest picture in pixels."""
         if setting.cut is not None:
             self.network.check_cut(setting.cut)
+        self._known.schedule_for(setting.timestep_sampling, self.resolution)
         size = setting.measured(self.resolution)
         for side in size:
             if side < 1 or side % self._pixels:

@@ -6,7 +6,7 @@ import torch
 
 from ..models.base_model import keep_small
 from ..models.model import Model, TimestepSampling
-from ..nets.network import Cut
+from ..nets.network import Cut, cut_in_words
 from ..nets.residency import Bits
 from ..training.precompute import check_samples
 from ..training.settings import TrainSettings, check_unfused
@@ -87,7 +87,7 @@ class Setting:
 
     def __str__(self) -> str:
         training = self.training
-        return f"{'the whole U-Net' if self.cut is None else f'cut {self.cut}'} in " + ", ".join(
+        return f"{'the whole U-Net' if self.cut is None else f'cut {cut_in_words(self.cut)}'} in " + ", ".join(
             [
                 training.precision,
                 *([f"gradient checkpointing{levels_in_words(training)}"] if training.gradient_checkpointing else []),

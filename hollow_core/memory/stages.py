@@ -17,7 +17,7 @@ from ..lora.metadata import recipe_for
 from ..models.base_model import decode_images, encode_images, encode_prompt
 from ..models.model import Model
 from ..nets.conditioning import Conditioning
-from ..nets.network import at_cut, two_path_cut
+from ..nets.network import at_cut
 from ..nets.residency import away
 from ..nets.schedule import NoiseSchedule
 from ..progress import Progress
@@ -92,14 +92,14 @@ def _sample(model: Model, setting: Setting) -> tuple[Peak, int]:
     (width, height), training = setting.measured(model.resolution), setting.training
     settings = SampleSettings(steps=_passes(setting), size=(height, width))
     prompt = personal_prompt("sks", "dog")
-    recipe = recipe_for(two_path_cut(setting.cut), "sks", "dog", model.schedule.prediction.name)
+    recipe = recipe_for(setting.cut, "sks", "dog", model.schedule.prediction.name)
     network = at_cut(model.network, setting.cut, None)
     add_lora(network.module, training.rank, targets=training.targets, dora=training.dora, generator=torch.Generator())
     assert model.vae is not None
     with DryRun() as prompts:
         _hold(prompts, *model.text_encoders)
         text = encode_guided(model, prompt, settings)
-        generic = None if recipe.cut is None else encode_prompt(model, recipe.generic_prompt, settings.size)
+        generic = encode_prompt(model, recipe.generic_prompt, settings.size) if recipe.two_paths else None
     with DryRun() as drawing:
         _hold(drawing, model.network.module)
         drawing.name("lora", lora_parameters(model.network.module))

@@ -84,8 +84,13 @@ class Network(Protocol):
         ...
 
     @property
+<<<<<<< HEAD
     def record_dtype(self) -> torch.dtype:
         """How its records are usually kept."""
+=======
+    def usual_cut(self) -> Cut:
+        """Where nobody asks for another."""
+>>>>>>> 18c621e9bd6153df60c972330e2ab109690f7108
         ...
 
     @property
@@ -158,9 +163,9 @@ def read_cut(cut: object) -> Cut | None:
     return cast(Cut, tuple(cut) if isinstance(cut, list) else cut)
 
 
-def two_path_cut(cut: Cut | None) -> int | None:
-    """At which a U-Net is sampled on two paths; None where one is all that is needed."""
-    return cut if isinstance(cut, int) else None
+def cut_in_words(cut: Cut) -> str:
+    """ "3", of a pair "4,6"."""
+    return ",".join(map(str, cut)) if isinstance(cut, tuple) else str(cut)
 
 
 def at_cut(network: Network, cut: Cut | None, timesteps: Iterable[int] | None) -> Network:

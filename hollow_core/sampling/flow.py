@@ -1,4 +1,4 @@
-"""Pictures from a transformer: Euler steps from noise along what it predicts, as every family's own pipeline takes them."""
+"""Pictures from a transformer: Euler steps from noise along what it predicts, as in every family's own pipeline."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ def euler(model: TransformerModel, text: dict[str, Any], noise: Tensor, steps: i
     """Latents (batch, channels, height, width), in float32, from `noise` of that shape and what `encode_guided` gives
     for as many prompts. `guidance` counts where there are negative prompts: 1 is none.
     """
-    scheduler = noise_levels(model, *noise.shape[-2:], steps)
-    latents = noise.to(model.network.module.device, torch.float32)
-    for timestep in scheduler.timesteps.tolist():
-        velocity = _velocity(model, latents, timestep, text["prompts"])
+    height, width = noise.shape[-2:]
+    scheduler, latents = noise_levels(model, height, width, steps), noise.float()
+    for timestep in scheduler.timesteps:
+        velocity = _velocity(model, latents, float(timestep), text["prompts"])
         if text["negatives"]:
-            away = _velocity(model, latents, timestep, text["negatives"])
+            away = _velocity(model, latents, float(timestep), text["negatives"])
             velocity = model.family.guided(velocity, away, guidance)
-        latents = scheduler.step(velocity, torch.tensor(timestep), latents, return_dict=False)[0]
+        latents = scheduler.step(velocity, timestep, latents.to(velocity.device), return_dict=False)[0]
     return latents
 
 
@@ -44,8 +44,9 @@ def _velocity(model: TransformerModel, latents: Tensor, timestep: float, prompts
     alike = defaultdict(list)
     for index, prompt in enumerate(prompts):
         alike[prompt.encoder_hidden_states.shape].append(index)
-    found = torch.empty_like(latents)
+    found: dict[int, Tensor] = {}
     for indices in alike.values():
         seen = Conditioning.batch([prompts[index] for index in indices])
-        found[indices] = model.network.predict(latents[indices], [timestep] * len(indices), seen, {})
-    return found
+        predicted = model.network.predict(latents[indices], [timestep] * len(indices), seen, {})
+        found |= zip(indices, predicted.split(1), strict=True)
+    return torch.cat([found[index] for index in range(len(prompts))])

@@ -117,7 +117,7 @@ def encode(
     size = settings.size or (model.resolution, model.resolution)
     with visiting(device, *model.text_encoders):
         guided = {prompt: encode_guided(model, prompt, settings) for prompt in dict.fromkeys(prompts)}
-        if recipe is None or recipe.cut is None:
+        if recipe is None or not recipe.two_paths:
             return Texts([guided[prompt] for prompt in prompts], [], None)
         generics = generics or [generic_prompt(prompt, recipe.identifier) for prompt in prompts]
         generic = {text: encode_prompt(model, text, size) for text in dict.fromkeys(generics)}
@@ -204,6 +204,7 @@ def _(
     height, width = settings.size or (model.resolution, model.resolution)
     paths: Any = nullcontext()
     if recipe is not None and generic is not None:
+        assert not isinstance(recipe.cut, tuple)
         paths = two_path(
             pipeline, cut=recipe.cut, generic=generic, strength=settings.strength, refresh=settings.refresh
         )
