@@ -126,7 +126,7 @@ def personalize(
             cut=setting.cut,
             samples=setting.samples,
             seed=training.seed,
-            dtype=setting.store_dtype,
+            dtype=setting.store_dtype or model.network.record_dtype,
             together=training.together,
             made_by=made_by,
             progress=watch("precompute"),

@@ -119,7 +119,9 @@ class Planner:
         if setting.cut is None:
             return 0
         shapes = self.network.stored_shapes(setting.cut, height, width).values()
-        return setting.samples * sum(map(math.prod, shapes)) * setting.store_dtype.itemsize
+        return (
+            setting.samples * sum(map(math.prod, shapes)) * (setting.store_dtype or self.network.record_dtype).itemsize
+        )
 
     def peak(self, stage: str, setting: Setting) -> Peak:
         """Of one stage of `STAGES` only. Raises HollowError as `predict` does."""
@@ -232,7 +234,7 @@ class Planner:
         if stage in ("precompute", "train"):  # without the VAE
             setting = replace(setting, tiled_vae=False)
         if stage != "train":  # which alone reads records
-            setting = replace(setting, samples=1, store_dtype=torch.float16)
+            setting = replace(setting, samples=1, store_dtype=None)
         if (stage, setting) not in self._runs:
             # whatever mode the caller is in
             with torch.inference_mode(False), torch.enable_grad():

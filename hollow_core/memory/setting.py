@@ -34,8 +34,8 @@ class Setting:
     class_images: int = 0
     """Pictures of the class that the base draws for prior preservation; with any, a step has twice the records. 0 does
     without."""
-    store_dtype: torch.dtype = torch.float16
-    """How records are kept."""
+    store_dtype: torch.dtype | None = None
+    """How records are kept; None: as is usual for the network."""
     base_bits: Bits | None = None
     """Bits of a weight of the frozen base; None keeps them in the precision."""
     streaming: bool = False

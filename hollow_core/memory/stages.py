@@ -158,14 +158,13 @@ class OneRecord(Store):
 
     def __init__(self, model: Model, setting: Setting) -> None:
         self.schedule: NoiseSchedule = model.schedule
-        fingerprint = Fingerprint(
-            "", setting.cut, self.schedule.id, 1, 0, str(setting.store_dtype), ["image"], [], [], []
-        )
+        dtype = setting.store_dtype or model.network.record_dtype
+        fingerprint = Fingerprint("", setting.cut, self.schedule.id, 1, 0, str(dtype), ["image"], [], [], [])
         super().__init__(Path(), fingerprint, [_RECORD])
         self._given = _inputs(model, setting)
         if setting.cut is not None:
             shapes = model.network.stored_shapes(setting.cut, *self._given[0].shape[-2:])
-            self._stored = {name: torch.zeros(1, *shape, dtype=setting.store_dtype) for name, shape in shapes.items()}
+            self._stored = {name: torch.zeros(1, *shape, dtype=dtype) for name, shape in shapes.items()}
 
     def record(self, index: int) -> Record:
         return _RECORD if self.cut is None else _RECORD._replace(stored=self._stored)
