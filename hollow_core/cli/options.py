@@ -1,5 +1,7 @@
 """Options that several commands take, and what their values mean."""
 
+import re
+from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -11,6 +13,7 @@ from ..errors import HollowError
 
 if TYPE_CHECKING:
     from ..memory.setting import Setting
+    from ..nets.network import Cut, Network
     from ..nets.residency import Bits
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -147,7 +150,7 @@ BaseBitsOption = Annotated[
 Stream = Annotated[
     bool,
     typer.Option(
-        help="Keep the weights of U-Net and text encoders in main memory and bring each to the GPU when it is needed: slower.",
+        help="Keep the weights of network and text encoders in main memory and bring each to the GPU when it is needed: slower.",
         show_default=UNLESS_CHOSEN,
         rich_help_panel=MEMORY,
     ),
@@ -155,7 +158,7 @@ Stream = Annotated[
 StreamMiddle = Annotated[
     bool,
     typer.Option(
-        help="The same for the middle alone, while precomputing: then it takes no more than training.",
+        help="The same for what the cut takes out, while precomputing: then it takes no more than training.",
         show_default=UNLESS_CHOSEN,
         rich_help_panel=MEMORY,
     ),
@@ -179,7 +182,7 @@ Checkpointing = Annotated[
 CheckpointLevels = Annotated[
     int | None,
     typer.Option(
-        help="With --checkpointing: how many levels of the U recompute, from the outermost. (default: all, unless chosen to fit)",
+        help="With --checkpointing: how many levels of the U recompute, from the outermost, or quarters of a transformer. (default: all, unless chosen to fit)",
         rich_help_panel=MEMORY,
     ),
 ]
@@ -225,7 +228,7 @@ def setting_of(
     resolution: int | None,
     samples: int,
     class_images: int,
-    cut: int = 3,
+    cut: "Cut | None",
     low_resolution: int | None = None,
     **training: Any,
 ) -> "Setting":
@@ -235,7 +238,7 @@ def setting_of(
     from ..training.settings import TrainSettings
 
     return Setting(
-        cut=None if cut < 0 else cut,
+        cut=cut,
         resolution=resolution,
         samples=samples,
         class_images=class_images,
@@ -252,6 +255,35 @@ def setting_of(
             **training,
         ),
     )
+
+
+def cut_of(asked: str | None, network: "Callable[[], Network]") -> "Cut | None":
+    """What `--cut` says, for a whole network, which is looked at where it matters: None for -1, an ordinary LoRA.
+    Where nobody says, the network's usual one. Raises HollowError for what is no cut."""
+    if asked is None:
+        return network().usual_cut
+    text = asked.replace(" ", "")
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
+        share = float(match[1]) / 100
+        if not 0 < share < 1:
+            raise HollowError(f"Cut {asked} leaves nothing in or out. Take a share between 10% and 80%.")
+        return network().nearest_cut(share)
+    if re.fullmatch(r"-\d+", text):
+        return None
+    if not re.fullmatch(r"\d+(,\d+)?", text):
+        raise HollowError(
+            f"{asked!r} is no cut. Write 3 for a U-Net; 14,14 for a transformer, blocks of the front and of the back; "
+            "50% for the nearest to this share of either; or -1 for none."
+        )
+    front, _, back = text.partition(",")
+    return (int(front), int(back)) if back else int(front)
+
+
+def cut_as_asked(cut: "Cut | None") -> str:
+    """What `cut_of` reads as this."""
+    from ..nets.network import cut_in_words
+
+    return "-1" if cut is None else cut_in_words(cut)
 
 
 def load_model(path: Path, precision: str, prediction_type: Prediction | None) -> Any:

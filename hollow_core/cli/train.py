@@ -46,6 +46,7 @@ from .options import (
     StreamMiddle,
     TiledVae,
     Together,
+    cut_of,
     device_of,
     load_model,
     setting_of,
@@ -103,7 +104,7 @@ def train(
     prior_weight: Annotated[float, typer.Option(help="Weight of the prior-preservation loss.", rich_help_panel=CLASS_PICTURES)] = 1.0,
     # memory
     budget: Annotated[str | None, typer.Option(help="Memory to stay within, such as 4GB. What of this group is not given, but for --fused-backward, is chosen: the least hollowing and the fastest that fit. (default: what is free on a GPU; on a CPU nothing is chosen)", rich_help_panel=MEMORY)] = None,
-    cut: Annotated[int, typer.Option(help="How much of the U-Net to hollow, see `hollow cuts`; -1 for an ordinary LoRA on all of it.", show_default="chosen to fit; 3 on a CPU", rich_help_panel=MEMORY)] = 3,
+    cut: Annotated[str | None, typer.Option(help="How much to hollow, see `hollow cuts`: 3 of a U-Net; 14,14 of a transformer, blocks of the front and of the back; 50% of the parameters of either; -1 for an ordinary LoRA on all of it.", show_default="chosen to fit; on a CPU 3, or half of a transformer", rich_help_panel=MEMORY)] = None,
     precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic.", show_default="bf16 where the GPU has it; fp32 on a CPU", rich_help_panel=MEMORY)] = Precision.fp32,
     together: Together = 1,
     checkpointing: Checkpointing = False,
@@ -134,7 +135,7 @@ def train(
     device: DeviceOption = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Train a LoRA of a subject on a hollowed U-Net. Press Ctrl-C to stop; the same command goes on."""
+    """Train a LoRA of a subject on a hollowed network. Press Ctrl-C to stop; the same command goes on."""
     quiet()
     from ..data.captions import CaptionChanges
     from ..data.folders import load_pictures
@@ -145,7 +146,7 @@ def train(
     planner = cache(partial(Planner, str(model)))
     side = resolution or planner().resolution
     setting = setting_of(
-        cut=cut,
+        cut=cut_of(cut, lambda: planner().network),
         resolution=side,
         samples=samples,
         class_images=class_images,

@@ -95,7 +95,7 @@ class _Ledger(TorchDispatchMode):
         self.backward = False
         self._numbers: dict[int, int] = {}  # of the storages alive, by address
         self._alive: dict[int, weakref.ref[Any]] = {}
-        self._results = _Results()
+        self._alike = Alike()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -107,7 +107,7 @@ class _Ledger(TorchDispatchMode):
             return args[0]
         if func is torch.ops.aten._foreach_copy_.default and args[1][0].is_meta and not args[0][0].is_meta:
             return None
-        out = self._results.of(func, args, kwargs)
+        out = self._alike.of(func, args, kwargs)
         packet = func.overloadpacket
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
@@ -154,15 +154,20 @@ class _Ledger(TorchDispatchMode):
         del self._numbers[address], self._alive[address]
 
 
-class _Results:
-    """What operations without data give, which takes Python long to find out: asked again with tensors of the same
-    shapes, as alike blocks do, those that make new tensors make the like, and those with `out` give it."""
+class Alike(TorchDispatchMode):
+    """What operations without data give takes Python long to find out: asked again with tensors of the same shapes, as
+    alike blocks do, those that make new tensors make the like inside, and those with `out` give it."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._known: dict[Any, bool] = {}  # whether an operation is one of these
         self._made: dict[Any, Any] = {}  # whether several, and shape, strides and dtype of each, by what was asked
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.of(func, args, kwargs or {})
+
     def of(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`func(*args, **kwargs)`, or the like."""
         if func not in self._known:
             schema = func._schema
             views = any(each.alias_info for each in (*schema.arguments, *schema.returns))

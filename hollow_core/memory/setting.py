@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..models.base_model import BaseModel, keep_small
-from ..nets.network import Cut
+from ..nets.network import Cut, cut_in_words
 from ..nets.residency import Bits
 from ..training.precompute import check_samples
 from ..training.settings import TrainSettings, check_unfused
@@ -25,7 +25,7 @@ class Setting:
     """One way to go the whole road. The base is loaded in the precision of `training`."""
 
     cut: Cut | None = 3
-    """How much to hollow; None trains an ordinary LoRA on the whole U-Net."""
+    """How much to hollow; None trains an ordinary LoRA on the whole network."""
     resolution: int | None = None
     """Side of the pictures in pixels, or of a square of about their area; None is the model's own."""
     samples: int = 200
@@ -38,9 +38,9 @@ class Setting:
     base_bits: Bits | None = None
     """Bits of a weight of the frozen base; None keeps them in the precision."""
     streaming: bool = False
-    """The weights of U-Net and text encoders are in main memory and visit the device."""
+    """The weights of network and text encoders are in main memory and visit the device."""
     stream_middle: bool = False
-    """While precomputing, those of the middle are."""
+    """While precomputing, those of what the cut takes out are."""
     tiled_vae: bool = False
     """Pictures are encoded and decoded in tiles."""
     training: TrainSettings = field(default_factory=TrainSettings)
@@ -84,7 +84,7 @@ class Setting:
 
     def __str__(self) -> str:
         training = self.training
-        return f"{'the whole U-Net' if self.cut is None else f'cut {self.cut}'} in " + ", ".join(
+        return f"{'the whole network' if self.cut is None else f'cut {cut_in_words(self.cut)}'} in " + ", ".join(
             [
                 training.precision,
                 *([f"gradient checkpointing{levels_in_words(training)}"] if training.gradient_checkpointing else []),

@@ -83,6 +83,15 @@ class Network(Protocol):
         """Every cut that it has, from the least on."""
         ...
 
+    @property
+    def usual_cut(self) -> Cut:
+        """Where nobody says."""
+        ...
+
+    def nearest_cut(self, share: float) -> Cut:
+        """Whose share of the parameters, from 0 to 1, comes nearest; where there are two ends, of both evenly."""
+        ...
+
     def check_cut(self, cut: Cut) -> None:
         """Raises HollowError for a cut that it has not."""
         ...
@@ -138,6 +147,11 @@ class Network(Protocol):
 def read_cut(cut: object) -> Cut | None:
     """A cut as JSON has it, where a pair is a list; anything else stays as it is."""
     return cast(Cut, tuple(cut) if isinstance(cut, list) else cut)
+
+
+def cut_in_words(cut: Cut) -> str:
+    """As people write it: 3, or 14,14."""
+    return str(cut) if isinstance(cut, int) else ",".join(map(str, cut))
 
 
 def at_cut(network: Network, cut: Cut | None, timesteps: Iterable[int] | None) -> Network:
