@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .app import console, say
-from .options import cut_as_asked
+from .options import cut_as_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,7 +89,7 @@ def options_of(setting: "Setting") -> dict[str, Any]:
     """What gives these levers: {an option's name in Python: its value, None where it is left out}."""
     training = setting.training
     return {
-        "cut": cut_as_asked(setting.cut),
+        "cut": cut_as_option(setting.cut),
         "precision": training.precision,
         "together": training.together,
         "checkpointing": training.gradient_checkpointing,

@@ -1,7 +1,6 @@
 """Options that several commands take, and what their values mean."""
 
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -79,6 +78,14 @@ class LRSchedule(str, Enum):
     cosine = "cosine"
     cosine_with_restarts = "cosine_with_restarts"
     polynomial = "polynomial"
+
+
+class TimestepSampling(str, Enum):
+    """How a model of flow matching draws time steps."""
+
+    shifted = "shifted"
+    logit_normal = "logit-normal"
+    uniform = "uniform"
 
 
 class Prediction(str, Enum):
@@ -217,6 +224,7 @@ ClipModel = Annotated[
 
 def setting_of(
     *,
+    network: "Network",
     optimizer: OptimizerKind,
     lora_precision: LoraPrecision,
     checkpointing: bool,
@@ -228,17 +236,17 @@ def setting_of(
     resolution: int | None,
     samples: int,
     class_images: int,
-    cut: "Cut | None",
+    cut: str | None = None,
     low_resolution: int | None = None,
+    timestep_sampling: TimestepSampling | None = None,
     **training: Any,
 ) -> "Setting":
-    """What the options say; `training` are those that `TrainSettings` calls by the same name."""
-    from ..lora.layers import ALL_LAYERS, ATTENTION
+    """What the options say of a network; `training` are those that `TrainSettings` calls by the same name."""
     from ..memory.setting import Setting
     from ..training.settings import TrainSettings
 
     return Setting(
-        cut=cut,
+        cut=network.usual_cut if cut is None else cut_of(cut, network),
         resolution=resolution,
         samples=samples,
         class_images=class_images,
@@ -247,43 +255,15 @@ def setting_of(
         stream_middle=stream_middle,
         tiled_vae=tiled_vae,
         low_resolution=low_resolution,
+        timestep_sampling=None if timestep_sampling is None else timestep_sampling.value,
         training=TrainSettings(
-            targets=ATTENTION if layers is Layers.attention else ALL_LAYERS,
+            targets=network.targets.attention if layers is Layers.attention else network.targets.all,
             optimizer=optimizer.value,
             lora_precision=lora_precision.value,
             gradient_checkpointing=checkpointing,
             **training,
         ),
     )
-
-
-def cut_of(asked: str | None, network: "Callable[[], Network]") -> "Cut | None":
-    """What `--cut` says, for a whole network, which is looked at where it matters: None for -1, an ordinary LoRA.
-    Where nobody says, the network's usual one. Raises HollowError for what is no cut."""
-    if asked is None:
-        return network().usual_cut
-    text = asked.replace(" ", "")
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
-        share = float(match[1]) / 100
-        if not 0 < share < 1:
-            raise HollowError(f"Cut {asked} leaves nothing in or out. Take a share between 10% and 80%.")
-        return network().nearest_cut(share)
-    if re.fullmatch(r"-\d+", text):
-        return None
-    if not re.fullmatch(r"\d+(,\d+)?", text):
-        raise HollowError(
-            f"{asked!r} is no cut. Write 3 for a U-Net; 14,14 for a transformer, blocks of the front and of the back; "
-            "50% for the nearest to this share of either; or -1 for none."
-        )
-    front, _, back = text.partition(",")
-    return (int(front), int(back)) if back else int(front)
-
-
-def cut_as_asked(cut: "Cut | None") -> str:
-    """What `cut_of` reads as this."""
-    from ..nets.network import cut_in_words
-
-    return "-1" if cut is None else cut_in_words(cut)
 
 
 def load_model(path: Path, precision: str, prediction_type: Prediction | None) -> Any:
@@ -294,6 +274,34 @@ def load_model(path: Path, precision: str, prediction_type: Prediction | None) -
     return load(
         path, DTYPES[Precision(precision).value], prediction_type=prediction_type.value if prediction_type else None
     )
+
+
+def cut_of(asked: str, network: "Network") -> "Cut | None":
+    """3, or 4,6 of a transformer's front and back; of 50% the cut nearest to this share of the network's parameters;
+    None for -1. Raises HollowError for anything else."""
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", asked):
+        if not 0 < (share := float(match[1])) < 100:
+            raise HollowError(f"There is no cut of {asked}. Give a share between 10% and 80%.")
+        return network.nearest_cut(share / 100)
+    try:
+        numbers = tuple(int(number) for number in asked.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) not in (1, 2) or min(numbers) < -1:
+        raise HollowError(
+            f"{asked!r} is no cut. Give a number such as 3 for a U-Net, two such as 4,6 for a transformer, or a share "
+            "such as 50%."
+        )
+    if -1 in numbers:
+        return None
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def cut_as_option(cut: "Cut | None") -> int | str:
+    """As `cut_of` reads it; numbers stay numbers, as files of runs have them."""
+    from ..nets.network import cut_in_words
+
+    return -1 if cut is None else cut_in_words(cut) if isinstance(cut, tuple) else cut
 
 
 def bits_of(asked: BaseBits) -> "Bits | None":

@@ -35,7 +35,7 @@ from .options import (
     StreamMiddle,
     TiledVae,
     Together,
-    cut_as_asked,
+    cut_as_option,
     cut_of,
     setting_of,
 )
@@ -65,7 +65,7 @@ def cuts(
     from ..models.base_model import outline
 
     base = outline(model)
-    asked = [found for text in cut or [] if (found := cut_of(text, lambda: base.network)) is not None]
+    asked = [found for text in cut or [] if (found := cut_of(text, base.network)) is not None]
     rows = cuts_table(base.network, base.latent_side, base.latent_side, asked or None)
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -73,7 +73,7 @@ def cuts(
     table = Table("cut", "hollowed", "removed %", "parameters kept", "record", "training step")
     for row in rows:
         table.add_row(
-            cut_as_asked(row["k"]),
+            str(cut_as_option(row["k"])),
             _hollowed(row),
             f"{row['removed_percent']:.1f}",
             f"{row['parameters'] / 1e6:.1f} M",
@@ -123,8 +123,9 @@ def plan(
     quiet()
     from ..memory.planner import Planner, parse_bytes
 
+    planner = Planner(model)
     setting = setting_of(
-        cut=None,
+        network=planner.network,
         resolution=resolution,
         samples=samples,
         class_images=class_images,
@@ -146,11 +147,10 @@ def plan(
     )
     precisions: list[Any] = [each.value for each in precision or []]
     if budget is None:
-        planner = Planner(model)
         settings = [
             replace(setting, cut=each, training=replace(setting.training, precision=precision))
             for precision in precisions or ["fp32"]
-            for each in ([cut_of(text, lambda: planner.network) for text in cut] if cut else [None, *planner.cuts()])
+            for each in ([cut_of(text, planner.network) for text in cut] if cut else [None, *planner.cuts()])
         ]
         predictions = []
         with watching() as watch:
@@ -162,7 +162,7 @@ def plan(
         raise HollowError("A budget picks the cut itself. Leave out --cut or --budget.")
     else:
         available = parse_bytes(budget)
-        fit = Planner(model).fit(available, setting, **({"precisions": precisions} if precisions else {}))
+        fit = planner.fit(available, setting, **({"precisions": precisions} if precisions else {}))
         predictions = [fit.prediction]
         rows = [fit.prediction.row() | {"gave_up": list(fit.gave_up)}]
         say(f"Fits into {budget}: {fit.prediction.setting}. Given up: {', '.join(fit.gave_up) or 'nothing'}.")

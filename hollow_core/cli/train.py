@@ -45,8 +45,8 @@ from .options import (
     Stream,
     StreamMiddle,
     TiledVae,
+    TimestepSampling,
     Together,
-    cut_of,
     device_of,
     load_model,
     setting_of,
@@ -97,6 +97,7 @@ def train(
     batch: Annotated[int, typer.Option(help="Records a step; costs time, and memory only for what is --together.", rich_help_panel=TRAINING)] = 1,
     samples: Annotated[int, typer.Option(help="Records to precompute; half are of the class where there are class images.", rich_help_panel=TRAINING)] = 200,
     snr_gamma: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, usually 5. (default: off)", rich_help_panel=TRAINING)] = None,
+    timestep_sampling: Annotated[TimestepSampling | None, typer.Option(help="Of a transformer: which noise levels are learned. shifted: middling ones more, and then more of the noisy ones, as the model is sampled. logit-normal: not shifted. uniform: all alike. (default: shifted)", rich_help_panel=TRAINING)] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same LoRA on the same CPU, and on a GPU the same but for rounding.", rich_help_panel=TRAINING)] = 0,
     # class pictures
     class_folder: Annotated[Path | None, typer.Option(help="Folder of own pictures of the class for prior preservation, with captions or in folders named as 1_dog. (default: a folder reg or class in --images, if there is one)", rich_help_panel=CLASS_PICTURES)] = None,
@@ -146,7 +147,8 @@ def train(
     planner = cache(partial(Planner, str(model)))
     side = resolution or planner().resolution
     setting = setting_of(
-        cut=cut_of(cut, lambda: planner().network),
+        network=planner().network,
+        cut=cut,
         resolution=side,
         samples=samples,
         class_images=class_images,
@@ -155,6 +157,7 @@ def train(
         stream_middle=stream_middle,
         tiled_vae=tiled_vae,
         low_resolution=low_resolution,
+        timestep_sampling=timestep_sampling,
         rank=rank,
         layers=layers,
         dora=dora,

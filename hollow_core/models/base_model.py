@@ -90,6 +90,11 @@ class BaseModel:
         return self.resolution // self.latent_side
 
     @property
+    def large_encoders(self) -> tuple[nn.Module, ...]:
+        """None: CLIP is small."""
+        return ()
+
+    @property
     def usual_guidance(self) -> float:
         """Scale of classifier-free guidance, as everybody takes it."""
         return 7.5
@@ -380,13 +385,15 @@ def keep_small(
 ) -> None:
     """Take memory off a model, for all that is done with it on `device`.
 
-    `base_bits` are of a weight of the network; `streaming` keeps the weights of network and text encoders in main
-    memory, from where they visit the device; `tiled_vae` has pictures encoded and decoded in tiles. Raises HollowError
-    as `residency` does.
+    `base_bits` are of a weight of the network, and of large text encoders; `streaming` keeps the weights of network and
+    text encoders in main memory, from where they visit the device; `tiled_vae` has pictures encoded and decoded in
+    tiles. Raises HollowError as `residency` does.
     """
     network = model.network
     if base_bits is not None:
         quantize(network.module, base_bits, network.kept)
+        for encoder in model.large_encoders:
+            quantize(encoder, base_bits)
     if streaming:
         stream(network.module, device, network.kept)
         for encoder in model.text_encoders:

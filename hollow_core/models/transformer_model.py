@@ -66,6 +66,11 @@ class TransformerModel:
         return tuple(self.encoders.values())
 
     @property
+    def large_encoders(self) -> tuple[nn.Module, ...]:
+        """All: they are as large as the network."""
+        return self.text_encoders
+
+    @property
     def layout(self) -> str:
         """The family's name."""
         return self.family.name
@@ -222,14 +227,14 @@ def _assembled(folder: Path, part: Callable[[str, type[Any]], Any]) -> Transform
     with quiet():
         network, pictures = part(NETWORK, kinds[NETWORK]), part("vae", kinds["vae"])
         per_latent = vae.pixels_per_latent(pictures.config)
-        own_side = network.config.get("sample_size")
+        own_side, scheduler = network.config.get("sample_size"), _scheduler(folder, family)
         return TransformerModel(
             module=network,
             vae=pictures,
             encoders={name: part(name, kinds[name]) for name in family.text_encoders if name in kinds},
             tokenizers=(),
-            scheduler=_scheduler(folder, family),
-            resolution=family.resolution if own_side is None else own_side * per_latent,
+            scheduler=scheduler,
+            resolution=own_side * per_latent if own_side else min(family.resolution, _largest(scheduler, per_latent)),
             pixels_per_latent=per_latent,
             options={name: value for name, value in index.items() if not (_names_part(value) or name.startswith("_"))},
         )
@@ -287,6 +292,11 @@ def _outlined(folder: Path, name: str, kind: Any, *, dtype: torch.dtype) -> nn.M
         maker = partial(kind, kind.config_class.from_pretrained(folder / name))
     outlined: nn.Module = without_data([maker], dtype)[0]
     return outlined
+
+
+def _largest(scheduler: FlowMatchEulerDiscreteScheduler, pixels_per_latent: int) -> int:
+    """Side of the largest picture, in patches of 2×2 latents, for which a scheduler is made."""
+    return math.isqrt(scheduler.config.max_image_seq_len) * 2 * pixels_per_latent
 
 
 def _maker(part: Any) -> Callable[[], nn.Module]:

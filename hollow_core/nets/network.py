@@ -4,7 +4,7 @@ What the base path leaves in a record is a mapping of named tensors (1, …), wh
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,14 @@ Cut: TypeAlias = int | tuple[int, int]
 
 Stored: TypeAlias = Mapping[str, Tensor]
 """What a record keeps of the base path, by names that are the network's own business."""
+
+
+class Targets(NamedTuple):
+    """Ends of the names of layers for a LoRA."""
+
+    attention: tuple[str, ...]
+    all: tuple[str, ...]
+    """With those of feed-forward layers and the like: more is learned in fewer steps, in a larger file."""
 
 
 class BasePath(Protocol):
@@ -66,8 +74,23 @@ class Network(Protocol):
         ...
 
     @property
+    def targets(self) -> "Targets":
+        """Which of them usually get one."""
+        ...
+
+    @property
     def kept(self) -> tuple[str, ...]:
         """The beginnings of the paths of layers that are neither quantised nor streamed, as they are small."""
+        ...
+
+    @property
+    def record_dtype(self) -> torch.dtype:
+        """How its records are usually kept."""
+        ...
+
+    @property
+    def usual_cut(self) -> Cut:
+        """Where nobody asks for another."""
         ...
 
     @property
@@ -81,11 +104,6 @@ class Network(Protocol):
 
     def cuts(self) -> Sequence[Cut]:
         """Every cut that it has, from the least on."""
-        ...
-
-    @property
-    def usual_cut(self) -> Cut:
-        """Where nobody says."""
         ...
 
     def nearest_cut(self, share: float) -> Cut:
@@ -150,8 +168,8 @@ def read_cut(cut: object) -> Cut | None:
 
 
 def cut_in_words(cut: Cut) -> str:
-    """As people write it: 3, or 14,14."""
-    return str(cut) if isinstance(cut, int) else ",".join(map(str, cut))
+    """ "3", of a pair "4,6"."""
+    return ",".join(map(str, cut)) if isinstance(cut, tuple) else str(cut)
 
 
 def at_cut(network: Network, cut: Cut | None, timesteps: Iterable[int] | None) -> Network:

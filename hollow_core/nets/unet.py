@@ -17,9 +17,18 @@ from torch import Tensor, nn
 
 from ..errors import HollowError
 from .conditioning import Conditioning
-from .network import Stored, removed_fraction
+from .network import Stored, Targets, removed_fraction
 from .transfer import send
-from .unet_layers import check_cut, exit_shape, hollowed_layers, layers, leaves_attention, max_cut
+from .unet_layers import (
+    ALL_LAYERS,
+    ATTENTION,
+    check_cut,
+    exit_shape,
+    hollowed_layers,
+    layers,
+    leaves_attention,
+    max_cut,
+)
 
 EXIT_ACTIVATION = ""
 """What a U-Net's record keeps, its only tensor: so it needs no name, and stands in stores under the record's number."""
@@ -56,9 +65,24 @@ class UNet:
         return ("",)
 
     @property
+    def targets(self) -> Targets:
+        """The paper's, and all."""
+        return Targets(ATTENTION, ALL_LAYERS)
+
+    @property
     def kept(self) -> tuple[str, ...]:
         """They are under one percent, and what they make goes everywhere; device and dtype are read off conv_in."""
         return "conv_in", "conv_out", "time_embedding", "add_embedding"
+
+    @property
+    def record_dtype(self) -> torch.dtype:
+        """Half the bytes of float32, and more exact than bfloat16."""
+        return torch.float16
+
+    @property
+    def usual_cut(self) -> int:
+        """The paper's."""
+        return 3
 
     @property
     def levels(self) -> int:
@@ -84,11 +108,6 @@ class UNet:
     def cuts(self) -> range:
         """From the mid block alone to all but conv_in and the last up layer."""
         return range(max_cut(self.config) + 1)
-
-    @property
-    def usual_cut(self) -> int:
-        """The paper's choice for SD 1.x and 2.x, or the deepest there is."""
-        return min(3, max_cut(self.config))
 
     def nearest_cut(self, share: float) -> int:
         """Whose share of the parameters, from 0 to 1, comes nearest."""
