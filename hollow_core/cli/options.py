@@ -1,5 +1,6 @@
 """Options that several commands take, and what their values mean."""
 
+import re
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -156,7 +157,7 @@ BaseBitsOption = Annotated[
 Stream = Annotated[
     bool,
     typer.Option(
-        help="Keep the weights of U-Net and text encoders in main memory and bring each to the GPU when it is needed: slower.",
+        help="Keep the weights of network and text encoders in main memory and bring each to the GPU when it is needed: slower.",
         show_default=UNLESS_CHOSEN,
         rich_help_panel=MEMORY,
     ),
@@ -164,7 +165,7 @@ Stream = Annotated[
 StreamMiddle = Annotated[
     bool,
     typer.Option(
-        help="The same for the middle alone, while precomputing: then it takes no more than training.",
+        help="The same for what the cut takes out, while precomputing: then it takes no more than training.",
         show_default=UNLESS_CHOSEN,
         rich_help_panel=MEMORY,
     ),
@@ -188,7 +189,7 @@ Checkpointing = Annotated[
 CheckpointLevels = Annotated[
     int | None,
     typer.Option(
-        help="With --checkpointing: how many levels of the U recompute, from the outermost. (default: all, unless chosen to fit)",
+        help="With --checkpointing: how many levels of the U recompute, from the outermost, or quarters of a transformer. (default: all, unless chosen to fit)",
         rich_help_panel=MEMORY,
     ),
 ]
@@ -245,7 +246,7 @@ def setting_of(
     from ..training.settings import TrainSettings
 
     return Setting(
-        cut=network.usual_cut if cut is None else cut_of(cut),
+        cut=network.usual_cut if cut is None else cut_of(cut, network),
         resolution=resolution,
         samples=samples,
         class_images=class_images,
@@ -275,15 +276,21 @@ def load_model(path: Path, precision: str, prediction_type: Prediction | None) -
     )
 
 
-def cut_of(asked: str) -> "Cut | None":
-    """3, or 4,6 of a transformer's front and back; None for -1. Raises HollowError for anything else."""
+def cut_of(asked: str, network: "Network") -> "Cut | None":
+    """3, or 4,6 of a transformer's front and back; of 50% the cut nearest to this share of the network's parameters;
+    None for -1. Raises HollowError for anything else."""
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", asked):
+        if not 0 < (share := float(match[1])) < 100:
+            raise HollowError(f"There is no cut of {asked}. Give a share between 10% and 80%.")
+        return network.nearest_cut(share / 100)
     try:
         numbers = tuple(int(number) for number in asked.split(","))
     except ValueError:
         numbers = ()
     if len(numbers) not in (1, 2) or min(numbers) < -1:
         raise HollowError(
-            f"{asked!r} is no cut. Give a number such as 3 for a U-Net, two such as 4,6 for a transformer."
+            f"{asked!r} is no cut. Give a number such as 3 for a U-Net, two such as 4,6 for a transformer, or a share "
+            "such as 50%."
         )
     if -1 in numbers:
         return None

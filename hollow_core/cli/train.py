@@ -105,7 +105,7 @@ def train(
     prior_weight: Annotated[float, typer.Option(help="Weight of the prior-preservation loss.", rich_help_panel=CLASS_PICTURES)] = 1.0,
     # memory
     budget: Annotated[str | None, typer.Option(help="Memory to stay within, such as 4GB. What of this group is not given, but for --fused-backward, is chosen: the least hollowing and the fastest that fit. (default: what is free on a GPU; on a CPU nothing is chosen)", rich_help_panel=MEMORY)] = None,
-    cut: Annotated[str | None, typer.Option(help="How much to hollow, see `hollow cuts`: a number of a U-Net, two of a transformer, such as 4,6, for blocks of its front and of its back; -1 for an ordinary LoRA on all of it. (default: chosen to fit; on a CPU 3, or half of a transformer)", rich_help_panel=MEMORY)] = None,
+    cut: Annotated[str | None, typer.Option(help="How much to hollow, see `hollow cuts`: 3 of a U-Net; 14,14 of a transformer, blocks of the front and of the back; 50% of the parameters of either; -1 for an ordinary LoRA on all of it.", show_default="chosen to fit; on a CPU 3, or half of a transformer", rich_help_panel=MEMORY)] = None,
     precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic.", show_default="bf16 where the GPU has it; fp32 on a CPU", rich_help_panel=MEMORY)] = Precision.fp32,
     together: Together = 1,
     checkpointing: Checkpointing = False,
@@ -136,7 +136,7 @@ def train(
     device: DeviceOption = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Train a LoRA of a subject on a hollowed U-Net. Press Ctrl-C to stop; the same command goes on."""
+    """Train a LoRA of a subject on a hollowed network. Press Ctrl-C to stop; the same command goes on."""
     quiet()
     from ..data.captions import CaptionChanges
     from ..data.folders import load_pictures

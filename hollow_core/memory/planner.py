@@ -15,7 +15,7 @@ import torch
 
 from ..errors import HollowError
 from ..models.base_model import Outlines, outline
-from ..nets.network import Cut, removed_fraction
+from ..nets.network import Cut, cut_in_words, removed_fraction
 from ..nets.residency import stream_middle
 from ..training.settings import DTYPES, Precision, TrainSettings
 from .dry_run import Peak
@@ -87,7 +87,7 @@ class Fit:
 
 
 class Planner:
-    """Predictions for one model: a layout ("sd15", "sd21", "sdxl") or a path, as for `outline`, or what gives its
+    """Predictions for one model: a layout ("sd15", "flux" and so on) or a path, as for `outline`, or what gives its
     outline: `outlines` of one that is loaded. Of one without a VAE, whose pictures and prompts others encode and draw,
     there are the stages precompute and train alone.
 
@@ -129,7 +129,7 @@ class Planner:
         return self._run(stage, setting)[0]
 
     def cuts(self) -> list[Cut]:
-        """Those worth a look: they leave at least 15 % of the U-Net, as the paper's do, and attention in it."""
+        """Those worth a look: they leave at least 15 % of the network, as the paper's do, and attention in it."""
         network = self.network
         return [
             cut for cut in network.cuts() if network.leaves_attention(cut) and removed_fraction(network, cut) <= 0.85
@@ -146,7 +146,7 @@ class Planner:
     ) -> Fit:
         """The least hollowing, and for it the fastest way, whose stages all stay within `budget` bytes.
 
-        From the whole U-Net on, cut by cut (those of `cuts()`, or `cuts` if given), the ways are tried that give up
+        From the whole network on, cut by cut (those of `cuts()`, or `cuts` if given), the ways are tried that give up
         least: `precisions` in their order, then in the smallest of them one record at a time, gradient checkpointing,
         level by level from the outermost, then a base in 8 bits; with a tiled VAE where pictures would not fit
         otherwise, and a streamed middle where precomputing would not. Where no cut fits so, all is streamed: last, as
@@ -297,7 +297,8 @@ def _gave_up(setting: Setting, first: Setting) -> tuple[str, ...]:
     training = setting.training
     given = []
     if setting.cut is not None:
-        given.append(f"the middle of the U-Net (cut {setting.cut})")
+        gone = "the middle" if isinstance(setting.cut, int) else "both ends"
+        given.append(f"{gone} of the network (cut {cut_in_words(setting.cut)})")
     if training.precision != first.training.precision:
         given.append(f"{first.training.precision} for {training.precision}")
     if training.together != first.training.together:
@@ -309,7 +310,8 @@ def _gave_up(setting: Setting, first: Setting) -> tuple[str, ...]:
     if setting.tiled_vae != first.tiled_vae:
         given.append("seams between a picture's tiles, faint at most (tiled VAE)")
     if setting.stream_middle != first.stream_middle:
-        given.append("the time to bring the middle from main memory while precomputing (streamed middle)")
+        gone = "the middle" if isinstance(setting.cut, int) else "both ends"
+        given.append(f"the time to bring {gone} from main memory while precomputing (streamed middle)")
     if setting.streaming != first.streaming:
         given.append("the time to bring weights from main memory (streaming)")
     return tuple(given)

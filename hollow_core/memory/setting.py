@@ -26,7 +26,7 @@ class Setting:
     """One way to go the whole road. The base is loaded in the precision of `training`."""
 
     cut: Cut | None = 3
-    """How much to hollow; None trains an ordinary LoRA on the whole U-Net."""
+    """How much to hollow; None trains an ordinary LoRA on the whole network."""
     resolution: int | None = None
     """Side of the pictures in pixels, or of a square of about their area; None is the model's own."""
     samples: int = 200
@@ -39,9 +39,9 @@ class Setting:
     base_bits: Bits | None = None
     """Bits of a weight of the frozen base; None keeps them in the precision."""
     streaming: bool = False
-    """The weights of U-Net and text encoders are in main memory and visit the device."""
+    """The weights of network and text encoders are in main memory and visit the device."""
     stream_middle: bool = False
-    """While precomputing, those of the middle are."""
+    """While precomputing, those of what the cut takes out are."""
     tiled_vae: bool = False
     """Pictures are encoded and decoded in tiles."""
     training: TrainSettings = field(default_factory=TrainSettings)
@@ -87,7 +87,7 @@ class Setting:
 
     def __str__(self) -> str:
         training = self.training
-        return f"{'the whole U-Net' if self.cut is None else f'cut {cut_in_words(self.cut)}'} in " + ", ".join(
+        return f"{'the whole network' if self.cut is None else f'cut {cut_in_words(self.cut)}'} in " + ", ".join(
             [
                 training.precision,
                 *([f"gradient checkpointing{levels_in_words(training)}"] if training.gradient_checkpointing else []),

@@ -106,6 +106,10 @@ class Network(Protocol):
         """Every cut that it has, from the least on."""
         ...
 
+    def nearest_cut(self, share: float) -> Cut:
+        """Whose share of the parameters, from 0 to 1, comes nearest; where there are two ends, of both evenly."""
+        ...
+
     def check_cut(self, cut: Cut) -> None:
         """Raises HollowError for a cut that it has not."""
         ...

@@ -23,7 +23,7 @@ from ..errors import HollowError
 from .conditioning import Conditioning
 from .families import Family, family_of
 from .families.family import Streams
-from .network import Cut, Stored, Targets, removed_fraction
+from .network import Cut, Stored, Targets
 from .transfer import send
 
 RESIDUAL, STATE = "residual", "state"
@@ -71,7 +71,7 @@ class Transformer:
     @property
     def usual_cut(self) -> Cut:
         """That which removes about half of the parameters, of both ends evenly."""
-        return min(self.cuts(), key=lambda cut: abs(removed_fraction(self, cut) - 0.5))
+        return self.nearest_cut(0.5)
 
     @property
     def levels(self) -> int:
@@ -113,6 +113,17 @@ class Transformer:
 
     def cuts(self) -> list[Cut]:
         """Of both ends evenly, those whose shares of the parameters come nearest to 10 %, 20 % and so on."""
+        even = self._even_cuts
+        return list(dict.fromkeys(min(even, key=lambda cut: abs(even[cut] - wanted)) for wanted in SHARES))
+
+    def nearest_cut(self, share: float) -> Cut:
+        """Of both ends evenly, whose share of the parameters, from 0 to 1, comes nearest."""
+        even = self._even_cuts
+        return min(even, key=lambda cut: abs(even[cut] - 100 * share))
+
+    @cached_property
+    def _even_cuts(self) -> dict[Cut, float]:
+        """Percent of the parameters, by the cut that takes most alike from both ends, for every number of blocks."""
         blocks, network = self.listed(), self.module
         sizes = [_size(block.module) for block in blocks]
         refiners, total = sum(_size(network.get_submodule(path)) for path in self.family.refiners), _size(network)
@@ -124,7 +135,7 @@ class Transformer:
             }
             evenly = min(ends, key=lambda cut: abs(ends[cut][0] - ends[cut][1]))
             share[evenly] = 100 * sum(ends[evenly]) / total
-        return list(dict.fromkeys(min(share, key=lambda cut: abs(share[cut] - wanted)) for wanted in SHARES))
+        return share
 
     def check_cut(self, cut: Cut) -> None:
         """Raises HollowError unless some block goes and some stays."""

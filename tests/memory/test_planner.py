@@ -249,7 +249,7 @@ def test_a_budget_takes_the_least_hollowing_that_fits(tiny: Planner) -> None:
     assert fit.prediction.bytes <= needed(1)
     assert (fit.prediction.setting.cut, fit.prediction.setting.streaming) == (1, False)
     assert min(needed(None), needed(0)) > needed(1)
-    assert fit.gave_up[0] == "the middle of the U-Net (cut 1)"
+    assert fit.gave_up[0] == "the middle of the network (cut 1)"
 
 
 def test_a_budget_takes_the_fastest_way_that_fits(tiny: Planner, table: dict[int | None, Prediction]) -> None:
@@ -299,7 +299,7 @@ def test_what_is_named_is_not_chosen(tiny: Planner) -> None:
     named = {"cut", "precision", "gradient_checkpointing"}
     asked = replace(SMALL, cut=None)
     with pytest.raises(
-        HollowError, match=r"Nothing fits into .*: the smallest, the whole U-Net in fp32, 8-bit base, tiled"
+        HollowError, match=r"Nothing fits into .*: the smallest, the whole network in fp32, 8-bit base, tiled"
     ):
         choose(
             tiny,
@@ -311,7 +311,7 @@ def test_what_is_named_is_not_chosen(tiny: Planner) -> None:
     chosen = choose(tiny, room, asked, named=named, precisions=["bf16"]).prediction.setting
     assert (chosen.cut, chosen.training.precision, chosen.training.gradient_checkpointing) == (None, "fp32", False)
     assert chosen.base_bits == 8
-    with pytest.raises(HollowError, match="the smallest, the whole U-Net in fp32, needs"):
+    with pytest.raises(HollowError, match="the smallest, the whole network in fp32, needs"):
         choose(tiny, room, asked, named=LEVERS.values(), precisions=["bf16"])
     assert precisions_for(torch.device("cpu"), asked) == ("fp32", "bf16")
 
