@@ -97,7 +97,7 @@ def parse_lazily(
         if part in _OTHER_METHODS:
             raise HollowError(f"{source} is {_OTHER_METHODS[part]}, which Hollow does not read. Choose a LoRA.")
         text = _text_module(name)
-        modules = () if text is None else (text,)
+        modules: tuple[str, ...] = () if text is None else (text,)
         if part and name in names:
             dialect, modules = names[name]
             dialects.append(dialect)
@@ -168,15 +168,13 @@ def spell(
 
 
 def fits(shapes: Mapping[str, Sequence[int]], config: Config) -> bool:
-    """Whether a file's LoRA could be for this network: by the names of layers, and how many numbers each takes in."""
+    """Whether a file's LoRA could be for this network: it has all of the layers, which take in as many numbers."""
     weights, names = _known(json.dumps(dict(config)))
-    into = {
-        names[name][1][0]: shape[1]
-        for key, shape in shapes.items()
-        for name, part in [_split(key)]
-        if part == "down" and name in names and len(shape) > 1
-    }
-    return bool(into) and all(weights[module][1] == width for module, width in into.items())
+    into = {name: tuple(shape) for key, shape in shapes.items() for name, part in [_split(key)] if part == "down"}
+    layers = {name: shape for name, shape in into.items() if _text_module(name) is None}
+    return bool(layers) and all(
+        name in names and shape[1:2] == weights[names[name][1][0]][1:2] for name, shape in layers.items()
+    )
 
 
 def usual_dialect(config: Config) -> str:
