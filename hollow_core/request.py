@@ -15,7 +15,8 @@ from .data.prompts import Subject, generic_prompt, personal_prompt
 from .errors import HollowError
 from .lora.metadata import recipe_for
 from .memory.setting import Setting
-from .models.base_model import BaseModel, decode_images, encode_images, encode_prompt, latent_mask, told, visiting
+from .models.base_model import decode_images, encode_images, encode_prompt, latent_mask, told, visiting
+from .models.model import Model
 from .training.optimizer import optimizer_class
 from .training.precompute import Example
 from .training.store import Kind
@@ -166,7 +167,7 @@ class Request:
 
 
 def make_examples(
-    model: BaseModel,
+    model: Model,
     request: Request,
     class_latents: Sequence[torch.Tensor],
     device: torch.device | str | None = None,
@@ -215,7 +216,7 @@ def _captioned(request: Request) -> Iterator[tuple[TrainingImage, list[str]]]:
 
 
 def low_examples(
-    model: BaseModel,
+    model: Model,
     request: Request,
     examples: Sequence[Example],
     class_latents: Sequence[torch.Tensor],

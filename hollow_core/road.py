@@ -17,7 +17,8 @@ from .memory.meter import Meter, free_bytes
 from .memory.planner import Planner
 from .memory.remedy import memory_told
 from .memory.setting import Setting
-from .models.base_model import BaseModel, free_encoders, outlines
+from .models.base_model import free_encoders, outlines
+from .models.model import Model
 from .nets.network import Network, at_cut
 from .nets.residency import stream_middle
 from .progress import Progress, Stop, Watch
@@ -48,7 +49,7 @@ class Outcome:
 
 
 def personalize(
-    load: Callable[[], BaseModel],
+    load: Callable[[], Model],
     request: Request,
     folder: Path,
     *,
@@ -79,6 +80,7 @@ def personalize(
     with meter.stage("encode"):
         model = load()
         check_cut(setting, model.network)
+        schedule = model.schedule_for(setting.timestep_sampling, request.resolution)
         torch.nn.Module.to(model.network.module, DTYPES[training.precision])  # without diffusers' advice
         told = partial(
             memory_told,
@@ -118,13 +120,13 @@ def personalize(
             model.network.base(setting.cut).module.to(device)
         store = precompute(
             model.network,
-            model.schedule,
+            schedule,
             examples,
             folder / "store",
             cut=setting.cut,
             samples=setting.samples,
             seed=training.seed,
-            dtype=setting.store_dtype,
+            dtype=setting.store_dtype or model.network.record_dtype,
             together=training.together,
             made_by=made_by,
             progress=watch("precompute"),
@@ -133,7 +135,7 @@ def personalize(
     if store.missing:
         return Outcome(None, None, store, meter)
 
-    schedule, config, layout = model.schedule, model.network.config, model.layout
+    config, layout = model.network.config, model.layout
     network = at_cut(model.network, setting.cut, {record.timestep for record in store.records})
     del model  # here the middle leaves memory
     recipe = recipe_for(setting.cut, *request.subject, schedule.prediction.name)

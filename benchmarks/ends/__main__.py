@@ -17,22 +17,25 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from benchmarks import held_out
 from benchmarks.paper.figures import Figure, plain, signed
 from hollow_core.data import grid
+from hollow_core.data.prompts import generic_prompt
 from hollow_core.demo import run, world
-from hollow_core.files import write_bytes, write_png
+from hollow_core.files import read_json, write_bytes, write_png
 from hollow_core.lora.layers import load_lora_state
 from hollow_core.memory.setting import Setting
+from hollow_core.models.transformer_model import TransformerModel
 from hollow_core.nets.network import Cut, at_cut, removed_fraction
 from hollow_core.nets.transformer import Transformer
 from hollow_core.request import Request, make_examples
 from hollow_core.sampling.prior import class_latents
 from hollow_core.training.precompute import model_id, precompute
-from hollow_core.training.settings import TrainSettings
 from hollow_core.training.train import train
 
-from .networks import MiddleOut, MiddleResidual, WithoutResidual
+from .networks import MiddleOut, MiddleResidual, TwoPaths, WithoutResidual
 
 DEMO = run.TRANSFORMER_DEMO
 SAMPLING = replace(DEMO.sampling, steps=20, together=len(held_out.SCENES))
@@ -112,8 +115,7 @@ def splits(options: argparse.Namespace, learners: Sequence[int]) -> None:
 
 def measured(options: argparse.Namespace, way: Way, number: int, seed: int, *, judged: bool = True) -> dict[str, Any]:
     """The scores of a way on a subject, by use: of those that are judged, or of those on which splits are chosen."""
-    group = "judged" if judged else "others"
-    folder = options.out / group / f"subject-{number}" / f"seed-{seed}" / way.name.replace(",", "").replace(" %", "")
+    folder = _folder(options, way, number, seed, judged=judged)
     subject = world.HELD_OUT[number] if judged else learner(number)
     is_new, started = not (folder / "row.json").exists(), time.monotonic()
     row: dict[str, Any] = held_out.kept(
@@ -122,6 +124,11 @@ def measured(options: argparse.Namespace, way: Way, number: int, seed: int, *, j
     if is_new:
         print(f"subject {number}, seed {seed}, {way.name}: {row} {time.monotonic() - started:.0f} s", flush=True)
     return row
+
+
+def _folder(options: argparse.Namespace, way: Way, number: int, seed: int, *, judged: bool) -> Path:
+    group, name = "judged" if judged else "others", way.name.replace(" %", "").replace(",", "").replace(" ", "-")
+    return Path(options.out) / group / f"subject-{number}" / f"seed-{seed}" / name
 
 
 def learner(number: int) -> world.Subject:
@@ -155,12 +162,32 @@ def _measure(
     for use in way.uses:
         model: Any = run.model(DEMO)
         if use == TWO:
-            model = _two_paths(model, way, subject)
+            model = _on_two_paths(model, way, subject)
         load_lora_state(model.network.module, result.state, training.lora_alpha)
         drawn = run.draw(model, run.called(subject), held_out.SCENES, options.sampling)
         rows[use] = held_out.judged(drawn, subject)
         write_png(folder / f"{use}.png", grid.grid([grid.Row(way.name, drawn[:: held_out.SEEDS_A_SCENE])], cell=64))
     return rows
+
+
+def _on_two_paths(model: TransformerModel, way: Way, subject: world.Subject) -> TransformerModel:
+    """Pairs every prompt of `run.draw` with its generic one."""
+    prompts = [world.photo_caption(run.called(subject), scene) for scene in dict.fromkeys(held_out.SCENES)]
+    pairs = [
+        (model.encode_prompt(prompt), model.encode_prompt(generic_prompt(prompt, run.IDENTIFIER))) for prompt in prompts
+    ]
+    assert isinstance(way.cut, tuple)
+    network = TwoPaths(model.module, way.cut, pairs)
+    return _OnTwoPaths(**vars(model), on_two_paths=network)
+
+
+@dataclass(kw_only=True)
+class _OnTwoPaths(TransformerModel):
+    on_two_paths: TwoPaths
+
+    @property
+    def network(self) -> Transformer:
+        return self.on_two_paths
 
 
 def _examples(
@@ -174,3 +201,53 @@ def _examples(
     return make_examples(
         base, request, class_latents(base, request.drawn, of_class, made_by=made_by, seed=seed, together=8)
     )
+
+
+def write(options: argparse.Namespace, subjects: Sequence[int], seeds: Sequence[int]) -> None:
+    """The table, of the trials that are there, and the pictures of the first subject."""
+    rows: dict[tuple[Way, str], dict[tuple[int, int], dict[str, float]]] = {}
+    sheet = []
+    for way in WAYS:
+        for number, seed in product(subjects, seeds):
+            folder = _folder(options, way, number, seed, judged=True)
+            if not (folder / "row.json").exists():
+                continue
+            for use, row in read_json(folder / "row.json").items():
+                rows.setdefault((way, use), {})[number, seed] = row
+                if (number, seed) == (subjects[0], seeds[0]):
+                    with Image.open(folder / f"{use}.png") as picture:
+                        sheet.append(grid.Row(_called(way, use), [picture.convert("RGB")]))
+    network = run.model(DEMO).network
+    lines = [
+        "| way | blocks out | subject score | over plain LoRA | scene score | parameters gone |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (way, use), of_way in rows.items():
+        subject, scene = (Figure.of({key: row[what] for key, row in of_way.items()}) for what in ("subject", "scene"))
+        theirs = rows[PLAIN, ONE]
+        over = Figure.of({key: row["subject"] - theirs[key]["subject"] for key, row in of_way.items() if key in theirs})
+        gone = "" if way.cut is None else f"{100 * removed_fraction(way.kind(network.module), way.cut):.0f} %"
+        cells = [_called(way, use), _out(way), plain(subject), signed(over), plain(scene), gone]
+        lines.append(f"| {' | '.join(cells)} |")
+    write_png(options.out / "ends.png", grid.grid(sheet, cell=256))
+    text = "\n".join(lines)
+    write_bytes(options.out / "ENDS.md", f"{text}\n".encode())
+    print(text)
+
+
+def _called(way: Way, use: str) -> str:
+    return way.name if len(way.uses) == 1 else f"{way.name}, {use}"
+
+
+def _out(way: Way) -> str:
+    """Which blocks."""
+    if way.cut is None:
+        return ""
+    first, second = way.cut if isinstance(way.cut, tuple) else (0, 0)
+    if issubclass(way.kind, MiddleOut):
+        return f"{first} to {second - 1}"
+    return f"{first} first, {second} last"
+
+
+if __name__ == "__main__":
+    main()

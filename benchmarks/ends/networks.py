@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from hollow_core.lora.layers import layers_of_any_lora, lora_off
 from hollow_core.nets.conditioning import Conditioning
 from hollow_core.nets.network import BasePath, Cut, Stored
 from hollow_core.nets.transformer import RESIDUAL, Item, Tap, Transformer, TransformerBasePath
@@ -18,30 +19,23 @@ FEATURE = "feature"
 class WithoutResidual(Transformer):
     """Both ends go as always, but nothing stands for the back."""
 
-    def base(self, cut: Cut) -> BasePath:
+    def base(self, cut: Cut) -> TransformerBasePath:
         """It leaves zeros in the residual's place."""
-        return _Zeroed(super().base(cut))
+        path = super().base(cut)
+        return _Zeroed(path.network, path.enter, path.before, path.after)
 
 
-@dataclass(frozen=True)
-class _Zeroed:
-    path: TransformerBasePath
-    sees_identifier = True
-
-    @property
-    def module(self) -> Any:
-        return self.path.module
-
+class _Zeroed(TransformerBasePath):
     def __call__(self, noisy: Tensor, timesteps: Sequence[int], conditioning: Conditioning) -> Stored:
-        stored = self.path(noisy, timesteps, conditioning)
+        stored = super().__call__(noisy, timesteps, conditioning)
         return {**stored, RESIDUAL: torch.zeros_like(stored[RESIDUAL])}
 
 
 class MiddleOut(Transformer):
     """A cut (a, b) takes the blocks from a to before b out, as of a U-Net; the ends are trained.
 
-    As the U-Net's recipe has it, what the base path under the generic prompt has of the picture at b is handed in there,
-    in place of all that comes from before; the text's tokens, which a picture's features hold none of, pass by.
+    As the U-Net's recipe has it, what the base path under the generic prompt has of the picture at b is handed in
+    there, in place of all that comes from before; the text's tokens, of which a U-Net's features hold none, pass by.
     """
 
     sees_identifier = False
@@ -59,14 +53,14 @@ class MiddleOut(Transformer):
     def check_cut(self, cut: Cut) -> None:
         """Any."""
 
-    def base(self, cut: Cut) -> BasePath:
+    def base(self, cut: Cut) -> TransformerBasePath:
         """Up to b."""
         a, b = self._ends(cut)
         listed = self.listed()
         before, after = Tap(listed[a].streams), Tap(listed[b - 1].streams)
         items = [*listed[:a], listed[a]._replace(name="before", module=before)]
         items += [*listed[a:b], listed[b - 1]._replace(name="after", module=after)]
-        return _MiddlePath(Transformer(self.view(items)), before, after, self)
+        return _MiddlePath(Transformer(self.view(items)), before, before, after, of=self)
 
     def hollow(self, cut: Cut, timesteps: Iterable[int] | None) -> "MiddleOut":
         """Both ends, and between them what hands the middle's picture in."""
@@ -109,16 +103,9 @@ class MiddleResidual(MiddleOut):
         return _Add
 
 
-@dataclass(frozen=True)
-class _MiddlePath:
-    network: Transformer
-    before: Tap
-    after: Tap
+@dataclass(frozen=True, kw_only=True)
+class _MiddlePath(TransformerBasePath):
     of: MiddleOut
-
-    @property
-    def module(self) -> Any:
-        return self.network.module
 
     @property
     def sees_identifier(self) -> bool:
@@ -126,12 +113,44 @@ class _MiddlePath:
 
     @torch.no_grad()
     def __call__(self, noisy: Tensor, timesteps: Sequence[float], conditioning: Conditioning) -> Stored:
+        assert self.before is not None
+        assert self.after is not None
         try:
             self.network._forward(noisy, timesteps, conditioning)
             return {FEATURE: self.of.kept_of(self.before, self.after)}
         finally:
             self.before.let_go()
             self.after.let_go()
+
+
+@dataclass(frozen=True)
+class TwoPaths(Transformer):
+    """A whole network that predicts as the U-Net's recipe samples: the base path first, without the LoRA and under the
+    generic prompt, then both ends with what it has of the picture."""
+
+    middle: tuple[int, int]
+    generics: Sequence[tuple[Conditioning, Conditioning]]
+    """Personal prompts, each with its generic one; any other prompt stands for itself."""
+
+    @cached_property
+    def paths(self) -> tuple[BasePath, MiddleOut]:
+        """Both."""
+        both = MiddleOut(self.module)
+        return both.base(self.middle), both.hollow(self.middle, None)
+
+    def predict(self, noisy: Tensor, timesteps: Sequence[float], conditioning: Conditioning, stored: Stored) -> Tensor:
+        """As `Transformer.predict` of a whole network."""
+        base, personal = self.paths
+        features = []
+        with lora_off(layers_of_any_lora(self.module)):
+            for row in range(len(noisy)):
+                prompt = self._generic(conditioning.encoder_hidden_states[row : row + 1])
+                features.append(base(noisy[row : row + 1], [int(timesteps[row])], prompt)[FEATURE])
+        return personal.predict(noisy, timesteps, conditioning, {FEATURE: torch.cat(features)})
+
+    def _generic(self, states: Tensor) -> Conditioning:
+        pairs = (other for own, other in self.generics if torch.equal(own.encoder_hidden_states, states))
+        return next(pairs, Conditioning(states))
 
 
 class _HandIn(Item):

@@ -143,7 +143,7 @@ def analyze_files(
 
     Raises HollowError as `lora.file.read` and `analyze` do, and for files of different kinds of U-Nets.
     """
-    config = None if model is None else outline(str(model)).unet.config
+    config = None if model is None else outline(str(model)).network.config
     analyses: list[Analysis] = []
     for number, path in enumerate(paths):
         lora, metadata = read(path, config)

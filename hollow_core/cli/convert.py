@@ -42,7 +42,7 @@ def convert(
     from ..models.base_model import outline
     from ..training.settings import DTYPES
 
-    config = None if model is None else outline(model).unet.config
+    config = None if model is None else outline(model).network.config
     written = lora_file.convert(source, target, to.value, config=config, zero_pad=zero_pad, dtype=DTYPES[dtype.value])
     if as_json:
         print(json.dumps(written._asdict() | {"path": str(written.path)}))

@@ -11,7 +11,7 @@ from ..errors import HollowError
 
 if TYPE_CHECKING:
     from ..memory.setting import Setting
-    from ..nets.network import Network
+    from ..nets.network import Cut, Network
     from ..nets.residency import Bits
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -77,6 +77,14 @@ class LRSchedule(str, Enum):
     cosine = "cosine"
     cosine_with_restarts = "cosine_with_restarts"
     polynomial = "polynomial"
+
+
+class TimestepSampling(str, Enum):
+    """How a model of flow matching draws time steps."""
+
+    shifted = "shifted"
+    logit_normal = "logit-normal"
+    uniform = "uniform"
 
 
 class Prediction(str, Enum):
@@ -227,8 +235,9 @@ def setting_of(
     resolution: int | None,
     samples: int,
     class_images: int,
-    cut: int = 3,
+    cut: str | None = None,
     low_resolution: int | None = None,
+    timestep_sampling: TimestepSampling | None = None,
     **training: Any,
 ) -> "Setting":
     """What the options say of a network; `training` are those that `TrainSettings` calls by the same name."""
@@ -236,7 +245,7 @@ def setting_of(
     from ..training.settings import TrainSettings
 
     return Setting(
-        cut=None if cut < 0 else cut,
+        cut=network.usual_cut if cut is None else cut_of(cut),
         resolution=resolution,
         samples=samples,
         class_images=class_images,
@@ -245,6 +254,7 @@ def setting_of(
         stream_middle=stream_middle,
         tiled_vae=tiled_vae,
         low_resolution=low_resolution,
+        timestep_sampling=None if timestep_sampling is None else timestep_sampling.value,
         training=TrainSettings(
             targets=network.targets.attention if layers is Layers.attention else network.targets.all,
             optimizer=optimizer.value,
@@ -263,6 +273,28 @@ def load_model(path: Path, precision: str, prediction_type: Prediction | None) -
     return load(
         path, DTYPES[Precision(precision).value], prediction_type=prediction_type.value if prediction_type else None
     )
+
+
+def cut_of(asked: str) -> "Cut | None":
+    """3, or 4,6 of a transformer's front and back; None for -1. Raises HollowError for anything else."""
+    try:
+        numbers = tuple(int(number) for number in asked.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) not in (1, 2) or min(numbers) < -1:
+        raise HollowError(
+            f"{asked!r} is no cut. Give a number such as 3 for a U-Net, two such as 4,6 for a transformer."
+        )
+    if -1 in numbers:
+        return None
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def cut_as_option(cut: "Cut | None") -> int | str:
+    """As `cut_of` reads it; numbers stay numbers, as files of runs have them."""
+    from ..nets.network import cut_in_words
+
+    return -1 if cut is None else cut_in_words(cut) if isinstance(cut, tuple) else cut
 
 
 def bits_of(asked: BaseBits) -> "Bits | None":

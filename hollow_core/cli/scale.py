@@ -27,7 +27,7 @@ def scale(
     from ..models.base_model import outline
     from ..training.settings import DTYPES
 
-    config = None if model is None else outline(model).unet.config
+    config = None if model is None else outline(model).network.config
     written = scale_file(source, target, ",".join(block), config=config, dtype=DTYPES[dtype.value])
     if as_json:
         print(json.dumps(written._asdict() | {"path": str(written.path)}))

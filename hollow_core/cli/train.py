@@ -45,6 +45,7 @@ from .options import (
     Stream,
     StreamMiddle,
     TiledVae,
+    TimestepSampling,
     Together,
     device_of,
     load_model,
@@ -96,6 +97,7 @@ def train(
     batch: Annotated[int, typer.Option(help="Records a step; costs time, and memory only for what is --together.", rich_help_panel=TRAINING)] = 1,
     samples: Annotated[int, typer.Option(help="Records to precompute; half are of the class where there are class images.", rich_help_panel=TRAINING)] = 200,
     snr_gamma: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, usually 5. (default: off)", rich_help_panel=TRAINING)] = None,
+    timestep_sampling: Annotated[TimestepSampling | None, typer.Option(help="Of a transformer: which noise levels are learned. shifted: middling ones more, and then more of the noisy ones, as the model is sampled. logit-normal: not shifted. uniform: all alike. (default: shifted)", rich_help_panel=TRAINING)] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same LoRA on the same CPU, and on a GPU the same but for rounding.", rich_help_panel=TRAINING)] = 0,
     # class pictures
     class_folder: Annotated[Path | None, typer.Option(help="Folder of own pictures of the class for prior preservation, with captions or in folders named as 1_dog. (default: a folder reg or class in --images, if there is one)", rich_help_panel=CLASS_PICTURES)] = None,
@@ -103,7 +105,7 @@ def train(
     prior_weight: Annotated[float, typer.Option(help="Weight of the prior-preservation loss.", rich_help_panel=CLASS_PICTURES)] = 1.0,
     # memory
     budget: Annotated[str | None, typer.Option(help="Memory to stay within, such as 4GB. What of this group is not given, but for --fused-backward, is chosen: the least hollowing and the fastest that fit. (default: what is free on a GPU; on a CPU nothing is chosen)", rich_help_panel=MEMORY)] = None,
-    cut: Annotated[int, typer.Option(help="How much of the U-Net to hollow, see `hollow cuts`; -1 for an ordinary LoRA on all of it.", show_default="chosen to fit; 3 on a CPU", rich_help_panel=MEMORY)] = 3,
+    cut: Annotated[str | None, typer.Option(help="How much to hollow, see `hollow cuts`: a number of a U-Net, two of a transformer, such as 4,6, for blocks of its front and of its back; -1 for an ordinary LoRA on all of it. (default: chosen to fit; on a CPU 3, or half of a transformer)", rich_help_panel=MEMORY)] = None,
     precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic.", show_default="bf16 where the GPU has it; fp32 on a CPU", rich_help_panel=MEMORY)] = Precision.fp32,
     together: Together = 1,
     checkpointing: Checkpointing = False,
@@ -155,6 +157,7 @@ def train(
         stream_middle=stream_middle,
         tiled_vae=tiled_vae,
         low_resolution=low_resolution,
+        timestep_sampling=timestep_sampling,
         rank=rank,
         layers=layers,
         dora=dora,

@@ -97,7 +97,7 @@ class Planner:
     def __init__(self, model: str | Outlines) -> None:
         self._outline: Outlines = partial(outline, model) if isinstance(model, str) else model
         self._runs: dict[tuple[str, Setting], tuple[Peak, int]] = {}  # what was run once
-        known = self._outline(torch.float32)
+        known = self._known = self._outline(torch.float32)
         self.stages = STAGES if known.vae is not None else ("precompute", "train")
         self.road = [stage for stage in ROAD if stage in self.stages]
         self.network, self._pixels, self.resolution = known.network, known.pixels_per_latent, known.resolution
@@ -119,7 +119,9 @@ class Planner:
         if setting.cut is None:
             return 0
         shapes = self.network.stored_shapes(setting.cut, height, width).values()
-        return setting.samples * sum(map(math.prod, shapes)) * setting.store_dtype.itemsize
+        return (
+            setting.samples * sum(map(math.prod, shapes)) * (setting.store_dtype or self.network.record_dtype).itemsize
+        )
 
     def peak(self, stage: str, setting: Setting) -> Peak:
         """Of one stage of `STAGES` only. Raises HollowError as `predict` does."""
@@ -189,6 +191,7 @@ class Planner:
         """The size of the largest picture in pixels."""
         if setting.cut is not None:
             self.network.check_cut(setting.cut)
+        self._known.schedule_for(setting.timestep_sampling, self.resolution)
         size = setting.measured(self.resolution)
         for side in size:
             if side < 1 or side % self._pixels:
@@ -231,7 +234,7 @@ class Planner:
         if stage in ("precompute", "train"):  # without the VAE
             setting = replace(setting, tiled_vae=False)
         if stage != "train":  # which alone reads records
-            setting = replace(setting, samples=1, store_dtype=torch.float16)
+            setting = replace(setting, samples=1, store_dtype=None)
         if (stage, setting) not in self._runs:
             # whatever mode the caller is in
             with torch.inference_mode(False), torch.enable_grad():

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..models.base_model import BaseModel, keep_small
-from ..nets.network import Cut
+from ..models.base_model import keep_small
+from ..models.model import Model, TimestepSampling
+from ..nets.network import Cut, cut_in_words
 from ..nets.residency import Bits
 from ..training.precompute import check_samples
 from ..training.settings import TrainSettings, check_unfused
@@ -33,8 +34,8 @@ class Setting:
     class_images: int = 0
     """Pictures of the class that the base draws for prior preservation; with any, a step has twice the records. 0 does
     without."""
-    store_dtype: torch.dtype = torch.float16
-    """How records are kept."""
+    store_dtype: torch.dtype | None = None
+    """How records are kept; None: as is usual for the network."""
     base_bits: Bits | None = None
     """Bits of a weight of the frozen base; None keeps them in the precision."""
     streaming: bool = False
@@ -51,8 +52,10 @@ class Setting:
     """Of the largest picture, width and height in pixels; None is the square of the resolution."""
     own_class_images: int = 0
     """The person's own pictures of the class, beside those that the base draws."""
+    timestep_sampling: TimestepSampling | None = None
+    """How time steps are drawn for a model of flow matching; None is the usual way, "shifted"."""
 
-    def keep_small(self, model: BaseModel, device: torch.device | str) -> None:
+    def keep_small(self, model: Model, device: torch.device | str) -> None:
         """`models.base_model.keep_small`, as it says."""
         keep_small(model, device, base_bits=self.base_bits, streaming=self.streaming, tiled_vae=self.tiled_vae)
 
@@ -84,7 +87,7 @@ class Setting:
 
     def __str__(self) -> str:
         training = self.training
-        return f"{'the whole U-Net' if self.cut is None else f'cut {self.cut}'} in " + ", ".join(
+        return f"{'the whole U-Net' if self.cut is None else f'cut {cut_in_words(self.cut)}'} in " + ", ".join(
             [
                 training.precision,
                 *([f"gradient checkpointing{levels_in_words(training)}"] if training.gradient_checkpointing else []),

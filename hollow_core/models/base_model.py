@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import (
@@ -72,7 +72,7 @@ class BaseModel:
     @property
     def network(self) -> Network:
         """The U-Net, for what knows no kind of network."""
-        return UNet(self.unet)
+        return cast(Network, UNet(self.unet))  # whose cuts are numbers
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -90,6 +90,11 @@ class BaseModel:
         return self.resolution // self.latent_side
 
     @property
+    def large_encoders(self) -> tuple[nn.Module, ...]:
+        """None: CLIP is small."""
+        return ()
+
+    @property
     def usual_guidance(self) -> float:
         """Scale of classifier-free guidance, as everybody takes it."""
         return 7.5
@@ -99,8 +104,8 @@ class BaseModel:
         they are to be drawn otherwise."""
         if sampling is not None:
             raise HollowError(
-                f"Time steps can be drawn {sampling} only for a model of flow matching, as transformers are, but this one "
-                "has a U-Net. Leave --timestep-sampling out."
+                f"Time steps can be drawn {sampling} only for a model of flow matching, as transformers are, but this "
+                "one has a U-Net. Leave --timestep-sampling out."
             )
         return self.schedule
 
@@ -239,12 +244,12 @@ def load(
 def outline(model: str, dtype: torch.dtype = torch.float32) -> Model:
     """What `load` gives, of tensors that hold no data (on PyTorch's "meta" device): for a dry run.
 
-    `model` is a layout ("sd15", "sd21", "sdxl") or a path as for `load`; only configs and a file's header are
-    read. Raises HollowError as `load` does, but does not see whether weights are missing.
+    `model` is a layout ("sd15", "sd21", "sdxl", or one of transformers) or a path as for `load`; only configs and a
+    file's header are read. Raises HollowError as `load` does, but does not see whether weights are missing.
     """
     schedule: dict[str, Any] = {}
     folder = layouts.FOLDER / model
-    if model not in layouts.LAYOUTS:
+    if model not in (*layouts.LAYOUTS, *layouts.TRANSFORMERS):
         folder = Path(model)
         _check_path(folder)
         if not folder.is_dir():
@@ -380,13 +385,15 @@ def keep_small(
 ) -> None:
     """Take memory off a model, for all that is done with it on `device`.
 
-    `base_bits` are of a weight of the network; `streaming` keeps the weights of network and text encoders in main
-    memory, from where they visit the device; `tiled_vae` has pictures encoded and decoded in tiles. Raises HollowError
-    as `residency` does.
+    `base_bits` are of a weight of the network, and of large text encoders; `streaming` keeps the weights of network and
+    text encoders in main memory, from where they visit the device; `tiled_vae` has pictures encoded and decoded in
+    tiles. Raises HollowError as `residency` does.
     """
     network = model.network
     if base_bits is not None:
         quantize(network.module, base_bits, network.kept)
+        for encoder in model.large_encoders:
+            quantize(encoder, base_bits)
     if streaming:
         stream(network.module, device, network.kept)
         for encoder in model.text_encoders:

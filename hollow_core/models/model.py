@@ -32,6 +32,11 @@ class Model(Protocol):
         ...
 
     @property
+    def large_encoders(self) -> tuple[nn.Module, ...]:
+        """Text encoders that are worth quantising."""
+        ...
+
+    @property
     def network(self) -> Network:
         """What is trained."""
         ...

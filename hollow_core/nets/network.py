@@ -84,6 +84,16 @@ class Network(Protocol):
         ...
 
     @property
+<<<<<<< HEAD
+    def record_dtype(self) -> torch.dtype:
+        """How its records are usually kept."""
+=======
+    def usual_cut(self) -> Cut:
+        """Where nobody asks for another."""
+>>>>>>> 18c621e9bd6153df60c972330e2ab109690f7108
+        ...
+
+    @property
     def levels(self) -> int:
         """How many parts can `checkpoint` by themselves."""
         ...
@@ -151,6 +161,11 @@ class Network(Protocol):
 def read_cut(cut: object) -> Cut | None:
     """A cut as JSON has it, where a pair is a list; anything else stays as it is."""
     return cast(Cut, tuple(cut) if isinstance(cut, list) else cut)
+
+
+def cut_in_words(cut: Cut) -> str:
+    """ "3", of a pair "4,6"."""
+    return ",".join(map(str, cut)) if isinstance(cut, tuple) else str(cut)
 
 
 def at_cut(network: Network, cut: Cut | None, timesteps: Iterable[int] | None) -> Network:

@@ -23,7 +23,7 @@ from ..errors import HollowError
 from .conditioning import Conditioning
 from .families import Family, family_of
 from .families.family import Streams
-from .network import Cut, Stored, Targets
+from .network import Cut, Stored, Targets, removed_fraction
 from .transfer import send
 
 RESIDUAL, STATE = "residual", "state"
@@ -62,6 +62,17 @@ class Transformer:
     def dtype(self) -> torch.dtype:
         """Of its arithmetic."""
         return self._weight.dtype
+
+    @property
+<<<<<<< HEAD
+    def record_dtype(self) -> torch.dtype:
+        """That of its arithmetic, where nothing is lost by it; the states of large ones overflow in float16."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
+=======
+    def usual_cut(self) -> Cut:
+        """That which removes about half of the parameters, of both ends evenly."""
+        return min(self.cuts(), key=lambda cut: abs(removed_fraction(self, cut) - 0.5))
+>>>>>>> 18c621e9bd6153df60c972330e2ab109690f7108
 
     @property
     def levels(self) -> int:

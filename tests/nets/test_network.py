@@ -85,7 +85,9 @@ class Toy:
     cut: int | None = None
     config = MappingProxyType({"blocks": BLOCKS})
     dtype = torch.float32
+    record_dtype = torch.float16
     levels = 1
+    usual_cut = 1
     within = ("",)
     targets = Targets(("to_q",), ("to_q", "text"))
     kept = ()
