@@ -27,7 +27,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import diffusers
 import torch
@@ -255,6 +255,16 @@ def weight_shapes(config: Config) -> dict[str, Shape]:
     return dict(_known(json.dumps(dict(config)))[0])
 
 
+def outlined(config: Config) -> nn.Module:
+    """The network of a config, of tensors without data. Raises HollowError for one that diffusers has not."""
+    family = family_in(config)
+    name = "UNet2DConditionModel" if family is None else family.network
+    if not hasattr(diffusers, name):
+        raise HollowError(f"diffusers {diffusers.__version__} has no {name}. Install a newer one.")
+    with torch.device("meta"):
+        return cast(nn.Module, getattr(diffusers, name).from_config(config))
+
+
 def sets_magnitudes(key: str) -> bool:
     """Whether a key of any dialect holds DoRA's magnitudes."""
     return _split(key)[1] in ("dora_scale", "magnitude")
@@ -321,14 +331,9 @@ def _known(config: str) -> tuple[dict[str, Shape], dict[str, tuple[str, tuple[st
     """Of a network's config as JSON: {module: shape of its weight}, and {any spelling: (dialect, its modules)}."""
     told = json.loads(config)
     family = family_in(told)
-    name = "UNet2DConditionModel" if family is None else family.network
-    if not hasattr(diffusers, name):
-        raise HollowError(f"diffusers {diffusers.__version__} has no {name}. Install a newer one.")
-    with torch.device("meta"):
-        network = getattr(diffusers, name).from_config(told)
     weights = {
         name: tuple(module.weight.shape)
-        for name, module in network.named_modules()
+        for name, module in outlined(told).named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
     if family is None:
