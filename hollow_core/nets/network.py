@@ -84,13 +84,13 @@ class Network(Protocol):
         ...
 
     @property
-<<<<<<< HEAD
     def record_dtype(self) -> torch.dtype:
         """How its records are usually kept."""
-=======
+        ...
+
+    @property
     def usual_cut(self) -> Cut:
         """Where nobody asks for another."""
->>>>>>> 18c621e9bd6153df60c972330e2ab109690f7108
         ...
 
     @property

@@ -64,15 +64,14 @@ class Transformer:
         return self._weight.dtype
 
     @property
-<<<<<<< HEAD
     def record_dtype(self) -> torch.dtype:
         """That of its arithmetic, where nothing is lost by it; the states of large ones overflow in float16."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
-=======
+
+    @property
     def usual_cut(self) -> Cut:
         """That which removes about half of the parameters, of both ends evenly."""
         return min(self.cuts(), key=lambda cut: abs(removed_fraction(self, cut) - 0.5))
->>>>>>> 18c621e9bd6153df60c972330e2ab109690f7108
 
     @property
     def levels(self) -> int:

@@ -75,15 +75,14 @@ class UNet:
         return "conv_in", "conv_out", "time_embedding", "add_embedding"
 
     @property
-<<<<<<< HEAD
     def record_dtype(self) -> torch.dtype:
         """Half the bytes of float32, and more exact than bfloat16."""
         return torch.float16
-=======
+
+    @property
     def usual_cut(self) -> int:
         """The paper's."""
         return 3
->>>>>>> 18c621e9bd6153df60c972330e2ab109690f7108
 
     @property
     def levels(self) -> int:
