@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import HollowError
 from .lora import file as lora_file
+from .lora.dialects import check_dora
 from .lora.file import Written
 from .lora.layers import ATTENTION
 from .lora.metadata import recipe_for
@@ -80,6 +81,8 @@ def personalize(
     with meter.stage("encode"):
         model = load()
         check_cut(setting, model.network)
+        if training.dora:
+            check_dora(model.network.config)
         schedule = model.schedule_for(setting.timestep_sampling, request.resolution)
         torch.nn.Module.to(model.network.module, DTYPES[training.precision])  # without diffusers' advice
         told = partial(
