@@ -61,6 +61,11 @@ class UNet:
         return "conv_in", "conv_out", "time_embedding", "add_embedding"
 
     @property
+    def token_side(self) -> None:
+        """Convolutions have no position codes; what SDXL is told of crops is in its prompts."""
+        return None
+
+    @property
     def levels(self) -> int:
         """Of the U."""
         return len(self.config["block_out_channels"])

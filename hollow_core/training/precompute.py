@@ -131,11 +131,11 @@ def _seen(base: BasePath, example: Example) -> Conditioning:
 def _alike(
     base: BasePath, indices: Iterable[int], records: Sequence[Record], examples: Sequence[Example], together: int
 ) -> Iterator[list[int]]:
-    """`indices` in lots of up to so many whose pictures and prompts are of one size."""
-    sizes: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    """`indices` in lots of up to so many whose pictures are of one size, and whose prompts are alike."""
+    sizes: dict[Hashable, list[int]] = {}
     for index in indices:
         example = examples[records[index].image]
-        size = example.latents.shape, _seen(base, example).encoder_hidden_states.shape
+        size = example.latents.shape, _seen(base, example).alike
         sizes.setdefault(size, []).append(index)
     for alike in sizes.values():
         yield from (alike[first : first + together] for first in range(0, len(alike), together))

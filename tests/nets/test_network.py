@@ -86,6 +86,7 @@ class Toy:
     config = MappingProxyType({"blocks": BLOCKS})
     dtype = torch.float32
     levels = 1
+    token_side = None
     within = ("",)
     kept = ()
 
