@@ -11,6 +11,7 @@ from ..errors import HollowError
 
 if TYPE_CHECKING:
     from ..memory.setting import Setting
+    from ..nets.network import Network
     from ..nets.residency import Bits
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -99,6 +100,13 @@ MODEL = "Model and device"
 
 UNLESS_CHOSEN = "off, unless chosen to fit"
 
+Patches = Annotated[
+    int | None,
+    typer.Option(
+        help="Side in pixels of square patches that are learned in place of whole pictures: faster, and for less memory. Where there is much noise a patch is the whole picture made small, where there is little a small crop at its own size, anywhere in it: so the subject may be outside. By --strategy selective, in place of the small pictures. (default: none)",
+        rich_help_panel=PICTURES,
+    ),
+]
 LayersOption = Annotated[
     Layers,
     typer.Option(
@@ -214,6 +222,7 @@ ClipModel = Annotated[
 
 def setting_of(
     *,
+    network: "Network",
     optimizer: OptimizerKind,
     lora_precision: LoraPrecision,
     checkpointing: bool,
@@ -227,10 +236,10 @@ def setting_of(
     class_images: int,
     cut: int = 3,
     low_resolution: int | None = None,
+    patches: int | None = None,
     **training: Any,
 ) -> "Setting":
-    """What the options say; `training` are those that `TrainSettings` calls by the same name."""
-    from ..lora.layers import ALL_LAYERS, ATTENTION
+    """What the options say of a network; `training` are those that `TrainSettings` calls by the same name."""
     from ..memory.setting import Setting
     from ..training.settings import TrainSettings
 
@@ -244,8 +253,9 @@ def setting_of(
         stream_middle=stream_middle,
         tiled_vae=tiled_vae,
         low_resolution=low_resolution,
+        patches=patches,
         training=TrainSettings(
-            targets=ATTENTION if layers is Layers.attention else ALL_LAYERS,
+            targets=network.targets.attention if layers is Layers.attention else network.targets.all,
             optimizer=optimizer.value,
             lora_precision=lora_precision.value,
             gradient_checkpointing=checkpointing,

@@ -30,6 +30,7 @@ from .options import (
     LoraPrecisionOption,
     Optimizer,
     OptimizerKind,
+    Patches,
     Precision,
     Stream,
     StreamMiddle,
@@ -76,6 +77,7 @@ def cuts(
 def plan(
     model: Annotated[str, typer.Argument(help="sd15, sd21, sdxl, or a diffusers folder or .safetensors checkpoint.")],
     resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. (default: the model's own)", rich_help_panel=PICTURES)] = None,
+    patches: Patches = None,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.", rich_help_panel=LORA)] = 16,
     layers: LayersOption = Layers.attention,
     dora: Dora = False,
@@ -101,8 +103,11 @@ def plan(
     quiet()
     from ..memory.planner import Planner, parse_bytes
 
+    planner = Planner(model)
     setting = setting_of(
+        network=planner.network,
         resolution=resolution,
+        patches=patches,
         samples=samples,
         class_images=class_images,
         base_bits=base_bits,
@@ -123,7 +128,6 @@ def plan(
     )
     precisions: list[Any] = [each.value for each in precision or []]
     if budget is None:
-        planner = Planner(model)
         settings = [
             replace(setting, cut=None if k < 0 else k, training=replace(setting.training, precision=each))
             for each in precisions or ["fp32"]
@@ -139,7 +143,7 @@ def plan(
         raise HollowError("A budget picks the cut itself. Leave out --cut or --budget.")
     else:
         available = parse_bytes(budget)
-        fit = Planner(model).fit(available, setting, **({"precisions": precisions} if precisions else {}))
+        fit = planner.fit(available, setting, **({"precisions": precisions} if precisions else {}))
         predictions = [fit.prediction]
         rows = [fit.prediction.row() | {"gave_up": list(fit.gave_up)}]
         say(f"Fits into {budget}: {fit.prediction.setting}. Given up: {', '.join(fit.gave_up) or 'nothing'}.")

@@ -39,6 +39,7 @@ from .options import (
     ModelPath,
     Optimizer,
     OptimizerKind,
+    Patches,
     Precision,
     PredictionType,
     Strategy,
@@ -67,6 +68,7 @@ def train(
     images: Annotated[Path, typer.Option(help="Folder with four or five pictures of the subject, or with folders as kohya's trainer has them: 10_sks dog. NAME.txt or NAME.caption beside NAME.png is its caption, NAME-mask.png its mask: black is not learned.", rich_help_panel=PICTURES)],
     resolution: Annotated[int | None, typer.Option(help="In pixels: pictures keep about their shape, at the size in steps of 64 pixels, and with about the area of this number squared, that cuts off least. (default: the model's own)", rich_help_panel=PICTURES)] = None,
     square: Annotated[bool, typer.Option("--square", show_default="off", help="Crop pictures to squares of the resolution.", rich_help_panel=PICTURES)] = False,
+    patches: Patches = None,
     alpha_mask: Annotated[bool, typer.Option("--alpha-mask", show_default="off", help="What is transparent in a picture is not learned, where no mask lies beside it.", rich_help_panel=PICTURES)] = False,
     show_crops: Annotated[Path | None, typer.Option(help="Draw what is cut off of each picture into this .png before anything starts. (default: none)", rich_help_panel=PICTURES)] = None,
     validation: Annotated[Path | None, typer.Option(help="Folder of pictures that are not learned, as in --images: their loss tells what the others teach. (default: none)", rich_help_panel=PICTURES)] = None,
@@ -145,6 +147,7 @@ def train(
     planner = cache(partial(Planner, str(model)))
     side = resolution or planner().resolution
     setting = setting_of(
+        network=planner().network,
         cut=cut,
         resolution=side,
         samples=samples,
@@ -154,6 +157,7 @@ def train(
         stream_middle=stream_middle,
         tiled_vae=tiled_vae,
         low_resolution=low_resolution,
+        patches=patches,
         rank=rank,
         layers=layers,
         dora=dora,

@@ -28,7 +28,7 @@ class Place(NamedTuple):
 def side_at(noise: float, least: int, most: int) -> int:
     """s(t) in pixels at `noise` from 0 to 1: from `least` to `most`, in steps of 16, or of a sixteenth of `least`."""
     step = max(min(least // 16, 16), 1)
-    return min(least + round(noise * (most - least) / step) * step, most)
+    return min(least + round(noise * math.ceil((most - least) / step)) * step, most)
 
 
 def patch(
@@ -37,10 +37,7 @@ def patch(
     """A square of the picture with the side s(t), `side` for s_min and the shorter side of the picture for s_max,
     resized to `side`; anywhere in it, but of a picture with a mask never where all is black. Its place is in tokens of
     `grid` pixels, and whole but for crops at the right and lower ends.
-
-    Raises HollowError as `check_patches` does.
     """
-    check_patches(image, side)
     width, height = image.picture.size
     taken = side_at(noise, side, min(width, height))
     while True:
@@ -60,12 +57,15 @@ def patch(
     return small, Place(row, column, rows, columns)
 
 
-def check_patches(image: TrainingImage, side: int) -> None:
-    """Raises HollowError for a picture that is not larger than its patches."""
-    if side >= min(image.picture.size):
+def check_patches(side: int, size: tuple[int, int], grid: int) -> None:
+    """Raises HollowError for patches that are not smaller than a picture of `size`, and for a side that is no multiple
+    of `grid` pixels."""
+    if side < 1 or side % grid:
+        raise HollowError(f"The side of patches, {side}, is no multiple of {grid} pixels. Take 256 or 512.")
+    if side >= min(size):
         raise HollowError(
-            f"Patches of {side} pixels are not smaller than {image.where}, which is learned at {image.picture.width}×"
-            f"{image.picture.height}. Take half of the resolution."
+            f"Patches of {side} pixels are not smaller than a picture of {size[0]}×{size[1]}. Take half of the "
+            "resolution."
         )
 
 

@@ -4,7 +4,7 @@ What the base path leaves in a record is a mapping of named tensors (1, …), wh
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,14 @@ Cut: TypeAlias = int | tuple[int, int]
 
 Stored: TypeAlias = Mapping[str, Tensor]
 """What a record keeps of the base path, by names that are the network's own business."""
+
+
+class Targets(NamedTuple):
+    """Ends of the names of layers for a LoRA."""
+
+    attention: tuple[str, ...]
+    all: tuple[str, ...]
+    """With those of feed-forward layers and the like: more is learned in fewer steps, in a larger file."""
 
 
 class BasePath(Protocol):
@@ -63,6 +71,11 @@ class Network(Protocol):
     @property
     def within(self) -> tuple[str, ...]:
         """The beginnings of the paths of layers that may get a LoRA."""
+        ...
+
+    @property
+    def targets(self) -> "Targets":
+        """Which of them usually get one."""
         ...
 
     @property

@@ -17,9 +17,18 @@ from torch import Tensor, nn
 
 from ..errors import HollowError
 from .conditioning import Conditioning
-from .network import Stored
+from .network import Stored, Targets
 from .transfer import send
-from .unet_layers import check_cut, exit_shape, hollowed_layers, layers, leaves_attention, max_cut
+from .unet_layers import (
+    ALL_LAYERS,
+    ATTENTION,
+    check_cut,
+    exit_shape,
+    hollowed_layers,
+    layers,
+    leaves_attention,
+    max_cut,
+)
 
 EXIT_ACTIVATION = ""
 """What a U-Net's record keeps, its only tensor: so it needs no name, and stands in stores under the record's number."""
@@ -54,6 +63,11 @@ class UNet:
     def within(self) -> tuple[str, ...]:
         """Anywhere."""
         return ("",)
+
+    @property
+    def targets(self) -> Targets:
+        """The paper's, and all."""
+        return Targets(ATTENTION, ALL_LAYERS)
 
     @property
     def kept(self) -> tuple[str, ...]:

@@ -13,6 +13,12 @@ from ..errors import HollowError
 
 Config = Mapping[str, Any]
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The paper's targets of a LoRA: the four projections of self- and cross-attention."""
+
+ALL_LAYERS = (*ATTENTION, "conv1", "conv2", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+"""Convolutions and feed-forward too: more is learned in fewer steps, in a file several times as large."""
+
 
 class Layer(NamedTuple):
     """One step of the U: a ResNet, a ResNet with its attention, a downsampler or an upsampler."""

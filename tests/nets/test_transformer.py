@@ -16,7 +16,7 @@ T = [700]
 
 
 def all_cuts(network):
-    length = len(network._blocks())
+    length = len(network.listed())
     return [(n, m) for n, m in itertools.product(range(length), repeat=2) if 0 < n + m < length]
 
 
@@ -65,7 +65,7 @@ def test_gradients_of_kept_blocks_are_the_full_networks_with_the_residual_held_f
     stored = network.base(cut)(noisy, T, prompt)
 
     # the full network: run all of it, and hold the back's residual fixed by a hook behind its last block
-    blocks = network._blocks()
+    blocks = network.listed()
     first, last = blocks[1], blocks[-2]
     add_lora(
         network.module,

@@ -9,6 +9,9 @@ from ...files import read_json
 
 LAYOUTS = ("sd15", "sd21", "sdxl")
 
+TRANSFORMERS = ("flux", "z-image", "qwen-image", "sd35-medium", "krea2", "anima")
+"""Layouts without tokenizers: for planning."""
+
 FOLDER = Path(__file__).parent
 
 

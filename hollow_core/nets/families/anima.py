@@ -56,6 +56,29 @@ def _arguments(
     }
 
 
+def _encoded(family: Family, parts: Mapping[str, Any], text: str, device: Any, tokens: int) -> "Conditioning":
+    """As the steps of its modular pipeline: Qwen reads the prompt, and what it says is put in T5's words."""
+    from types import SimpleNamespace
+
+    from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
+
+    from ..conditioning import Conditioning
+
+    here = SimpleNamespace(**parts)
+    read = AnimaTextEncoderStep.encode_prompt(
+        here, text, prepare_unconditional_embeds=False, max_sequence_length=tokens, device=device
+    )
+    dtype = next(here.text_conditioner.parameters()).dtype
+    return Conditioning(
+        here.text_conditioner(
+            source_hidden_states=read["qwen_prompt_embeds"].to(dtype=dtype),
+            target_input_ids=read["t5_input_ids"],
+            target_attention_mask=read["t5_attention_mask"],
+            source_attention_mask=read["qwen_attention_mask"],
+        )
+    )
+
+
 ANIMA = Family(
     name="anima",
     title="Anima",
@@ -63,9 +86,12 @@ ANIMA = Family(
     pipelines=("AnimaModularPipeline",),
     blocks=(Blocks("transformer_blocks", "image"),),
     kept=("patch_embed", "time_embed", "norm_out", "proj_out"),
-    all_layers=("ff.net.0.proj", "ff.net.2"),
+    feed_forward=("ff.net.0.proj", "ff.net.2"),
     prompt_tokens=512,
     guidance=4.0,
+    text_encoders=("text_encoder", "text_conditioner"),
+    tokenizers=("tokenizer", "t5_tokenizer"),
+    encode=_encoded,
     source="diffusers 0.42, CosmosTransformer3DModel and the modular pipeline of Anima",
     called=_called,
     arguments=_arguments,

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ class Family:
     """Layers that stay as they are where others are quantised or streamed: small, and at both ends."""
     attention: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the layers that usually get a LoRA."""
-    all_layers: tuple[str, ...] = ()
-    """Those of feed-forward layers, too."""
+    feed_forward: tuple[str, ...] = ()
+    """Those of the layers between."""
     shift: float | None = 3.0
     """Of the noise levels where the scheduler does not tell: above 1 draws more of the noisy ones."""
     multiple: int = 1
@@ -57,10 +57,32 @@ class Family:
     prompt_tokens: int = 512
     """Of a usual prompt, or what prompts are padded to."""
     guidance: float = 4.0
-    """Usual scale of classifier-free guidance in sampling, or of what a distilled network is told."""
+    """Usual scale of classifier-free guidance in sampling, 1 for none, or of what a distilled network is told."""
+    resolution: int = 1024
+    """Native side of a picture in pixels, where no config tells."""
+    distilled_mu: float | None = None
+    """What shifts the noise levels of a pipeline that calls itself distilled, whatever the size of the picture."""
+    own_steps: bool = False
+    """The noise levels of sampling are the scheduler's own, not evenly from 1 to 1 / steps before the shift."""
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    """What makes of a prompt what the network sees, by the pipeline's names."""
+    tokenizers: tuple[str, ...] = ("tokenizer",)
+    """The last one's tokens are counted."""
+    max_tokens: int = 512
+    """Of a prompt at most, as the pipeline's `max_sequence_length`."""
+    encoding: Mapping[str, Any] = field(default_factory=dict)
+    """What the pipeline's `encode_prompt` is told beside the prompt."""
+    encoded: tuple[str, ...] = ("prompt",)
+    """What it gives back, in order: "prompt", "pooled", "mask" of the tokens that count, or anything else."""
     source: str = ""
     """Where these facts are from."""
 
+    encode: "Callable[[Family, Mapping[str, Any], str, Any, int], Conditioning]" = field(
+        default_factory=lambda: encoded_by_pipeline
+    )
+    """What the network sees of a prompt: (family, the pipeline's parts, prompt, device, tokens at most)."""
+    guided: "Callable[[Tensor, Tensor, float], Tensor]" = lambda seen, unseen, scale: unseen + scale * (seen - unseen)
+    """Classifier-free guidance: (velocity for the prompt, for the negative one, scale) → velocity."""
     called: "Callable[[Any, Place | None], Any]" = lambda network, place: network
     """What is called in a network's place: a view of it, where it cannot be called as it is, or where it would not know
     the place of a crop."""
@@ -78,6 +100,21 @@ class Family:
     """Of a prompt's token."""
     pooled_width: Callable[[Mapping[str, Any]], int | None] = lambda config: None
     """Of the pooled prompt, where there is one."""
+
+
+def encoded_by_pipeline(
+    family: Family, parts: Mapping[str, Any], text: str, device: Any, tokens: int
+) -> "Conditioning":
+    """What the family's own pipeline in diffusers makes of a prompt, without tokens that do not count."""
+    import diffusers
+
+    from ..conditioning import Conditioning
+
+    pipeline = getattr(diffusers, family.pipelines[0])(**parts)
+    given = pipeline.encode_prompt(text, device=device, max_sequence_length=tokens, **family.encoding)
+    found = dict(zip(family.encoded, given, strict=False))
+    prompt, mask = found["prompt"][0], found.get("mask")
+    return Conditioning((prompt if mask is None else prompt[mask[0].bool()])[None], found.get("pooled"))
 
 
 def packed(latents: "Tensor") -> "Tensor":

@@ -38,6 +38,13 @@ def _arguments(
     }
 
 
+def _guided(seen: "Tensor", unseen: "Tensor", scale: float) -> "Tensor":
+    """Each token as long as it is without guidance."""
+    size = (seen.shape[-2], seen.shape[-1])
+    own, guided = packed(seen), packed(unseen + scale * (seen - unseen))
+    return unpacked(guided * (own.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), size)
+
+
 QWEN_IMAGE = Family(
     name="qwen-image",
     title="Qwen-Image",
@@ -46,9 +53,11 @@ QWEN_IMAGE = Family(
     blocks=(Blocks("transformer_blocks", "two"),),
     kept=("img_in", "txt_in", "time_text_embed", "norm_out", "proj_out"),
     attention=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    all_layers=("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    feed_forward=("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     prompt_tokens=64,
     guidance=4.0,
+    encoded=("prompt", "mask"),
+    guided=_guided,
     source="diffusers 0.42, QwenImageTransformer2DModel and QwenImagePipeline",
     called=_called,
     arguments=_arguments,
