@@ -16,16 +16,8 @@ from .data.prompts import Subject, generic_prompt, personal_prompt
 from .errors import HollowError
 from .lora.metadata import recipe_for
 from .memory.setting import Setting
-from .models.base_model import (
-    BaseModel,
-    decode_images,
-    encode_images,
-    encode_prompt,
-    latent_mask,
-    placed,
-    told,
-    visiting,
-)
+from .models.base_model import decode_images, encode_images, encode_prompt, latent_mask, placed, told, visiting
+from .models.model import Model
 from .training.optimizer import optimizer_class
 from .training.precompute import Example
 from .training.store import Kind, Record
@@ -179,7 +171,7 @@ class Request:
 
 
 def make_examples(
-    model: BaseModel,
+    model: Model,
     request: Request,
     class_latents: Sequence[torch.Tensor],
     device: torch.device | str | None = None,
@@ -228,7 +220,7 @@ def _captioned(request: Request) -> Iterator[tuple[TrainingImage, list[str]]]:
 
 
 def low_examples(
-    model: BaseModel,
+    model: Model,
     request: Request,
     examples: Sequence[Example],
     class_latents: Sequence[torch.Tensor],
@@ -252,7 +244,7 @@ def low_examples(
 
 
 def patch_examples(
-    model: BaseModel,
+    model: Model,
     request: Request,
     examples: Sequence[Example],
     records: Sequence[Record],
@@ -301,7 +293,7 @@ LOW: Mapping[Kind, Kind] = {"image": "low image", "prior": "low prior"}
 
 
 def _pictures(
-    model: BaseModel, request: Request, examples: Sequence[Example], class_latents: Sequence[torch.Tensor]
+    model: Model, request: Request, examples: Sequence[Example], class_latents: Sequence[torch.Tensor]
 ) -> dict[int, TrainingImage]:
     """The picture of each tensor of latents, by its id, of examples of `make_examples`; drawn ones are decoded."""
     drawn = [TrainingImage(picture, None, "", (0, 0, *picture.size)) for picture in decode_images(model, class_latents)]

@@ -17,8 +17,9 @@ from .memory.meter import Meter, free_bytes
 from .memory.planner import Planner
 from .memory.remedy import memory_told
 from .memory.setting import Setting
-from .models.base_model import BaseModel, free_encoders, outlines
-from .nets.network import Network, at_cut
+from .models.base_model import free_encoders, outlines
+from .models.model import Model
+from .nets.network import Network, at_cut, two_path_cut
 from .nets.residency import stream_middle
 from .progress import Progress, Stop, Watch
 from .request import Request, low_examples, make_examples, patch_examples
@@ -48,7 +49,7 @@ class Outcome:
 
 
 def personalize(
-    load: Callable[[], BaseModel],
+    load: Callable[[], Model],
     request: Request,
     folder: Path,
     *,
@@ -79,6 +80,7 @@ def personalize(
     with meter.stage("encode"):
         model = load()
         check_cut(setting, model.network)
+        schedule = model.schedule_for(setting.timestep_sampling, request.resolution)
         torch.nn.Module.to(model.network.module, DTYPES[training.precision])  # without diffusers' advice
         told = partial(
             memory_told,
@@ -107,7 +109,7 @@ def personalize(
             examples = make_examples(model, request, drawn, device)
             records = None
             if setting.patches is not None:
-                records = plan_for(examples, setting.samples, model.schedule, training.seed)
+                records = plan_for(examples, setting.samples, schedule, training.seed)
                 examples, records = patch_examples(model, request, examples, records, drawn, device)
             elif training.strategy == "selective":
                 examples += low_examples(model, request, examples, drawn, device)
@@ -122,7 +124,7 @@ def personalize(
             model.network.base(setting.cut).module.to(device)
         store = precompute(
             model.network,
-            model.schedule,
+            schedule,
             examples,
             folder / "store",
             cut=setting.cut,
@@ -138,10 +140,10 @@ def personalize(
     if store.missing:
         return Outcome(None, None, store, meter)
 
-    schedule, config, layout = model.schedule, model.network.config, model.layout
+    config, layout = model.network.config, model.layout
     network = at_cut(model.network, setting.cut, {record.timestep for record in store.records})
     del model  # here the middle leaves memory
-    recipe = recipe_for(setting.cut, *request.subject, schedule.prediction.name)
+    recipe = recipe_for(two_path_cut(setting.cut), *request.subject, schedule.prediction.name)
     picture = request.images[0].picture if request.thumbnail else None
     alpha = training.lora_alpha
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import HollowError
-from ..models.base_model import BaseModel, keep_small
+from ..models.base_model import keep_small
+from ..models.model import Model, TimestepSampling
 from ..nets.network import Cut
 from ..nets.residency import Bits
 from ..training.precompute import check_samples
@@ -55,8 +56,10 @@ class Setting:
     """Of the largest picture, width and height in pixels; None is the square of the resolution."""
     own_class_images: int = 0
     """The person's own pictures of the class, beside those that the base draws."""
+    timestep_sampling: TimestepSampling | None = None
+    """How time steps are drawn for a model of flow matching; None is the usual way, "shifted"."""
 
-    def keep_small(self, model: BaseModel, device: torch.device | str) -> None:
+    def keep_small(self, model: Model, device: torch.device | str) -> None:
         """`models.base_model.keep_small`, as it says."""
         keep_small(model, device, base_bits=self.base_bits, streaming=self.streaming, tiled_vae=self.tiled_vae)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import (
@@ -73,7 +73,7 @@ class BaseModel:
     @property
     def network(self) -> Network:
         """The U-Net, for what knows no kind of network."""
-        return UNet(self.unet)
+        return cast(Network, UNet(self.unet))  # whose cuts are numbers
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -100,8 +100,8 @@ class BaseModel:
         they are to be drawn otherwise."""
         if sampling is not None:
             raise HollowError(
-                f"Time steps can be drawn {sampling} only for a model of flow matching, as transformers are, but this one "
-                "has a U-Net. Leave --timestep-sampling out."
+                f"Time steps can be drawn {sampling} only for a model of flow matching, as transformers are, but this "
+                "one has a U-Net. Leave --timestep-sampling out."
             )
         return self.schedule
 
@@ -240,12 +240,12 @@ def load(
 def outline(model: str, dtype: torch.dtype = torch.float32) -> Model:
     """What `load` gives, of tensors that hold no data (on PyTorch's "meta" device): for a dry run.
 
-    `model` is a layout ("sd15", "sd21", "sdxl") or a path as for `load`; only configs and a file's header are
-    read. Raises HollowError as `load` does, but does not see whether weights are missing.
+    `model` is a layout ("sd15", "sd21", "sdxl", or one of transformers) or a path as for `load`; only configs and a
+    file's header are read. Raises HollowError as `load` does, but does not see whether weights are missing.
     """
     schedule: dict[str, Any] = {}
     folder = layouts.FOLDER / model
-    if model not in layouts.LAYOUTS:
+    if model not in (*layouts.LAYOUTS, *layouts.TRANSFORMERS):
         folder = Path(model)
         _check_path(folder)
         if not folder.is_dir():

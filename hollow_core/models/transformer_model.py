@@ -13,6 +13,7 @@ import transformers
 from diffusers import ConfigMixin, FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import HollowError
 from ..files import read_json
@@ -39,7 +40,7 @@ class TransformerModel:
     encoders: dict[str, nn.Module]
     """What makes of words what the network sees, by their names in the pipeline; empty once set free."""
     tokenizers: tuple[Any, ...]
-    """In the order of `Family.tokenizers`."""
+    """In the order of `Family.tokenizers`; an outline has none."""
     scheduler: FlowMatchEulerDiscreteScheduler
     """It tells how noise levels are shifted."""
     resolution: int
@@ -90,8 +91,8 @@ class TransformerModel:
         return self.schedule_for(None, self.resolution)
 
     def schedule_for(self, sampling: TimestepSampling | None, side: int) -> NoiseSchedule:
-        """Flow matching, its time steps drawn as `sampling` says: None shifts them as the model is for pictures of about
-        `side` squared pixels."""
+        """Flow matching, its time steps drawn as `sampling` says: None shifts them as the model is for pictures of
+        about `side` squared pixels."""
         if sampling == "uniform":
             return NoiseSchedule.flow(density="uniform")
         latents = side // self.pixels_per_latent
@@ -122,19 +123,25 @@ class TransformerModel:
 
         def give(dtype: torch.dtype) -> TransformerModel:
             module, pictures, *encoders = without_data(makers, dtype)
-            return replace(
-                others, module=module, vae=pictures, encoders=dict(zip(others.encoders, encoders, strict=True))
-            )
+            named = dict(zip(others.encoders, encoders, strict=True))
+            return replace(others, module=module, vae=pictures, encoders=named)
 
         return give
 
     @torch.no_grad()
     def encode_prompt(self, text: str, size: tuple[int, int] | None = None) -> Conditioning:
-        """What the network sees of a prompt, whatever the `size` of the picture: what the family's own pipeline makes of
-        it, without tokens that a mask leaves out. Raises HollowError where the text encoders were set free."""
+        """What the network sees of a prompt, whatever the `size` of the picture: what the family's own pipeline makes
+        of it, without tokens that a mask leaves out. Encoders without data are handed as many tokens as there may be.
+        Raises HollowError where they were set free."""
         if not self.encoders:
             raise HollowError("The text encoder was set free already. Encode all prompts before free_encoders.")
-        family = self.family
+        family, weight = self.family, next(self.text_encoders[0].parameters())
+        if weight.is_meta:
+            for encoder in self.text_encoders:
+                if isinstance(encoder, PreTrainedModel):
+                    ids = torch.zeros(1, family.max_tokens, dtype=torch.long, device=weight.device)
+                    encoder(input_ids=ids[:, : getattr(encoder.config, "max_position_embeddings", None)])
+            return self.network.inputs(2, 2)[1]
         parts = {
             **dict.fromkeys((*family.text_encoders, "vae")),
             **self.encoders,
@@ -144,13 +151,12 @@ class TransformerModel:
             **self.options,
         }
         tokens = min(family.max_tokens, self.tokenizers[-1].model_max_length)
-        device = next(self.text_encoders[0].parameters()).device
         with quiet():
-            return family.encode(family, parts, text, device, tokens)
+            return family.encode(family, parts, text, weight.device, tokens)
 
     def encode_guided(self, prompt: str, negative: str, guidance: float) -> dict[str, Any]:
-        """The prompt, which tells a distilled network of the guidance, and the negative one that another needs; as lists,
-        since prompts are of different lengths."""
+        """The prompt, which tells a distilled network of the guidance, and the negative one that another needs; as
+        lists, since prompts are of different lengths."""
         seen = self.encode_prompt(prompt)
         if self.distilled:
             told = torch.tensor([guidance], dtype=torch.float32, device=seen.encoder_hidden_states.device)
@@ -180,14 +186,22 @@ class TransformerModel:
 
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> TransformerModel:
-    """The model in a diffusers folder, onto the CPU. Raises HollowError where the installed diffusers is too old for it,
-    and for weights that are missing or no safetensors."""
-    return _assembled(folder, partial(_loaded, folder, dtype=dtype))
+    """The model in a diffusers folder, onto the CPU. Raises HollowError where the installed diffusers is too old for
+    it, and for weights that are missing or no safetensors."""
+    model = _assembled(folder, partial(_loaded, folder, dtype=dtype))
+    index = _index(folder)
+    missing = [name for name in model.family.tokenizers if not (folder / name).exists()]
+    if missing:
+        raise HollowError(f"{folder} lacks its {missing[0]}. Get the whole {model.family.title}.")
+    kinds = [_kind(folder, *index[name][:2]) for name in model.family.tokenizers]
+    with quiet():
+        found = [kind.from_pretrained(folder / name) for name, kind in zip(model.family.tokenizers, kinds, strict=True)]
+    return replace(model, tokenizers=tuple(found))
 
 
 def outline_transformer(folder: Path, dtype: torch.dtype) -> TransformerModel:
-    """What `load_transformer` gives, of tensors that hold no data; only configs are read. Raises HollowError as it
-    does, but does not see whether weights are missing."""
+    """What `load_transformer` gives, of tensors that hold no data and without tokenizers; only configs are read. Raises
+    HollowError as it does, but does not see whether weights are missing."""
     return _assembled(folder, partial(_outlined, folder, dtype=dtype))
 
 
@@ -202,7 +216,7 @@ def _assembled(folder: Path, part: Callable[[str, type[Any]], Any]) -> Transform
     index, family = _index(folder), family_in(folder)
     assert family is not None
     kinds = {name: _kind(folder, *entry[:2]) for name, entry in index.items() if _names_part(entry) and entry[0]}
-    missing = [name for name in (NETWORK, "vae", *family.tokenizers) if name not in kinds]
+    missing = [name for name in (NETWORK, "vae", *family.text_encoders[:1], *family.tokenizers) if name not in kinds]
     if missing:
         raise HollowError(f"{folder} lacks its {missing[0]}. Get the whole {family.title}.")
     with quiet():
@@ -213,7 +227,7 @@ def _assembled(folder: Path, part: Callable[[str, type[Any]], Any]) -> Transform
             module=network,
             vae=pictures,
             encoders={name: part(name, kinds[name]) for name in family.text_encoders if name in kinds},
-            tokenizers=tuple(kinds[name].from_pretrained(folder / name) for name in family.tokenizers),
+            tokenizers=(),
             scheduler=_scheduler(folder, family),
             resolution=family.resolution if own_side is None else own_side * per_latent,
             pixels_per_latent=per_latent,
@@ -277,7 +291,7 @@ def _outlined(folder: Path, name: str, kind: Any, *, dtype: torch.dtype) -> nn.M
 
 def _maker(part: Any) -> Callable[[], nn.Module]:
     """What makes another of its kind and sizes."""
-    kind = type(part)
+    kind: Any = type(part)
     return partial(kind.from_config if isinstance(part, ConfigMixin) else kind, part.config)
 
 

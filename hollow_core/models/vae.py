@@ -1,7 +1,7 @@
 """Pictures to latents and back, by any of the VAEs that base models have.
 
-AutoencoderKL and AutoencoderTiny take pictures; those of Qwen-Image and Wan take films, of which a picture is one frame,
-and have a mean and a deviation for each channel.
+AutoencoderKL and AutoencoderTiny take pictures; those of Qwen-Image and Wan take films, of which a picture is one
+frame, and have a mean and a deviation for each channel.
 """
 
 from collections.abc import Mapping

@@ -158,6 +158,11 @@ def read_cut(cut: object) -> Cut | None:
     return cast(Cut, tuple(cut) if isinstance(cut, list) else cut)
 
 
+def two_path_cut(cut: Cut | None) -> int | None:
+    """At which a U-Net is sampled on two paths; None where one is all that is needed."""
+    return cut if isinstance(cut, int) else None
+
+
 def at_cut(network: Network, cut: Cut | None, timesteps: Iterable[int] | None) -> Network:
     """A whole network as it is trained: hollowed at the cut, for `timesteps`; None leaves it whole."""
     return network if cut is None else network.hollow(cut, timesteps)

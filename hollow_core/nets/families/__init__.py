@@ -1,5 +1,8 @@
 """The families of transformers that Hollow knows. One more is a file here, and a line below."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ...errors import HollowError
 from .anima import ANIMA
 from .family import Family
@@ -19,3 +22,8 @@ def family_of(network: str) -> Family:
         known = ", ".join(family.title for family in FAMILIES.values())
         raise HollowError(f"Hollow knows no transformer of the kind {network}. It takes {known}.")
     return FAMILIES[network]
+
+
+def family_in(config: Mapping[str, Any]) -> Family | None:
+    """That of a network's config, as diffusers writes it; None for a U-Net's."""
+    return FAMILIES.get(config.get("_class_name", ""))

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .family import Blocks, Family, of_crop, with_method
+from .family import Blocks, Family, of_crop, renamed, with_method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +56,26 @@ def _arguments(
     }
 
 
+_LAYERS = (
+    ("norm1.linear_1", "adaln_modulation_self_attn.1"),
+    ("norm1.linear_2", "adaln_modulation_self_attn.2"),
+    ("norm2.linear_1", "adaln_modulation_cross_attn.1"),
+    ("norm2.linear_2", "adaln_modulation_cross_attn.2"),
+    ("norm3.linear_1", "adaln_modulation_mlp.1"),
+    ("norm3.linear_2", "adaln_modulation_mlp.2"),
+    ("attn1.to_q", "self_attn.q_proj"),
+    ("attn1.to_k", "self_attn.k_proj"),
+    ("attn1.to_v", "self_attn.v_proj"),
+    ("attn1.to_out.0", "self_attn.output_proj"),
+    ("attn2.to_q", "cross_attn.q_proj"),
+    ("attn2.to_k", "cross_attn.k_proj"),
+    ("attn2.to_v", "cross_attn.v_proj"),
+    ("attn2.to_out.0", "cross_attn.output_proj"),
+    ("ff.net.0.proj", "mlp.layer1"),
+    ("ff.net.2", "mlp.layer2"),
+)
+
+
 def _encoded(family: Family, parts: Mapping[str, Any], text: str, device: Any, tokens: int) -> "Conditioning":
     """As the steps of its modular pipeline: Qwen reads the prompt, and what it says is put in T5's words."""
     from types import SimpleNamespace
@@ -87,6 +107,11 @@ ANIMA = Family(
     blocks=(Blocks("transformer_blocks", "image"),),
     kept=("patch_embed", "time_embed", "norm_out", "proj_out"),
     feed_forward=("ff.net.0.proj", "ff.net.2"),
+    # ComfyUI knows its own names alone, which diffusers reads as "diffusion_model.….lora_A", not as kohya's
+    dialects=("comfy", "diffusers", "peft", "kohya"),
+    original=renamed("transformer_blocks", "blocks", _LAYERS),
+    version="anima",
+    architecture="anima",
     prompt_tokens=512,
     guidance=4.0,
     text_encoders=("text_encoder", "text_conditioner"),

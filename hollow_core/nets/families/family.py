@@ -50,6 +50,15 @@ class Family:
     """Ends of the names of the layers that usually get a LoRA."""
     feed_forward: tuple[str, ...] = ()
     """Those of the layers between."""
+    dialects: tuple[str, ...] = ("comfy", "diffusers", "peft")
+    """How its LoRA files can be written; the first is what ComfyUI and diffusers both read, with nothing left over."""
+    original: tuple[tuple[str, str], ...] = ()
+    """(diffusers, original) names of a block's layers, where the original network, which is ComfyUI's and kohya's,
+    has others; "*" is the block's number. Layers of one original name are its parts, from the first output on."""
+    version: str = ""
+    """What kohya's trainers write as ss_base_model_version."""
+    architecture: str = ""
+    """Of modelspec, without "/lora"."""
     shift: float | None = 3.0
     """Of the noise levels where the scheduler does not tell: above 1 draws more of the noisy ones."""
     multiple: int = 1
@@ -100,6 +109,11 @@ class Family:
     """Of a prompt's token."""
     pooled_width: Callable[[Mapping[str, Any]], int | None] = lambda config: None
     """Of the pooled prompt, where there is one."""
+
+
+def renamed(ours: str, theirs: str, layers: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """For `Family.original`, of the blocks in our list and in theirs."""
+    return tuple((f"{ours}.*.{layer}", f"{theirs}.*.{original}") for layer, original in layers)
 
 
 def encoded_by_pipeline(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .family import Blocks, Family, grid_ids, packed, unpacked
+from .family import Blocks, Family, grid_ids, packed, renamed, unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,17 @@ def _arguments(
     }
 
 
+_LAYERS = (
+    ("attn.to_q", "attn.wq"),
+    ("attn.to_k", "attn.wk"),
+    ("attn.to_v", "attn.wv"),
+    ("attn.to_gate", "attn.gate"),
+    ("attn.to_out.0", "attn.wo"),
+    ("ff.gate", "mlp.gate"),
+    ("ff.up", "mlp.up"),
+    ("ff.down", "mlp.down"),
+)
+
 KREA2 = Family(
     name="krea2",
     title="Krea 2",
@@ -34,6 +45,9 @@ KREA2 = Family(
     kept=("img_in", "time_embed", "txt_in", "final_layer"),
     attention=("to_q", "to_k", "to_v", "to_out.0"),
     feed_forward=("ff.gate", "ff.up", "ff.down"),
+    original=renamed("transformer_blocks", "blocks", _LAYERS),
+    version="krea2",
+    architecture="Krea-2",
     prompt_tokens=64,
     guidance=5.5,  # Krea2Pipeline's 4.5, which it adds to 1
     distilled_mu=1.15,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .family import Blocks, Family, of_crop, with_method
+from .family import Blocks, Family, of_crop, renamed, with_method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +36,26 @@ def _arguments(
     }
 
 
+_LAYERS = (
+    ("norm1.linear", "x_block.adaLN_modulation.1"),
+    ("attn.to_q", "x_block.attn.qkv"),
+    ("attn.to_k", "x_block.attn.qkv"),
+    ("attn.to_v", "x_block.attn.qkv"),
+    ("attn.to_out.0", "x_block.attn.proj"),
+    ("attn2.to_q", "x_block.attn2.qkv"),
+    ("attn2.to_k", "x_block.attn2.qkv"),
+    ("attn2.to_v", "x_block.attn2.qkv"),
+    ("attn2.to_out.0", "x_block.attn2.proj"),
+    ("attn.add_q_proj", "context_block.attn.qkv"),
+    ("attn.add_k_proj", "context_block.attn.qkv"),
+    ("attn.add_v_proj", "context_block.attn.qkv"),
+    ("attn.to_add_out", "context_block.attn.proj"),
+    ("ff.net.0.proj", "x_block.mlp.fc1"),
+    ("ff.net.2", "x_block.mlp.fc2"),
+    ("ff_context.net.0.proj", "context_block.mlp.fc1"),
+    ("ff_context.net.2", "context_block.mlp.fc2"),
+)
+
 SD3 = Family(
     name="sd3",
     title="Stable Diffusion 3.5",
@@ -45,6 +65,10 @@ SD3 = Family(
     kept=("pos_embed", "context_embedder", "time_text_embed", "norm_out", "proj_out"),
     attention=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     feed_forward=("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    # as FLUX.1; diffusers does not read kohya's
+    dialects=("diffusers", "kohya", "peft"),
+    original=renamed("transformer_blocks", "joint_blocks", _LAYERS),
+    architecture="stable-diffusion-3",
     prompt_tokens=333,  # CLIP's 77 and T5's 256
     guidance=4.5,
     own_steps=True,

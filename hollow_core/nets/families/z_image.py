@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .family import Blocks, Family
+from .family import Blocks, Family, renamed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +49,13 @@ def _velocity(config: Mapping[str, Any], out: "Sequence[Tensor]", size: tuple[in
     return -torch.stack(list(out)).squeeze(2)
 
 
+_LAYERS = (
+    ("attention.to_q", "attention.qkv"),
+    ("attention.to_k", "attention.qkv"),
+    ("attention.to_v", "attention.qkv"),
+    ("attention.to_out.0", "attention.out"),
+)
+
 Z_IMAGE = Family(
     name="z-image",
     title="Z-Image",
@@ -59,6 +66,11 @@ Z_IMAGE = Family(
     kept=("all_x_embedder", "cap_embedder", "t_embedder", "all_final_layer"),
     feed_forward=("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     multiple=32,
+    original=tuple(
+        pair for blocks in ("layers", "noise_refiner", "context_refiner") for pair in renamed(blocks, blocks, _LAYERS)
+    ),
+    version="z_image",
+    architecture="Z-Image",
     prompt_tokens=64,
     guidance=6.0,  # ZImagePipeline's 5, which it adds to 1
     encoding={"do_classifier_free_guidance": False},
