@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300, help="of each training (default 300)")
     parser.add_argument("--quick", action="store_true", help="one subject and a few steps: whether it runs")
     options = parser.parse_args(arguments)
-    options.training = replace(run.SETTINGS, steps=10 if options.quick else options.steps, save_every=0)
+    options.training = replace(run.SETTINGS, steps=10 if options.quick else options.steps)
     options.sampling = replace(held_out.SAMPLING, steps=2) if options.quick else held_out.SAMPLING
     options.subjects = options.subjects[:1] if options.quick else options.subjects
     options.samples, options.class_images = (20, 2) if options.quick else (run.SAMPLES, run.CLASS_IMAGES)

@@ -253,7 +253,8 @@ def patch_examples(
     noise: Callable[[Record], float] | None = None,
 ) -> tuple[list[Example], list[Record]]:
     """An example of its own for each of `records`, which `plan_for` has planned for `examples`, and the records of
-    these: of a crop that is the larger the more noise there is, resized to the setting's patches.
+    these: of a crop that is the larger the more noise there is, resized to the setting's patches. Where it is, the
+    record's seed decides.
 
     By the strategy selective the crops are twins of the whole pictures; else they are in their place, held-out ones,
     too. `noise` says how much there is, from 0 to 1; None: as much as at the record's time step. Raises HollowError as
@@ -262,9 +263,8 @@ def patch_examples(
     side, token = request.setting.patches, model.network.token_side
     assert side is not None
     grid = model.pixels_per_latent * (token or 1)
-    if noise is None:
-        schedule = model.schedule
-        noise = lambda record: schedule.noise(record.timestep)  # noqa: E731
+    schedule = model.schedule
+    noise_of = noise or (lambda record: schedule.noise(record.timestep))
     selective = request.setting.training.strategy == "selective"
     cropped = [record for record in records if record.kind in LOW] if selective else records
     with visiting(device, model.vae):
@@ -273,8 +273,8 @@ def patch_examples(
         for record in cropped:
             image = whole[id(examples[record.image].latents)]
             check_patches(side, image.picture.size, grid)
-            generator = torch.Generator().manual_seed(2**32 + record.noise_seed)  # the noise has the seed itself
-            crops.append(patch(image, noise(record), side, grid, generator))
+            generator = torch.Generator().manual_seed(2**32 - 1 - record.noise_seed)  # the noise has its own
+            crops.append(patch(image, noise_of(record), side, grid, generator))
         encoded = encode_images(model, [image for image, _ in crops])
     made = []
     for record, (image, place), z in zip(cropped, crops, encoded, strict=True):

@@ -34,9 +34,8 @@ class Example:
     """A picture with its two prompts: one of the subject ("image"), or one of its class ("prior").
 
     A prior example trains on its generic prompt (P_pr of Eq. 2), its personal one is not looked at. The first
-    "low image" is the first "image" at a lower resolution, and so on; likewise "low prior". A "held-out image" is not
-    trained on. Examples that share a tensor of latents are one picture
-    under several prompts.
+    "low image" is the first "image" at a lower resolution, or a crop of it, and so on; likewise "low prior". A
+    "held-out image" is not trained on. Examples that share a tensor of latents are one picture under several prompts.
     """
 
     latents: torch.Tensor  # (1, channels, height, width), scaled as the network expects them
