@@ -85,6 +85,11 @@ class UNet:
         return 3
 
     @property
+    def token_side(self) -> None:
+        """Convolutions have no position codes; what SDXL is told of crops is in its prompts."""
+        return None
+
+    @property
     def levels(self) -> int:
         """Of the U."""
         return len(self.config["block_out_channels"])
