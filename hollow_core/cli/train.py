@@ -231,8 +231,9 @@ def train(
                 Console().print(table)
         return
 
+    planner().check(setting)
+    check_cut(setting, planner().network)
     loaded = [load_model(model, setting.training.precision, prediction_type)]  # its pop hands over the only reference
-    check_cut(setting, loaded[0].network)
     keep_options = partial(run_file.write, out / run_file.RUN_FILE, ctx, options_of(setting), choice)
     if not (out / "store").exists():
         keep_options()

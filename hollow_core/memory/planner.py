@@ -105,18 +105,18 @@ class Planner:
 
     def predict(self, setting: Setting) -> Prediction:
         """Of every stage. Raises HollowError for a cut, a resolution or a number of records that cannot be."""
-        self._check(setting)
+        self.check(setting)
         peaks = {stage: self._run(stage, setting)[0] for stage in self.stages}
         return Prediction(setting, peaks, self.store_bytes(setting), self.step_flops(setting))
 
     def step_flops(self, setting: Setting) -> int:
         """Operations of a training step. Raises HollowError as `predict` does."""
-        self._check(setting)
+        self.check(setting)
         return self._run("train", setting)[1]
 
     def store_bytes(self, setting: Setting) -> int:
         """Of what the base path leaves on the disk. Raises HollowError as `predict` does."""
-        self._check(setting)
+        self.check(setting)
         if setting.cut is None:
             return 0
         width, height = (side // self._pixels for side in setting.recorded(self.resolution))
@@ -127,7 +127,7 @@ class Planner:
 
     def peak(self, stage: str, setting: Setting) -> Peak:
         """Of one stage of `STAGES` only. Raises HollowError as `predict` does."""
-        self._check(setting)
+        self.check(setting)
         return self._run(stage, setting)[0]
 
     def cuts(self) -> list[Cut]:
@@ -157,7 +157,7 @@ class Planner:
         streaming. Sampling is not counted, as any other tool can draw with the LoRA. Raises HollowError where nothing
         fits, saying what the smallest would need.
         """
-        self._check(setting)
+        self.check(setting)
         resident = _ways(setting, tuple(precisions), self.network.levels, fixed)
         streamed = [_but(resident[-1], fixed, streaming=True)]
         cuts = (None, *self.cuts()) if cuts is None else cuts
@@ -189,7 +189,8 @@ class Planner:
             setting = _but(setting, fixed, stream_middle=True)
         return setting
 
-    def _check(self, setting: Setting) -> None:
+    def check(self, setting: Setting) -> None:
+        """Raises HollowError for what this model cannot do."""
         if setting.cut is not None:
             self.network.check_cut(setting.cut)
         self._known.schedule_for(setting.timestep_sampling, self.resolution)

@@ -45,7 +45,7 @@ class UNet:
     """Whole, or as `hollow` gives it."""
 
     @property
-    def cut(self) -> int | None:
+    def cut(self) -> Cut | None:
         """At which it was hollowed; None while it is whole."""
         return self.module.cut if isinstance(self.module, HollowedUNet) else None
 
