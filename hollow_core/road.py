@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import HollowError
 from .lora import file as lora_file
+from .lora.dialects import check_dora
 from .lora.file import Written
 from .lora.layers import ATTENTION
 from .lora.metadata import recipe_for
@@ -17,14 +18,15 @@ from .memory.meter import Meter, free_bytes
 from .memory.planner import Planner
 from .memory.remedy import memory_told
 from .memory.setting import Setting
-from .models.base_model import BaseModel, free_encoders, outlines
+from .models.base_model import free_encoders, outlines
+from .models.model import Model
 from .nets.network import Network, at_cut
 from .nets.residency import stream_middle
 from .progress import Progress, Stop, Watch
-from .request import Request, low_examples, make_examples
+from .request import Request, low_examples, make_examples, patch_examples
 from .sampling.prior import class_latents
 from .training.curve import save_losses
-from .training.precompute import model_id, precompute
+from .training.precompute import model_id, plan_for, precompute
 from .training.selective import save_schedule
 from .training.settings import DTYPES
 from .training.store import Store
@@ -48,7 +50,7 @@ class Outcome:
 
 
 def personalize(
-    load: Callable[[], BaseModel],
+    load: Callable[[], Model],
     request: Request,
     folder: Path,
     *,
@@ -79,6 +81,9 @@ def personalize(
     with meter.stage("encode"):
         model = load()
         check_cut(setting, model.network)
+        if training.dora:
+            check_dora(model.network.config)
+        schedule = model.schedule_for(setting.timestep_sampling, request.resolution)
         torch.nn.Module.to(model.network.module, DTYPES[training.precision])  # without diffusers' advice
         told = partial(
             memory_told,
@@ -105,7 +110,11 @@ def personalize(
                 if len(drawn) < setting.class_images:
                     return Outcome(None, None, None, meter)
             examples = make_examples(model, request, drawn, device)
-            if training.strategy == "selective":
+            records = None
+            if setting.patches is not None:
+                records = plan_for(examples, setting.samples, schedule, training.seed)
+                examples, records = patch_examples(model, request, examples, records, drawn, device)
+            elif training.strategy == "selective":
                 examples += low_examples(model, request, examples, drawn, device)
         free_encoders(model)
         if setting.base_bits is not None:  # other weights, then
@@ -118,22 +127,23 @@ def personalize(
             model.network.base(setting.cut).module.to(device)
         store = precompute(
             model.network,
-            model.schedule,
+            schedule,
             examples,
             folder / "store",
             cut=setting.cut,
             samples=setting.samples,
             seed=training.seed,
-            dtype=setting.store_dtype,
+            dtype=setting.store_dtype or model.network.record_dtype,
             together=training.together,
             made_by=made_by,
+            records=records,
             progress=watch("precompute"),
             stop=stop,
         )
     if store.missing:
         return Outcome(None, None, store, meter)
 
-    schedule, config, layout = model.schedule, model.network.config, model.layout
+    config, layout = model.network.config, model.layout
     network = at_cut(model.network, setting.cut, {record.timestep for record in store.records})
     del model  # here the middle leaves memory
     recipe = recipe_for(setting.cut, *request.subject, schedule.prediction.name)

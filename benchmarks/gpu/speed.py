@@ -124,7 +124,7 @@ def measure_precompute(shape: Shape, setting: Setting, extent: Extent, device: t
             Path(folder),
             cut=setting.cut,
             samples=last,
-            dtype=setting.store_dtype,
+            dtype=setting.store_dtype or model.network.record_dtype,
             together=setting.training.together,
             made_by="random weights",
             progress=watch,

@@ -1,6 +1,7 @@
 """`hollow demo`."""
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +14,22 @@ from .options import Json
 from .watch import quiet, watching
 
 
+class DemoModel(str, Enum):
+    """As `demo.run.DEMOS` calls them."""
+
+    unet = "unet"
+    transformer = "transformer"
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the LoRA, the pictures and the report.")] = Path("hollow-demo"),
+    model: Annotated[
+        DemoModel,
+        typer.Option(
+            help="Which embedded model: a U-Net, hollowed in the middle, or a transformer, hollowed at both ends."
+        ),
+    ] = DemoModel.unet,
     as_json: Json = False,
 ) -> None:
     """Personalise the embedded model offline on a subject it has never seen: minutes on two cores, no GPU."""
@@ -23,7 +37,7 @@ def demo(
     from ..demo import run
 
     with watching() as watch:
-        report = run.run(out, progress=watch)
+        report = run.run(out, progress=watch, demo=run.DEMOS[model.value])
     table = Table("", "subject score", "prompt score")
     for name, row in report["rows"].items():
         table.add_row(name, f"{row['subject_score']:.2f}", f"{row['prompt_score']:.2f}")

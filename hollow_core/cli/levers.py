@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .app import console, say
+from .options import cut_as_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,7 +89,7 @@ def options_of(setting: "Setting") -> dict[str, Any]:
     """What gives these levers: {an option's name in Python: its value, None where it is left out}."""
     training = setting.training
     return {
-        "cut": -1 if setting.cut is None else setting.cut,
+        "cut": cut_as_option(setting.cut),
         "precision": training.precision,
         "together": training.together,
         "checkpointing": training.gradient_checkpointing,

@@ -1,5 +1,6 @@
 """Options that several commands take, and what their values mean."""
 
+import re
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -11,6 +12,7 @@ from ..errors import HollowError
 
 if TYPE_CHECKING:
     from ..memory.setting import Setting
+    from ..nets.network import Cut, Network
     from ..nets.residency import Bits
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -78,6 +80,14 @@ class LRSchedule(str, Enum):
     polynomial = "polynomial"
 
 
+class TimestepSampling(str, Enum):
+    """How a model of flow matching draws time steps."""
+
+    shifted = "shifted"
+    logit_normal = "logit-normal"
+    uniform = "uniform"
+
+
 class Prediction(str, Enum):
     """What a model's U-Net predicts."""
 
@@ -99,6 +109,13 @@ MODEL = "Model and device"
 
 UNLESS_CHOSEN = "off, unless chosen to fit"
 
+Patches = Annotated[
+    int | None,
+    typer.Option(
+        help="Side in pixels of square patches that are learned in place of whole pictures: faster, and for less memory. Where there is much noise a patch is the whole picture made small, where there is little a small crop at its own size, anywhere in it: so the subject may be outside. By --strategy selective, in place of the small pictures. (default: none)",
+        rich_help_panel=PICTURES,
+    ),
+]
 LayersOption = Annotated[
     Layers,
     typer.Option(
@@ -147,7 +164,7 @@ BaseBitsOption = Annotated[
 Stream = Annotated[
     bool,
     typer.Option(
-        help="Keep the weights of U-Net and text encoders in main memory and bring each to the GPU when it is needed: slower.",
+        help="Keep the weights of network and text encoders in main memory and bring each to the GPU when it is needed: slower.",
         show_default=UNLESS_CHOSEN,
         rich_help_panel=MEMORY,
     ),
@@ -155,7 +172,7 @@ Stream = Annotated[
 StreamMiddle = Annotated[
     bool,
     typer.Option(
-        help="The same for the middle alone, while precomputing: then it takes no more than training.",
+        help="The same for what the cut takes out, while precomputing: then it takes no more than training.",
         show_default=UNLESS_CHOSEN,
         rich_help_panel=MEMORY,
     ),
@@ -179,7 +196,7 @@ Checkpointing = Annotated[
 CheckpointLevels = Annotated[
     int | None,
     typer.Option(
-        help="With --checkpointing: how many levels of the U recompute, from the outermost. (default: all, unless chosen to fit)",
+        help="With --checkpointing: how many levels of the U recompute, from the outermost, or quarters of a transformer. (default: all, unless chosen to fit)",
         rich_help_panel=MEMORY,
     ),
 ]
@@ -214,6 +231,7 @@ ClipModel = Annotated[
 
 def setting_of(
     *,
+    network: "Network",
     optimizer: OptimizerKind,
     lora_precision: LoraPrecision,
     checkpointing: bool,
@@ -225,17 +243,18 @@ def setting_of(
     resolution: int | None,
     samples: int,
     class_images: int,
-    cut: int = 3,
+    cut: str | None = None,
     low_resolution: int | None = None,
+    timestep_sampling: TimestepSampling | None = None,
+    patches: int | None = None,
     **training: Any,
 ) -> "Setting":
-    """What the options say; `training` are those that `TrainSettings` calls by the same name."""
-    from ..lora.layers import ALL_LAYERS, ATTENTION
+    """What the options say of a network; `training` are those that `TrainSettings` calls by the same name."""
     from ..memory.setting import Setting
     from ..training.settings import TrainSettings
 
     return Setting(
-        cut=None if cut < 0 else cut,
+        cut=network.usual_cut if cut is None else cut_of(cut, network),
         resolution=resolution,
         samples=samples,
         class_images=class_images,
@@ -244,8 +263,10 @@ def setting_of(
         stream_middle=stream_middle,
         tiled_vae=tiled_vae,
         low_resolution=low_resolution,
+        timestep_sampling=None if timestep_sampling is None else timestep_sampling.value,
+        patches=patches,
         training=TrainSettings(
-            targets=ATTENTION if layers is Layers.attention else ALL_LAYERS,
+            targets=network.targets.attention if layers is Layers.attention else network.targets.all,
             optimizer=optimizer.value,
             lora_precision=lora_precision.value,
             gradient_checkpointing=checkpointing,
@@ -262,6 +283,34 @@ def load_model(path: Path, precision: str, prediction_type: Prediction | None) -
     return load(
         path, DTYPES[Precision(precision).value], prediction_type=prediction_type.value if prediction_type else None
     )
+
+
+def cut_of(asked: str, network: "Network") -> "Cut | None":
+    """3, or 4,6 of a transformer's front and back; of 50% the cut nearest to this share of the network's parameters;
+    None for -1. Raises HollowError for anything else."""
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", asked):
+        if not 0 < (share := float(match[1])) < 100:
+            raise HollowError(f"There is no cut of {asked}. Give a share between 10% and 80%.")
+        return network.nearest_cut(share / 100)
+    try:
+        numbers = tuple(int(number) for number in asked.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) not in (1, 2) or min(numbers) < -1:
+        raise HollowError(
+            f"{asked!r} is no cut. Give a number such as 3 for a U-Net, two such as 4,6 for a transformer, or a share "
+            "such as 50%."
+        )
+    if -1 in numbers:
+        return None
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def cut_as_option(cut: "Cut | None") -> int | str:
+    """As `cut_of` reads it; numbers stay numbers, as files of runs have them."""
+    from ..nets.network import cut_in_words
+
+    return -1 if cut is None else cut_in_words(cut) if isinstance(cut, tuple) else cut
 
 
 def bits_of(asked: BaseBits) -> "Bits | None":

@@ -50,7 +50,7 @@ def sample(
     images: Annotated[int, typer.Option(help="Pictures a prompt.", rich_help_panel=PICTURES)] = 1,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count up.", rich_help_panel=PICTURES)] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=PICTURES)] = 30,
-    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.", rich_help_panel=PICTURES)] = 7.5,
+    guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance, 1 for none, or what a distilled model is told of it. (default: 7.5, or the transformer's usual one)", rich_help_panel=PICTURES)] = None,
     width: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)", rich_help_panel=PICTURES)] = None,
     height: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)", rich_help_panel=PICTURES)] = None,
     # memory
@@ -77,10 +77,13 @@ def sample(
 
     named = lora_files([*lora, *(more_loras or [])])
     to = device_of(device)
+    _check_one_path(model, refresh, generic)
     base = load_model(model, precision, prediction_type)
     size = (height or base.resolution, width or base.resolution)
     settings = SampleSettings(steps, guidance, negative, strength, refresh, size, together)
-    loras = {name: lora_file.load(file, base.unet) for name, file in named.items()}  # refuses before any is drawn
+    loras = {
+        name: lora_file.load(file, base.network.module) for name, file in named.items()
+    }  # refuses before any is drawn
     keep_small(base, to, base_bits=bits_of(base_bits), streaming=stream, tiled_vae=tiled_vae)
     prompts = [text for text in prompt for _ in range(images)]
     seeds = [seed + number for _ in prompt for number in range(images)]
@@ -109,6 +112,16 @@ def sample(
         print(json.dumps(written))
     files = [f"{len(written)} picture{'s' * (len(written) > 1)}", *["grid.png"] * as_grid]
     say(f"{' and '.join(files)} {'is' if files == ['1 picture'] else 'are'} in {out}.")
+
+
+def _check_one_path(model: Path, refresh: int, generic: str | None) -> None:
+    """Raises HollowError where a transformer is to draw on two paths."""
+    from ..models.transformer_model import family_in
+
+    family = family_in(model)
+    for option in ("--refresh" if refresh != 1 else None, "--generic" if generic is not None else None):
+        if family is not None and option is not None:
+            raise HollowError(f"{family.title} draws on one path, which has no {option}. Leave it out.")
 
 
 def lora_files(asked: Sequence[Path]) -> dict[str, Path]:

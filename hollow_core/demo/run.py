@@ -2,7 +2,8 @@
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,8 @@ from ..lora.layers import ALL_LAYERS
 from ..memory.meter import Meter
 from ..memory.setting import Setting
 from ..models.base_model import BaseModel, load
-from ..nets.network import removed_fraction
+from ..nets.families import family_of
+from ..nets.network import Cut, removed_fraction
 from ..progress import Progress
 from ..request import Request
 from ..road import personalize
@@ -32,6 +34,7 @@ from ..training.store import Store
 from . import scorers, world
 
 MODEL = Path(__file__).parent / "model"
+TRANSFORMER = Path(__file__).parent / "transformer"
 IDENTIFIER = "sks"
 CUT = 3
 LORA_FILE = "lora.safetensors"
@@ -52,6 +55,32 @@ CLASS_IMAGES = 24
 SAMPLING = SampleSettings(steps=30, guidance=3.0, together=4)
 
 Watch = Callable[[str, Progress], object]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One of the embedded models, and how it is personalised."""
+
+    folder: Path
+    cut: Cut
+    """At which its LoRA is trained."""
+    settings: TrainSettings
+    sampling: SampleSettings
+    two_paths: bool
+    """Whether its hollowed LoRA is drawn with on two paths, too."""
+
+
+UNET = Demo(MODEL, CUT, SETTINGS, SAMPLING, two_paths=True)
+_Z_IMAGE = family_of("ZImageTransformer2DModel")
+TRANSFORMER_DEMO = Demo(
+    TRANSFORMER,
+    (3, 3),  # of twelve blocks
+    replace(SETTINGS, targets=(*_Z_IMAGE.attention, *_Z_IMAGE.feed_forward)),
+    SAMPLING,
+    two_paths=False,
+)
+DEMOS = {"unet": UNET, "transformer": TRANSFORMER_DEMO}
+"""By what the command calls them."""
 
 
 class Trained(NamedTuple):
@@ -75,9 +104,10 @@ class Row(NamedTuple):
 def run(
     out: Path,
     subject: world.Subject = world.HELD_OUT[0],
-    settings: TrainSettings = SETTINGS,
+    settings: TrainSettings | None = None,
     progress: Watch | None = None,
     *,
+    demo: Demo = UNET,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Do it all into `out` on `device`, and give the report that is written there too.
@@ -85,18 +115,28 @@ def run(
     Called again after an interruption, it goes on. The stage "encode" of the plain LoRA has drawn the pictures of the
     class, too, which both trainings share. Raises HollowError where `out` cannot be written.
     """
-    references = out / "references"
+    references, settings = out / "references", settings or demo.settings
     write_references(references, subject)
     work = out / "work"
     plain, hollowed = (
-        train(work / name, references, subject, cut, settings, progress, class_folder=work / "class", device=device)
-        for name, cut in (("plain", None), ("hollowed", CUT))
+        train(
+            work / name,
+            references,
+            subject,
+            cut,
+            settings,
+            progress,
+            class_folder=work / "class",
+            demo=demo,
+            device=device,
+        )
+        for name, cut in (("plain", None), ("hollowed", demo.cut))
     )
     write_bytes(out / LORA_FILE, hollowed.file.read_bytes())
 
-    base = model()
+    base = model(demo)
     with hollowed.meter.stage("sample"):
-        rows = draw_rows(base, subject, plain.file, hollowed.file, progress, device=device)
+        rows = draw_rows(base, subject, plain.file, hollowed.file, progress, demo=demo, device=device)
     given = [image.picture for image in load_images(references, world.SIZE)]
     sheet = [grid.Row("references", given, "five pictures in")]
     for row in rows:
@@ -112,11 +152,16 @@ def run(
             "python": platform.python_version(),
         },
         "subject": asdict(subject),
-        "settings": {**asdict(settings), "targets": list(settings.targets), "cut": CUT, "class_images": CLASS_IMAGES},
-        "sampling": asdict(SAMPLING),
+        "settings": {
+            **asdict(settings),
+            "targets": list(settings.targets),
+            "cut": demo.cut,
+            "class_images": CLASS_IMAGES,
+        },
+        "sampling": asdict(demo.sampling),
         "plain_stages": [asdict(stage) for stage in plain.meter.stages],
         "hollowed_stages": [asdict(stage) for stage in hollowed.meter.stages],
-        "removed_percent": round(100 * removed_fraction(base.network, CUT), 2),
+        "removed_percent": round(100 * removed_fraction(base.network, demo.cut), 2),
         "records": len(hollowed.store.records),
         "stored_bytes": hollowed.store.size_bytes,
         "rows": {
@@ -132,11 +177,12 @@ def train(
     folder: Path,
     references: Path,
     subject: world.Subject,
-    cut: int | None,
+    cut: Cut | None,
     settings: TrainSettings = SETTINGS,
     progress: Watch | None = None,
     class_folder: Path | None = None,
     *,
+    demo: Demo = UNET,
     device: torch.device | str = "cpu",
 ) -> Trained:
     """A LoRA of the pictures in `references`, hollowed at `cut` or plain; goes on in `folder` if interrupted.
@@ -153,15 +199,15 @@ def train(
         class_folder,
         keep=0,
     )
-    outcome = personalize(model, request, folder, device=device, progress=watch)
+    outcome = personalize(partial(model, demo), request, folder, device=device, progress=watch)
     if outcome.file is None or outcome.result is None or outcome.store is None or outcome.result.stopped != "finished":
         raise HollowError(f"The training in {folder} did not finish. Delete the folder and start again.")
     return Trained(outcome.file, outcome.result.losses, outcome.store, outcome.meter)
 
 
-def model() -> BaseModel:
-    """The embedded model."""
-    return load(MODEL)
+def model(demo: Demo = UNET) -> Any:
+    """An embedded model."""
+    return load(demo.folder)
 
 
 def captioned_references(subject: world.Subject) -> Iterator[tuple[str, Image.Image, str]]:
@@ -187,20 +233,24 @@ def draw_rows(
     hollowed: Path,
     progress: Watch | None = None,
     *,
+    demo: Demo = UNET,
     device: torch.device | str = "cpu",
 ) -> list[Row]:
-    """The base model, plain LoRA, and the hollowed LoRA on two paths and on one, each in four new scenes."""
-    plain_lora, hollowed_lora = (lora_file.load(file, base.unet) for file in (plain, hollowed))
-    ways: list[tuple[str, LoraFile | None, bool]] = [
-        ("base model", None, True),
-        ("plain LoRA", plain_lora, True),
-        ("hollowed LoRA, two paths", hollowed_lora, False),
-        ("hollowed LoRA, single path", hollowed_lora, True),
-    ]
+    """The base model, plain LoRA, and the hollowed LoRA, on two paths and on one if there are two, each in four new
+    scenes."""
+    plain_lora, hollowed_lora = (lora_file.load(file, base.network.module) for file in (plain, hollowed))
+    ways: list[tuple[str, LoraFile | None, bool]] = [("base model", None, True), ("plain LoRA", plain_lora, True)]
+    if demo.two_paths:
+        ways += [
+            ("hollowed LoRA, two paths", hollowed_lora, False),
+            ("hollowed LoRA, single path", hollowed_lora, True),
+        ]
+    else:
+        ways.append(("hollowed LoRA", hollowed_lora, True))
     scenes = world.NEW_SCENES
     rows = []
     for name, lora, single_path in ways:
-        drawn = draw(base, called(subject), scenes, lora=lora, single_path=single_path, device=device)
+        drawn = draw(base, called(subject), scenes, demo.sampling, lora=lora, single_path=single_path, device=device)
         rows.append(Row(name, drawn, *score(drawn, subject, scenes)))
         if progress is not None:
             progress("sample", Progress(len(rows), len(ways), 0.0))

@@ -67,7 +67,7 @@ class Protocol:
     """Pictures of the class, shared by its subjects."""
     training: TrainSettings = field(default_factory=TrainSettings)
     """Rank and seed are the job's."""
-    sampling: SampleSettings = field(default_factory=lambda: SampleSettings(steps=50))
+    sampling: SampleSettings = field(default_factory=lambda: SampleSettings(steps=50, guidance=7.5))
 
 
 class Job(NamedTuple):

@@ -7,22 +7,34 @@
 | peft | `base_model.model.down_blocks.0.….to_q` | `.lora_A.weight`, `.lora_B.weight` |
 | comfy | `diffusion_model.input_blocks.1.1.….to_q` | `.lora_down.weight`, `.lora_up.weight` |
 
-kohya and ComfyUI keep alpha beside the matrices, diffusers and peft in a config (`adapters` below), if at all.
+| dialect | a layer of a transformer | its matrices |
+|---|---|---|
+| kohya | `lora_unet_double_blocks_0_img_attn_qkv`, the original's name | `.lora_down.weight`, `.lora_up.weight` |
+| diffusers | `transformer.transformer_blocks.0.attn.to_q` | `.lora_A.weight`, `.lora_B.weight` |
+| peft | `base_model.model.transformer_blocks.0.attn.to_q` | `.lora_A.weight`, `.lora_B.weight` |
+| comfy | `diffusion_model.blocks.0.attn.wq`, the original's name | `.lora_A.weight`, `.lora_B.weight` |
+
+kohya and ComfyUI keep alpha beside the matrices, diffusers and peft in a config (`adapters` below), if at all. A
+transformer's file of ComfyUI's has matrices for which alpha is the rank, as diffusers takes Krea 2's and Anima's in no
+other way. What is one layer in the original and several in diffusers' network (queries, keys and values) is put
+together where kohya's dialect cannot do without: one block of the matrices for each, and so of several times the rank,
+with the same ΔW.
 """
 
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import diffusers
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..errors import HollowError
+from ..nets.families import Family, family_in
 from ..nets.unet_layers import Config, to_ldm
 from .delta import LoraLayer
 
@@ -37,7 +49,7 @@ class Lora(NamedTuple):
     dialect: str
     """The file's: one of DIALECTS."""
     layers: dict[str, LoraLayer]
-    """Of the U-Net, by diffusers' names: "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"."""
+    """Of the network, by diffusers' names: "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"."""
     text: dict[str, LoraLayer]
     """Of the text encoders: "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "text_encoder_2.…"."""
     left_out: tuple[str, ...]
@@ -45,7 +57,7 @@ class Lora(NamedTuple):
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Of the layers' first matrices, by which the U-Net is known."""
+        """Of the layers' first matrices, by which the network is known."""
         return {f"{module}.lora_A": tuple(layer.down.shape) for module, layer in self.layers.items()}
 
 
@@ -56,12 +68,12 @@ def parse(
     *,
     source: str = "The LoRA",
 ) -> Lora:
-    """Read the LoRA that `tensors` hold, for the U-Net of `config`.
+    """Read the LoRA that `tensors` hold, for the network of `config`: a U-Net's, or that of one of `FAMILIES`.
 
-    `adapters` are of peft's configs {"unet": …, "text_encoder": …} what tells the alpha of layers that have none of
+    `adapters` are of peft's configs {"network": …, "text_encoder": …} what tells the alpha of layers that have none of
     their own: lora_alpha, alpha_pattern and use_rslora. Values may be infinite or undefined. Raises HollowError,
     beginning with `source`, where it is no LoRA, or one of another method (LoHa, LoKr); where a layer lacks a matrix,
-    is not the U-Net's or has other shapes, of which the sentence names the first.
+    is not the network's or has other shapes, of which the sentence names the first.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     return parse_lazily(shapes, tensors.__getitem__, config, adapters, source=source)
@@ -77,32 +89,40 @@ def parse_lazily(
 ) -> Lora:
     """`parse` of a file that is open: nothing is read before every name and shape is found to fit."""
     weights, names = _known(json.dumps(dict(config)))
-    found: dict[str, dict[str, str]] = {}  # {module: {part: key}}
+    prefixes, called = _prefixes(config), called_in(config)
+    found: dict[tuple[str, ...], dict[str, str]] = {}  # {modules, which one layer of the file is for: {part: key}}
     dialects, left_out = [], []
     for key in sorted(shapes):
         name, part = _split(key)
         if part in _OTHER_METHODS:
             raise HollowError(f"{source} is {_OTHER_METHODS[part]}, which Hollow does not read. Choose a LoRA.")
-        module = _text_module(name)
+        text = _text_module(name)
+        modules: tuple[str, ...] = () if text is None else (text,)
         if part and name in names:
-            dialect, module = names[name]
+            dialect, modules = names[name]
             dialects.append(dialect)
-        elif part and module is None and name.startswith(_UNET_PREFIXES):
-            raise other_model(source, name, "is no layer of this U-Net")
-        if not part or module is None:
+        elif part and text is None and name.startswith(prefixes):
+            raise other_model(source, name, f"is no layer of {called}")
+        if not part or not modules:
             left_out.append(key)
-        elif found.setdefault(module, {}).setdefault(part, key) != key:
-            raise HollowError(f"{source} holds {module} twice. Get or make it again.")
+        elif found.setdefault(modules, {}).setdefault(part, key) != key:
+            raise HollowError(f"{source} holds {' and '.join(modules)} twice. Get or make it again.")
     if not dialects:
-        raise HollowError(f"{source} holds no LoRA of a U-Net. Choose a file with lora_unet_… keys, or the like.")
-    for module, keys in found.items():
-        _check_shapes(source, module, keys, {part: shapes[key] for part, key in keys.items()}, weights.get(module))
-    layers: dict[str, LoraLayer] = {}
-    for module, keys in found.items():
-        parts = {part: _number(source, key, tensor_of(key)) for part, key in keys.items()}
-        layers[module] = _layer(
-            parts, weights.get(module), _configured_alpha(module, shapes[keys["down"]][0], adapters or {})
+        raise HollowError(
+            f"{source} holds no LoRA of {_any(called)}. Choose a file with {prefixes[0]}… keys, or the like."
         )
+    for modules, keys in found.items():
+        parts_shapes = {part: shapes[key] for part, key in keys.items()}
+        _check_shapes(source, called, modules[0], keys, parts_shapes, _together(modules, weights))
+    layers: dict[str, LoraLayer] = {}
+    for modules, keys in found.items():
+        parts = {part: _number(source, key, tensor_of(key)) for part, key in keys.items()}
+        alpha = _configured_alpha(modules[0], shapes[keys["down"]][0], adapters or {})
+        whole = _layer(parts, _together(modules, weights), alpha)
+        for module, layer in _apart(whole, modules, weights).items():
+            if module in layers:
+                raise HollowError(f"{source} holds {module} twice. Get or make it again.")
+            layers[module] = layer
     return Lora(
         dialects[0],
         {module: layer for module, layer in layers.items() if module in weights},
@@ -118,17 +138,22 @@ def spell(
     names, as is usual for SDXL.
 
     Diffusers and peft files get matrices for which alpha is the rank, as many of their readers know no other. Raises
-    HollowError for a peft file with layers of a text encoder.
+    HollowError for a peft file with layers of a text encoder, for a dialect that the family of transformers has not,
+    and for a DoRA of a transformer.
     """
+    family = family_in(config)
     if dialect == "peft" and text:
         raise HollowError("A peft file is for one model, but this LoRA changes a text encoder, too. Choose diffusers.")
+    if family is None:
+        spelled = [(_spelled(module, config, dialect, ldm=ldm), layer) for module, layer in layers.items()]
+    else:
+        _check_can_spell(family, dialect, layers)
+        spelled = list(_spelled_transformer(layers, config, family, dialect))
+    spelled += [(_spelled_text(module, config, dialect), layer) for module, layer in text.items()]
     tensors: dict[str, Tensor] = {}
-    for module, layer in {**layers, **text}.items():
-        name = (
-            _spelled(module, config, dialect, ldm=ldm) if module in layers else _spelled_text(module, config, dialect)
-        )
+    for name, layer in spelled:
         out, ones = len(layer.up), [1] * (layer.up.dim() - 1)
-        if dialect in ("diffusers", "peft"):
+        if not keeps_alpha(config, dialect):
             layer = with_alpha(layer, float(len(layer.down)))
             tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = layer.down, layer.up
             if layer.dora_scale is not None:  # in peft's shape
@@ -140,6 +165,41 @@ def spell(
             if layer.dora_scale is not None:
                 tensors[f"{name}.dora_scale"] = layer.dora_scale.reshape(out, *ones)
     return tensors
+
+
+def fits(shapes: Mapping[str, Sequence[int]], config: Config) -> bool:
+    """Whether a file's LoRA could be for this network: it has all of the layers, which take in as many numbers."""
+    weights, names = _known(json.dumps(dict(config)))
+    into = {name: tuple(shape) for key, shape in shapes.items() for name, part in [_split(key)] if part == "down"}
+    layers = {name: shape for name, shape in into.items() if _text_module(name) is None}
+    return bool(layers) and all(
+        name in names and shape[1:2] == weights[names[name][1][0]][1:2] for name, shape in layers.items()
+    )
+
+
+def usual_dialect(config: Config) -> str:
+    """Of a file for everyone: kohya's for a U-Net, and of a transformer what ComfyUI and diffusers both read."""
+    family = family_in(config)
+    return "kohya" if family is None else family.dialects[0]
+
+
+def keeps_alpha(config: Config, dialect: str) -> bool:
+    """Whether a file of the dialect has an alpha beside each layer, which else is the rank."""
+    return dialect == "kohya" or (dialect == "comfy" and family_in(config) is None)
+
+
+def check_dora(config: Config) -> None:
+    """Raises HollowError where no DoRA can be written for this network."""
+    if (family := family_in(config)) is not None:
+        raise HollowError(
+            f"A DoRA of {family.title} has no spelling that ComfyUI and diffusers both read. Train or take a LoRA."
+        )
+
+
+def called_in(config: Config) -> str:
+    """The network in a sentence: "this U-Net", "FLUX.1"."""
+    family = family_in(config)
+    return "this U-Net" if family is None else family.title
 
 
 def adapter_config(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
@@ -172,7 +232,7 @@ def with_alpha(layer: LoraLayer, alpha: float) -> LoraLayer:
 def zero_padded(layers: Mapping[str, LoraLayer], config: Config) -> dict[str, LoraLayer]:
     """With zeros for layers of the kinds that are there, attn1.to_q for example, in blocks that have none.
 
-    In the order of the U-Net, for tools that count blocks in order. Raises HollowError for a DoRA, whose magnitudes
+    In the order of the network, for tools that count blocks in order. Raises HollowError for a DoRA, whose magnitudes
     in those blocks would be the base model's.
     """
     if any(layer.dora_scale is not None for layer in layers.values()):
@@ -191,8 +251,18 @@ def zero_padded(layers: Mapping[str, LoraLayer], config: Config) -> dict[str, Lo
 
 
 def weight_shapes(config: Config) -> dict[str, Shape]:
-    """The shape of the weight of each layer of a U-Net that can carry LoRA."""
+    """The shape of the weight of each layer of a network that can carry LoRA."""
     return dict(_known(json.dumps(dict(config)))[0])
+
+
+def outlined(config: Config) -> nn.Module:
+    """The network of a config, of tensors without data. Raises HollowError for one that diffusers has not."""
+    family = family_in(config)
+    name = "UNet2DConditionModel" if family is None else family.network
+    if not hasattr(diffusers, name):
+        raise HollowError(f"diffusers {diffusers.__version__} has no {name}. Install a newer one.")
+    with torch.device("meta"):
+        return cast(nn.Module, getattr(diffusers, name).from_config(config))
 
 
 def sets_magnitudes(key: str) -> bool:
@@ -206,12 +276,16 @@ def kohya_name(module: str) -> str:
 
 
 def other_model(source: str, key: str, why: str) -> HollowError:
-    """What is said of a LoRA that does not fit the U-Net."""
+    """What is said of a LoRA that does not fit the network."""
     return HollowError(f"{source} was made for another kind of model: {key} {why}. Use it with its own base model.")
 
 
+_BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
+
 _UNET_PREFIXES = (
     "lora_unet_",
+    "lora_transformer_",
+    "transformer.",
     "lycoris_",
     "diffusion_model.",
     "unet.",
@@ -252,18 +326,135 @@ _TEXT_LAYER = re.compile(
 _OLD_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
-@lru_cache(maxsize=4)
-def _known(config: str) -> tuple[dict[str, Shape], dict[str, tuple[str, str]]]:
-    """Of a U-Net's config as JSON: {module: shape of its weight}, and {any spelling: (dialect, module)}."""
+@lru_cache(maxsize=8)
+def _known(config: str) -> tuple[dict[str, Shape], dict[str, tuple[str, tuple[str, ...]]]]:
+    """Of a network's config as JSON: {module: shape of its weight}, and {any spelling: (dialect, its modules)}."""
     told = json.loads(config)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(told)
+    family = family_in(told)
     weights = {
         name: tuple(module.weight.shape)
-        for name, module in unet.named_modules()
+        for name, module in outlined(told).named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
-    return weights, {spelled: (dialect, module) for dialect, module, spelled in _spellings(weights, told)}
+    if family is None:
+        return weights, {spelled: (dialect, (module,)) for dialect, module, spelled in _spellings(weights, told)}
+    return weights, {
+        spelled: (dialect, modules) for dialect, modules, spelled in _transformer_spellings(weights, family)
+    }
+
+
+def _transformer_spellings(weights: Mapping[str, Shape], family: Family) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """(dialect, modules, spelled) for every module and every way to spell it: ComfyUI, for one, takes diffusers' names
+    under its own prefix, too."""
+    named = [*((module, (module,)) for module in weights), *_originals(weights, family).items()]
+    for name, modules in named:
+        flat = name.replace(".", "_")
+        yield from (("kohya", modules, f"{prefix}{flat}") for prefix in ("lora_unet_", "lora_transformer_", "lycoris_"))
+        yield from (("diffusers", modules, f"{prefix}{name}") for prefix in ("transformer.", ""))
+        yield "peft", modules, f"base_model.model.{name}"
+        yield "comfy", modules, f"diffusion_model.{name}"
+
+
+def _originals(modules: Iterable[str], family: Family) -> dict[str, tuple[str, ...]]:
+    """{name in the original network: the modules that are its parts}, of layers of blocks."""
+    names = dict(family.original)
+    order = {pattern: number for number, pattern in enumerate(names)}
+    found: dict[str, list[tuple[int, str]]] = {}
+    for module in modules:
+        pattern = _BLOCK_NUMBER.sub(".*.", module, count=1)
+        if family.original and pattern in names:
+            number = _BLOCK_NUMBER.search(module)
+            assert number is not None
+            found.setdefault(names[pattern].replace("*", number[1]), []).append((order[pattern], module))
+    return {name: tuple(module for _, module in sorted(parts)) for name, parts in found.items()}
+
+
+def _spelled_transformer(
+    layers: Mapping[str, LoraLayer], config: Config, family: Family, dialect: str
+) -> Iterator[tuple[str, LoraLayer]]:
+    """The layers of a file, by their names in it without what follows for each matrix."""
+    weights = weight_shapes(config)
+    originals = _originals(weights, family)
+    if dialect in ("diffusers", "peft"):
+        prefix = {"diffusers": "transformer.", "peft": "base_model.model."}[dialect]
+        yield from ((f"{prefix}{module}", layer) for module, layer in layers.items())
+        return
+    fused = any(len(modules) > 1 for modules in originals.values())
+    names = {module: name for name, modules in originals.items() for module in modules}
+    if dialect == "comfy":  # which takes diffusers' own names where its own are put together
+        yield from (
+            (f"diffusion_model.{module if fused else names.get(module, module)}", layer)
+            for module, layer in layers.items()
+        )
+        return
+    for name in dict.fromkeys(names.get(module, module) for module in layers):
+        modules = originals.get(name, (name,))
+        if name not in originals and originals:
+            raise HollowError(f"kohya's files of {family.title} have no place for {name}. Choose {family.dialects[0]}.")
+        yield kohya_name(name), _put_together([layers.get(module) for module in modules], modules, weights)
+
+
+def _put_together(parts: Sequence[LoraLayer | None], modules: Sequence[str], weights: Mapping[str, Shape]) -> LoraLayer:
+    """One layer whose outputs are those of the parts, one behind another; of None they do not change. Parts with one
+    and the same first matrix keep it; else each has ranks of its own."""
+    there = [part for part in parts if part is not None]
+    first = there[0]
+    if len(parts) == 1:
+        return first
+    if len(there) == len(parts) and all(p.alpha == first.alpha and torch.equal(p.down, first.down) for p in there):
+        return first._replace(up=torch.cat([part.up for part in there]))
+    ups, column, rank = [], 0, sum(len(part.down) for part in there)
+    for part, module in zip(parts, modules, strict=True):
+        up = torch.zeros(weights[module][0], rank)
+        if part is not None:
+            up[:, column : column + len(part.down)] = part.up * (part.scale / first.scale)
+            column += len(part.down)
+        ups.append(up)
+    return LoraLayer(torch.cat([part.down for part in there]), torch.cat(ups), first.scale * rank)
+
+
+def _apart(whole: LoraLayer, modules: Sequence[str], weights: Mapping[str, Shape]) -> dict[str, LoraLayer]:
+    """A layer of a file as the layers of its modules: each with the ranks that reach its outputs. One that none reaches
+    is left out, unless that is so of all of them."""
+    if len(modules) == 1:
+        return {modules[0]: whole}
+    sizes = [weights[module][0] for module in modules]
+    magnitudes = [None] * len(sizes) if whole.dora_scale is None else whole.dora_scale.split(sizes)
+    layers = {}
+    for module, up, magnitude in zip(modules, whole.up.split(sizes), magnitudes, strict=True):
+        reach = up.any(dim=0) if whole.up.any() else torch.ones(len(whole.down), dtype=torch.bool)
+        if reach.any() or magnitude is not None:
+            reach = reach if reach.any() else ~reach
+            down = whole.down[reach]
+            layers[module] = LoraLayer(down, up[:, reach], whole.scale * len(down), magnitude)
+    return layers
+
+
+def _together(modules: Sequence[str], weights: Mapping[str, Shape]) -> Shape | None:
+    """The shape of the weight of modules that are one layer; None of a text encoder's."""
+    shapes = [weights[module] for module in modules if module in weights]
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes else None
+
+
+def _check_can_spell(family: Family, dialect: str, layers: Mapping[str, LoraLayer]) -> None:
+    if dialect not in family.dialects:
+        raise HollowError(
+            f"{family.title} has no LoRA files in the dialect {dialect}. Choose one of {', '.join(family.dialects)}."
+        )
+    if any(layer.dora_scale is not None for layer in layers.values()):
+        check_dora({"_class_name": family.network})
+
+
+def _prefixes(config: Config) -> tuple[str, ...]:
+    """How names of the network's layers begin; the first as an example."""
+    if (family := family_in(config)) is None:
+        return _UNET_PREFIXES
+    usual = {"comfy": "diffusion_model.", "diffusers": "transformer."}[family.dialects[0]]
+    return (usual, *_UNET_PREFIXES, *(f"{blocks.path}." for blocks in family.blocks))
+
+
+def _any(called: str) -> str:
+    return called.replace("this ", "a ")
 
 
 def _spellings(weights: Mapping[str, Shape], config: Config) -> Iterator[tuple[str, str, str]]:
@@ -288,12 +479,13 @@ def _spelled(module: str, config: Config, dialect: str, *, ldm: bool) -> str:
 def _spelled_text(module: str, config: Config, dialect: str) -> str:
     """For a layer of a text encoder, of which SDXL has two; SD 2.x has OpenCLIP's."""
     encoder, _, name = module.partition(".")
-    first, xl = encoder == "text_encoder", config.get("addition_embed_type") == "text_time"
+    first = encoder == "text_encoder"
+    xl = config.get("addition_embed_type") == "text_time" or family_in(config) is not None
     if dialect == "kohya":
         prefix = ("lora_te1_" if xl else "lora_te_") if first else "lora_te2_"
         return prefix + name.replace(".", "_")
     if dialect == "comfy":
-        clip = ("clip_h" if config["cross_attention_dim"] == 1024 else "clip_l") if first else "clip_g"
+        clip = ("clip_h" if config.get("cross_attention_dim") == 1024 else "clip_l") if first else "clip_g"
         return f"text_encoders.{clip}.transformer.{name}"
     return module
 
@@ -329,7 +521,7 @@ def _text_module(name: str) -> str | None:
 
 
 def _check_shapes(
-    source: str, module: str, keys: Mapping[str, str], parts: Mapping[str, Shape], weight: Shape | None
+    source: str, called: str, module: str, keys: Mapping[str, str], parts: Mapping[str, Shape], weight: Shape | None
 ) -> None:
     """`parts` are the shapes in the file; `weight` is the layer's, None where it is not known."""
     for part in ("down", "up"):
@@ -346,7 +538,7 @@ def _check_shapes(
         needed |= {"down": (rank, into[0]), "mid": (rank, rank, *into[1:])}
     for part, shape in needed.items():
         if _trimmed(parts[part]) != _trimmed(shape):
-            raise other_model(source, keys[part], f"has shape {parts[part]}, but this U-Net needs {shape}")
+            raise other_model(source, keys[part], f"has shape {parts[part]}, but {called} needs {shape}")
     for part, dims in (("alpha", 1), ("dora_scale", out), ("magnitude", out)):
         if part in parts and (math.prod(parts[part]) != dims or (part == "dora_scale" and parts[part][0] != out)):
             raise HollowError(f"{source} holds {keys[part]} of shape {parts[part]}, not {dims}. Get or make it again.")
@@ -384,7 +576,7 @@ def _layer(parts: Mapping[str, Tensor], weight: Shape | None, configured_alpha: 
 
 def _configured_alpha(module: str, rank: int, adapters: Mapping[str, Mapping[str, Any]]) -> float | None:
     """The alpha that peft's config of this part of the model gives a layer; None without one."""
-    part, name = module.split(".", 1) if module.startswith("text_encoder") else ("unet", module)
+    part, name = module.split(".", 1) if module.startswith("text_encoder") else ("network", module)
     adapter = adapters.get(part)
     if not adapter:
         return None

@@ -9,17 +9,17 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import HollowError
 from ..files import damaged, read_json, read_safetensors, write_json, write_safetensors
-from ..models.layouts import layout_config, layout_name
+from ..models.layouts import LAYOUTS, TRANSFORMERS, layout_config, layout_name, transformer_config
+from ..nets.families import FAMILIES, family_in
 from ..nets.unet_layers import Config
 from . import dialects
 from .delta import LoraLayer
@@ -53,13 +53,15 @@ class Written(NamedTuple):
     """The file; for peft the folder."""
     dialect: str
     layers: int
-    """Of the U-Net."""
+    """Of the network."""
     text_layers: int
     """Of text encoders."""
     largest: float
     """The largest |ΔW|, of any weight; of a DoRA before its magnitudes, as those need W to tell."""
     dora: bool = False
     """Whether it sets magnitudes."""
+    network: str = "the U-Net"
+    """In a sentence."""
 
     @property
     def sentence(self) -> str:
@@ -71,7 +73,8 @@ class Written(NamedTuple):
             effect = f"the largest |ΔW| is {self.largest:.2g}"
         else:
             effect = "all of them zero, so it has NO effect"
-        return f"{self.path} ({self.dialect}): {self.layers} layers of the U-Net{text}, every key matched; {effect}."
+        layers = f"{self.layers} layers of {self.network}{text}"
+        return f"{self.path} ({self.dialect}): {layers}, every key matched; {effect}."
 
 
 def save(
@@ -85,13 +88,14 @@ def save(
     metadata: Mapping[str, str] | None = None,
     picture: Image.Image | None = None,
 ) -> Written:
-    """Write a LoRA (names as in `LoraFile.state`, any dtype) in kohya's dialect and fp16, and read it back.
+    """Write a LoRA (names as in `LoraFile.state`, any dtype) in `usual_dialect` and fp16, and read it back.
 
-    `config` is the U-Net's, `layout` its family; `metadata` comes on top of the standard one, with `picture` as
+    `config` is the network's, `layout` its family; `metadata` comes on top of the standard one, with `picture` as
     thumbnail. Raises HollowError as `write_dialect` does.
     """
     layers = _layers(state, alpha)
     rank = max(len(layer.down) for layer in layers.values())
+    layout = layout if (family := family_in(config)) is None else family.name
     described = describe(path.stem, layout, rank, alpha, recipe, dora=is_dora(state)) | dict(metadata or {})
     if picture is not None:
         described |= thumbnail(picture)
@@ -103,7 +107,7 @@ def to_kohya(state: Mapping[str, Tensor], config: Config, *, alpha: float, layou
     """What a file holds: `lora_unet_….lora_down.weight`, `.lora_up.weight` and `.alpha` of each layer, in fp16, and
     `.dora_scale` of a DoRA, in fp32.
 
-    Raises HollowError where a value is not finite in fp16.
+    Raises HollowError where a value is not finite in fp16, and as `dialects.spell` does.
     """
     lora = _with_one_alpha(Lora("kohya", _layers(state, alpha), {}, ()), torch.float16)
     return _spell(lora, config, "kohya", layout == "sdxl", torch.float16)
@@ -115,30 +119,32 @@ def write_dialect(
     config: Config,
     metadata: Mapping[str, str],
     *,
-    dialect: str = "kohya",
+    dialect: str | None = None,
     zero_pad: bool = False,
     dtype: torch.dtype = torch.float16,
 ) -> Written:
-    """Write a LoRA for the U-Net of `config`, read it back, and match every key to a layer.
+    """Write a LoRA for the network of `config`, read it back, and match every key to a layer.
 
-    kohya's dialect has diffusers' names for SD 1.x and 2.x, LDM names for SDXL. For peft, `path` is a folder.
-    `zero_pad` writes zeros for the blocks that have no LoRA, for tools that count blocks in order. Raises HollowError
-    where the name does not end in .safetensors, where a value is not finite in `dtype`, and where the file cannot be
-    written; then nothing is left at `path` that was not there before.
+    `dialect` None is `usual_dialect`. kohya's has diffusers' names for SD 1.x and 2.x, LDM names for SDXL. For peft,
+    `path` is a folder. `zero_pad` writes zeros for the blocks that have no LoRA, for tools that count blocks in order.
+    Raises HollowError where the name does not end in .safetensors, where a value is not finite in `dtype`, where the
+    file cannot be written, and as `dialects.spell` does; then nothing is left at `path` that was not there before.
     """
+    dialect = dialect or dialects.usual_dialect(config)
     if dialect not in dialects.DIALECTS:
         raise HollowError(f"There is no dialect {dialect!r}. Choose one of {', '.join(dialects.DIALECTS)}.")
     if zero_pad:
         lora = lora._replace(layers=dialects.zero_padded(lora.layers, config))
     lora = _with_one_alpha(lora, dtype)
-    tensors = _spell(lora, config, dialect, layout_name(config) == "sdxl", dtype)
+    tensors = _spell(lora, config, dialect, _is_sdxl(config), dtype)
     rank = max(len(layer.down) for layer in lora.layers.values())
     alpha = next(iter(lora.layers.values())).alpha
     dora = any(layer.dora_scale is not None for layer in lora.layers.values())
-    described = dict(metadata) | kohya_network(rank, alpha if dialect in ("kohya", "comfy") else rank, dora=dora)
+    alpha = alpha if dialects.keeps_alpha(config, dialect) else rank
+    described = dict(metadata) | kohya_network(rank, alpha, dora=dora)
     file = path
     if dialect == "diffusers":
-        described |= {"format": "pt", "lora_adapter_metadata": json.dumps(_diffusers_adapters(lora))}
+        described |= {"format": "pt", "lora_adapter_metadata": json.dumps(_diffusers_adapters(lora, config))}
     elif dialect == "peft":
         if path.suffix == ".safetensors":
             raise HollowError(f"A peft LoRA is a folder, not {path.name}. Give a name without .safetensors.")
@@ -147,9 +153,10 @@ def write_dialect(
     if dialect == "peft":  # the small file last: where the disk is full, the old pair stays whole
         write_json(path / _PEFT_CONFIG, _PEFT_HEAD | dialects.adapter_config(lora.layers))
     again = dialects.parse(written, config, _adapters(file, told), source=str(path))
-    if again.left_out or again.layers.keys() != lora.layers.keys() or again.text.keys() != lora.text.keys():
+    if again.left_out or _acting(again) != _acting(lora) or again.text.keys() != lora.text.keys():
         raise HollowError(f"{path} does not read back as it was written. Check the disk and save again.")
-    return Written(path, dialect, len(again.layers), len(again.text), _largest_change(again), dora)
+    network = dialects.called_in(config).replace("this ", "the ")
+    return Written(path, dialect, len(again.layers), len(again.text), _largest_change(again), dora, network)
 
 
 def write(
@@ -169,7 +176,7 @@ def write(
 def read(path: Path, config: Config | None = None) -> tuple[Lora, dict[str, str]]:
     """The LoRA in a file of any dialect, or in peft's folder, and the file's metadata; values may be infinite or NaN.
 
-    `config` is the U-Net's; None takes that of the family (SD 1.x, SD 2.x, SDXL) of which the file tells. Raises
+    `config` is the network's; None takes that of the public model of which the file tells. Raises
     HollowError where the file is missing or damaged, where it does not tell the family, and as `dialects.parse` does;
     what does not fit is not read at all.
     """
@@ -186,15 +193,19 @@ def read(path: Path, config: Config | None = None) -> tuple[Lora, dict[str, str]
         raise damaged(path, error) from error
 
 
-def load(path: Path, unet: UNet2DConditionModel) -> LoraFile:
-    """Read a LoRA or DoRA in any dialect for this U-Net.
+def load(path: Path, network: nn.Module) -> LoraFile:
+    """Read a LoRA or DoRA in any dialect for this U-Net or transformer of diffusers'.
 
     Raises HollowError as `read` does, where the file is for a text encoder, too, where only some layers have
     magnitudes, and where a value is not finite.
     """
-    lora, metadata = read(path, unet.config)
+    config = dict(cast(Config, network.config))
+    if (name := type(network).__name__) in FAMILIES:
+        config["_class_name"] = name
+    lora, metadata = read(path, config)
     if extra := [*lora.left_out, *lora.text]:
-        raise HollowError(f"{path} is no plain LoRA of a U-Net: it holds {min(extra)} too. Choose one without.")
+        called = dialects.called_in(config).replace("this ", "a ")
+        raise HollowError(f"{path} is no plain LoRA of {called}: it holds {min(extra)} too. Choose one without.")
     _check_finite(lora, path)
     alpha = next(iter(lora.layers.values())).alpha
     state: dict[str, Tensor] = {}
@@ -212,7 +223,7 @@ def load(path: Path, unet: UNet2DConditionModel) -> LoraFile:
 def convert(
     source: Path,
     target: Path,
-    dialect: str,
+    dialect: str | None = None,
     *,
     config: Config | None = None,
     zero_pad: bool = False,
@@ -220,9 +231,9 @@ def convert(
 ) -> Written:
     """Write the LoRA of one file in another dialect, with its metadata as `describe_converted` says.
 
-    Layers of text encoders come along; peft has no place for them. `config` is the U-Net's, needed where it is none
-    of SD 1.x, 2.x and SDXL. Raises HollowError as `read` and `write_dialect` do, where a value is not finite, and
-    where the file holds more than LoRA and DoRA.
+    Layers of text encoders come along; peft has no place for them. `config` is the network's, needed where it is none
+    of `LAYOUTS`; `dialect` None is `usual_dialect`. Raises HollowError as `read` and `write_dialect` do, where a value
+    is not finite, and where the file holds more than LoRA and DoRA.
     """
     lora, metadata = read(source, config)
     if lora.left_out:
@@ -231,7 +242,7 @@ def convert(
         )
     _check_finite(lora, source)
     config = config or config_of(metadata, lora.shapes)
-    described = describe_converted(metadata, target.stem, layout_name(config))
+    described = describe_converted(metadata, target.stem, kind_of(config))
     return write_dialect(target, lora, config, described, dialect=dialect, zero_pad=zero_pad, dtype=dtype)
 
 
@@ -250,11 +261,32 @@ def keep_last(path: Path, most: int) -> None:
 
 
 def config_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] | None = None) -> Config:
-    """The config of the U-Net that a LoRA is for: that of its family, SD 1.x, SD 2.x or SDXL.
+    """The config of the network that a LoRA is for: that of a public model.
 
-    Raises HollowError where neither the metadata nor the shapes of the tensors tell.
+    Raises HollowError where neither the metadata nor the names and shapes of the tensors tell, and where its family of
+    transformers has other sizes, too.
     """
-    return layout_config(layout_of(metadata, shapes))
+    shapes = shapes or {}
+    public = list(map(transformer_config, TRANSFORMERS))
+    try:
+        layout = layout_of(metadata, shapes)
+    except HollowError:
+        for config in public:
+            if dialects.fits(shapes, config):
+                return config
+        raise
+    if layout in LAYOUTS:
+        return layout_config(layout)
+    for config in public:
+        if kind_of(config) == layout and (not shapes or dialects.fits(shapes, config)):
+            return config
+    raise HollowError(f"The LoRA is for a {layout} of another size than the public one. Give its model.")
+
+
+def kind_of(config: Config) -> str:
+    """The name of a network's kind in metadata: "sd15", "flux", …"""
+    family = family_in(config)
+    return layout_name(config) if family is None else family.name
 
 
 def alpha_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> float:
@@ -291,6 +323,15 @@ def _with_one_alpha(lora: Lora, dtype: torch.dtype) -> Lora:
     return lora._replace(layers=layers, text=text)
 
 
+def _is_sdxl(config: Config) -> bool:
+    return kind_of(config) == "sdxl"
+
+
+def _acting(lora: Lora) -> set[str]:
+    """Layers that change anything: of those that a file puts together others cannot be told from none."""
+    return {module for module, layer in lora.layers.items() if layer.up.any()}
+
+
 def _spell(lora: Lora, config: Config, dialect: str, ldm: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     """`dialects.spell` in `dtype`, but for magnitudes, which are few: they multiply the whole weight, so that fp16
     would round off some of what is learned. Raises HollowError where a value is not finite."""
@@ -305,9 +346,10 @@ def _spell(lora: Lora, config: Config, dialect: str, ldm: bool, dtype: torch.dty
     return tensors
 
 
-def _diffusers_adapters(lora: Lora) -> dict[str, Any]:
+def _diffusers_adapters(lora: Lora, config: Config) -> dict[str, Any]:
     """As diffusers' `save_lora_weights` puts peft's configs into the metadata: {"unet.r": …, "text_encoder.r": …}."""
-    parts: dict[str, dict[str, LoraLayer]] = {"unet": lora.layers}
+    network = "unet" if family_in(config) is None else "transformer"
+    parts: dict[str, dict[str, LoraLayer]] = {network: lora.layers}
     for module, layer in lora.text.items():
         encoder, name = module.split(".", 1)
         # peft matches the ends of names, and transformers 5 has no text_model
@@ -320,7 +362,8 @@ def _diffusers_adapters(lora: Lora) -> dict[str, Any]:
 
 
 def _adapters(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """peft's configs of the parts that a file is for: diffusers' in the metadata, or peft's own beside the file.
+    """peft's configs of the parts that a file is for, "network" and text encoders: diffusers' in the metadata, or
+    peft's own beside the file.
 
     Raises HollowError where one is damaged.
     """
@@ -328,11 +371,11 @@ def _adapters(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, An
     told: dict[str, dict[str, Any]] = {}
     try:
         if path.name == _PEFT_FILE and beside.exists():
-            told = {"unet": read_json(beside)}
+            told = {"network": read_json(beside)}
         else:
             for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
                 part, _, name = key.rpartition(".")
-                told.setdefault(part or "unet", {})[name] = value
+                told.setdefault("network" if part in ("", "unet", "transformer") else part, {})[name] = value
         return {part: _checked(adapter) for part, adapter in told.items()}
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, re.error) as error:
         raise HollowError(

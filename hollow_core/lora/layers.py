@@ -18,12 +18,9 @@ from torch import Tensor, nn
 
 from ..errors import HollowError
 from ..nets.residency import weight_of
+from ..nets.unet_layers import ALL_LAYERS, ATTENTION
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-"""The paper's targets: the four projections of self- and cross-attention."""
-
-ALL_LAYERS = (*ATTENTION, "conv1", "conv2", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
-"""Convolutions and feed-forward too: more is learned in fewer steps, in a file several times as large."""
+__all__ = ["ALL_LAYERS", "ATTENTION"]
 
 MAGNITUDES = "lora_magnitude_vector"
 """peft's name for DoRA's magnitudes in a state."""

@@ -16,6 +16,8 @@ from PIL import Image
 
 from ..data.prompts import Subject, generic_prompt, personal_prompt
 from ..errors import HollowError
+from ..nets.families import FAMILIES
+from ..nets.network import Cut, read_cut
 
 # The values that kohya's trainer writes.
 _BASE_VERSION = {"sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0"}
@@ -25,6 +27,7 @@ _ARCHITECTURE = {
     "sdxl": "stable-diffusion-xl-v1-base",
 }
 _SGM = "https://github.com/Stability-AI/generative-models"
+_TRANSFORMERS = {family.name: family for family in FAMILIES.values()}
 
 # How those begin in files of others.
 _FAMILY = {
@@ -33,7 +36,9 @@ _FAMILY = {
     "sdxl": ("sdxl", "stable-diffusion-xl"),
 }
 _TEXT_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # what InvokeAI goes by, too
-_TEXT_IN = re.compile(r"attn2[._](processor[._])?to_[kv](_lora\.down|\.lora_down|\.lora\.down|\.lora_A)")
+_TEXT_IN = re.compile(
+    r"(down_block|up_block|mid_block|input_block|output_block|middle_block).*attn2[._](processor[._])?to_[kv](_lora\.down|\.lora_down|\.lora\.down|\.lora_A)"
+)
 
 # Names of folders and runs on the trainer's disk, and what would no longer be true of other bytes.
 _PRIVATE = {
@@ -53,17 +58,22 @@ _THUMBNAIL = 256  # pixels, what modelspec recommends
 class Recipe(NamedTuple):
     """How a LoRA was trained, as far as sampling on two paths needs it; stored under `hollow.*`."""
 
-    cut: int | None
-    """The paper's k; None for an ordinary LoRA on the whole U-Net."""
+    cut: Cut | None
+    """The paper's k, or of a transformer (n, m); None for an ordinary LoRA on the whole network."""
     identifier: str
     class_word: str
     personal_prompt: str
     generic_prompt: str
     prediction_type: str = "epsilon"
-    """The base model's: "epsilon" or "v_prediction"."""
+    """The base model's: "epsilon", "v_prediction" or "flow"."""
+
+    @property
+    def two_paths(self) -> bool:
+        """Whether it is sampled on two paths, as a hollowed U-Net's is; a transformer's LoRA is used as it is."""
+        return isinstance(self.cut, int)
 
 
-def recipe_for(cut: int | None, identifier: str, class_word: str, prediction_type: str) -> Recipe:
+def recipe_for(cut: Cut | None, identifier: str, class_word: str, prediction_type: str) -> Recipe:
     """The recipe of a training under the usual prompts, "a photo of a sks dog" and the same without its identifier.
 
     Without a class word, which only captions of a style or a concept go without, the prompts are empty."""
@@ -121,28 +131,50 @@ def thumbnail(picture: Image.Image) -> dict[str, str]:
 
 
 def layout_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] | None = None) -> str:
-    """ "sd15", "sd21" or "sdxl", as a file tells: by the width of the text that its cross-attention takes in, where
-    the shapes of its tensors are given, else by its metadata. Raises HollowError where neither does."""
+    """ "sd15", "sd21", "sdxl" or the name of a family of transformers, as a file tells: by its metadata, but of U-Nets
+    rather by the width of the text that its cross-attention takes in, where the shapes of its tensors are given. Raises
+    HollowError where neither does."""
+    if (told := layout_told(metadata)) in _TRANSFORMERS:
+        return told
     for key, shape in (shapes or {}).items():
         if _TEXT_IN.search(key) and len(shape) > 1 and shape[1] in _TEXT_WIDTH:
             return _TEXT_WIDTH[shape[1]]
+    if told:
+        return told
+    version = metadata.get("ss_base_model_version", "")
+    raise HollowError(f"The LoRA's base model is {version or 'not named'}. Give the model that it belongs to.")
+
+
+def layout_told(metadata: Mapping[str, str]) -> str:
+    """As `layout_of`, by the metadata alone; "" where they tell none."""
     version = metadata.get("ss_base_model_version", "")
     architecture = metadata.get("modelspec.architecture", "")
     for layout, (kohya, modelspec) in _FAMILY.items():
         if version.startswith(kohya) or architecture.startswith(modelspec):
             return layout
-    raise HollowError(f"The LoRA's base model is {version or 'not named'}. Give the model that it belongs to.")
+    for name, family in _TRANSFORMERS.items():
+        begins = tuple(map(_letters, filter(None, (family.name, family.version, family.architecture))))
+        if any(_letters(said).startswith(begins) for said in (version, architecture)):
+            return name
+    return ""
 
 
 def recipe_of(metadata: Mapping[str, str]) -> Recipe | None:
     """The recipe that `describe` wrote; None in another tool's file, and in one whose recipe is damaged."""
     try:
-        recipe = Recipe(**{field: json.loads(metadata[f"hollow.{field}"]) for field in Recipe._fields})
+        told = {field: json.loads(metadata[f"hollow.{field}"]) for field in Recipe._fields}
+        recipe = Recipe(**told | {"cut": read_cut(told["cut"])})
     except (KeyError, ValueError, RecursionError):
         return None
     cut, *words = recipe
-    whole = (cut is None or type(cut) is int) and all(isinstance(word, str) for word in words)
+    pair = isinstance(cut, tuple) and len(cut) == 2 and all(type(end) is int for end in cut)
+    whole = (cut is None or type(cut) is int or pair) and all(isinstance(word, str) for word in words)
     return recipe if whole else None
+
+
+def _letters(name: str) -> str:
+    """ "FLUX.1", "flux-1-dev" and "flux1" begin with the same."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _common(title: str, layout: str, *, velocity: bool) -> dict[str, str]:
@@ -152,8 +184,11 @@ def _common(title: str, layout: str, *, velocity: bool) -> dict[str, str]:
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": _SGM if layout == "sdxl" else "diffusers",
         "modelspec.title": title,
-        "modelspec.prediction_type": "v" if velocity else "epsilon",
     }
+    if (family := _TRANSFORMERS.get(layout)) is not None:  # the standard has no word for flow matching
+        described["modelspec.architecture"] = f"{family.architecture}/lora"
+        return described | ({"ss_base_model_version": family.version} if family.version else {})
+    described["modelspec.prediction_type"] = "v" if velocity else "epsilon"
     if layout in _BASE_VERSION:
         described["ss_base_model_version"] = _BASE_VERSION[layout]
         architecture = "stable-diffusion-v2-768-v" if layout == "sd21" and velocity else _ARCHITECTURE[layout]

@@ -14,13 +14,14 @@ from ..data.images import TrainingImage
 from ..data.prompts import personal_prompt
 from ..lora.layers import add_lora, lora_parameters
 from ..lora.metadata import recipe_for
-from ..models.base_model import BaseModel, decode_images, encode_images, encode_prompt
+from ..models.base_model import decode_images, encode_images, encode_prompt
+from ..models.model import Model
 from ..nets.conditioning import Conditioning
 from ..nets.network import at_cut
 from ..nets.residency import away
 from ..nets.schedule import NoiseSchedule
 from ..progress import Progress
-from ..sampling.sample import SampleSettings, batched, draw, encode_guided
+from ..sampling.sample import SampleSettings, draw, encode_guided
 from ..training.precompute import Example, run_base
 from ..training.store import Fingerprint, Record, Store
 from ..training.train import train
@@ -28,7 +29,7 @@ from .dry_run import DryRun, Peak
 from .setting import Setting
 
 
-def _encode(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
+def _encode(model: Model, setting: Setting) -> tuple[Peak, int]:
     """A picture, then a prompt, and one of the class: VAE, text encoders and U-Net are there in turn, as in
     `personalize`."""
     width, height = size = setting.measured(model.resolution)
@@ -49,11 +50,11 @@ def _encode(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     with DryRun() as drawing:
         _hold(drawing, model.network.module)
         together = setting.training.together
-        draw(model, batched([text] * together), [0] * together, settings)
+        draw(model, model.batch_guided([text] * together), [0] * together, settings)
     return _in_turn(images, prompts, guided, drawing)
 
 
-def _precompute(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
+def _precompute(model: Model, setting: Setting) -> tuple[Peak, int]:
     """Records by the base path, of which alone is there what it passes; an ordinary LoRA needs none."""
     latents, prompt = _inputs(model, setting)
     example = Example(latents, prompt, prompt, "", "")
@@ -67,7 +68,7 @@ def _precompute(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     return run.peak(), run.flops
 
 
-def _train(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
+def _train(model: Model, setting: Setting) -> tuple[Peak, int]:
     """The first steps of `train`, with two parts of the records at most: more are no more memory."""
     training = setting.training
     network = at_cut(model.network, setting.cut, range(setting.samples))
@@ -85,8 +86,8 @@ def _train(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     return run.peak(), run.flops * training.batch // (few.batch * _passes(setting))
 
 
-def _sample(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
-    """A denoising step with classifier-free guidance, on two paths where something is hollowed, and the picture;
+def _sample(model: Model, setting: Setting) -> tuple[Peak, int]:
+    """A denoising step with classifier-free guidance, on two paths where a U-Net is hollowed, and the picture;
     text encoders, U-Net and VAE are there in turn, as in `sample`."""
     (width, height), training = setting.measured(model.resolution), setting.training
     settings = SampleSettings(steps=_passes(setting), size=(height, width))
@@ -98,18 +99,18 @@ def _sample(model: BaseModel, setting: Setting) -> tuple[Peak, int]:
     with DryRun() as prompts:
         _hold(prompts, *model.text_encoders)
         text = encode_guided(model, prompt, settings)
-        generic = None if setting.cut is None else encode_prompt(model, recipe.generic_prompt, settings.size)
+        generic = encode_prompt(model, recipe.generic_prompt, settings.size) if recipe.two_paths else None
     with DryRun() as drawing:
         _hold(drawing, model.network.module)
         drawing.name("lora", lora_parameters(model.network.module))
-        latents = draw(model, text, [0], settings, recipe, generic)
+        latents = draw(model, text, [0], settings, None if generic is None else recipe, generic)
     with DryRun() as picture:
         picture.hold("weights", model.vae)
         decode_images(model, [latents])
     return _in_turn(prompts, drawing, picture)
 
 
-RUNS: dict[str, Callable[[BaseModel, Setting], tuple[Peak, int]]] = {
+RUNS: dict[str, Callable[[Model, Setting], tuple[Peak, int]]] = {
     "encode": _encode,
     "precompute": _precompute,
     "train": _train,
@@ -137,7 +138,7 @@ def _passes(setting: Setting) -> int:
     return 2 if setting.streaming or setting.stream_middle else 1
 
 
-def _inputs(model: BaseModel, setting: Setting) -> tuple[Tensor, Conditioning]:
+def _inputs(model: Model, setting: Setting) -> tuple[Tensor, Conditioning]:
     """Latents and a prompt on the CPU, as a store hands them out."""
     width, height = (side // model.pixels_per_latent for side in setting.measured(model.resolution))
     return model.network.inputs(height, width)
@@ -155,16 +156,15 @@ class OneRecord(Store):
 
     missing: list[int] = []  # noqa: RUF012  # a property of Store
 
-    def __init__(self, model: BaseModel, setting: Setting) -> None:
+    def __init__(self, model: Model, setting: Setting) -> None:
         self.schedule: NoiseSchedule = model.schedule
-        fingerprint = Fingerprint(
-            "", setting.cut, self.schedule.id, 1, 0, str(setting.store_dtype), ["image"], [], [], []
-        )
+        dtype = setting.store_dtype or model.network.record_dtype
+        fingerprint = Fingerprint("", setting.cut, self.schedule.id, 1, 0, str(dtype), ["image"], [], [], [])
         super().__init__(Path(), fingerprint, [_RECORD])
         self._given = _inputs(model, setting)
         if setting.cut is not None:
             shapes = model.network.stored_shapes(setting.cut, *self._given[0].shape[-2:])
-            self._stored = {name: torch.zeros(1, *shape, dtype=setting.store_dtype) for name, shape in shapes.items()}
+            self._stored = {name: torch.zeros(1, *shape, dtype=dtype) for name, shape in shapes.items()}
 
     def record(self, index: int) -> Record:
         return _RECORD if self.cut is None else _RECORD._replace(stored=self._stored)

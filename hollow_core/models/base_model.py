@@ -1,11 +1,15 @@
-"""A base model from a diffusers folder or a single file, and what it makes of prompts and pictures."""
+"""A base model from a diffusers folder or a single file, and what it makes of prompts and pictures.
 
-from collections.abc import Callable, Iterator, Sequence
+`BaseModel` is one of Stable Diffusion, with a U-Net; `transformer_model.TransformerModel` is the other kind. What is
+below them here takes either: a `Model`.
+"""
+
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import (
@@ -17,13 +21,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..data.images import TrainingImage
+from ..data.patches import Place
 from ..errors import HollowError
 from ..files import read_json
 from ..nets.conditioning import Conditioning
@@ -33,7 +38,9 @@ from ..nets.schedule import PREDICTIONS, NoiseSchedule
 from ..nets.unet import UNet
 from ..nets.unet_layers import Config
 from . import layouts
+from . import vae as any_vae
 from .layouts import layout_name
+from .model import Model, Outlines, TimestepSampling, without_data
 from .single_file import (
     Pipeline,
     load_single_file,
@@ -44,11 +51,12 @@ from .single_file import (
     unloadable,
     without_extras,
 )
+from .transformer_model import family_in, load_transformer, outline_transformer
 
 
 @dataclass
 class BaseModel:
-    """The parts of a base model; what is no longer needed may be set free (`free_encoders`)."""
+    """The parts of a base model with a U-Net; a `Model`."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL | AutoencoderTiny | None
@@ -65,7 +73,7 @@ class BaseModel:
     @property
     def network(self) -> Network:
         """The U-Net, for what knows no kind of network."""
-        return UNet(self.unet)
+        return cast(Network, UNet(self.unet))  # whose cuts are numbers
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -81,6 +89,26 @@ class BaseModel:
     def pixels_per_latent(self) -> int:
         """To a side."""
         return self.resolution // self.latent_side
+
+    @property
+    def large_encoders(self) -> tuple[nn.Module, ...]:
+        """None: CLIP is small."""
+        return ()
+
+    @property
+    def usual_guidance(self) -> float:
+        """Scale of classifier-free guidance, as everybody takes it."""
+        return 7.5
+
+    def schedule_for(self, sampling: TimestepSampling | None, side: int) -> NoiseSchedule:
+        """The model's own, whose time steps are drawn all alike, for pictures of any size. Raises HollowError where
+        they are to be drawn otherwise."""
+        if sampling is not None:
+            raise HollowError(
+                f"Time steps can be drawn {sampling} only for a model of flow matching, as transformers are, but this "
+                "one has a U-Net. Leave --timestep-sampling out."
+            )
+        return self.schedule
 
     def pipeline(self) -> Pipeline:
         """A diffusers pipeline of these very parts, with DDIM as sampler; set `.scheduler` for another."""
@@ -103,6 +131,75 @@ class BaseModel:
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
 
+    def outlines(self) -> Outlines:
+        """What gives models of the same parts, of tensors without data; it keeps nothing of the weights."""
+        assert self.vae is not None
+        makers = [partial(type(part).from_config, part.config) for part in (self.unet, self.vae)]
+        makers += [partial(type(part), part.config) for part in self.text_encoders]
+        others = self.tokenizers, self.scheduler, self.layout, self.resolution
+
+        def give(dtype: torch.dtype) -> BaseModel:
+            unet, vae, *encoders = without_data(makers, dtype)
+            return BaseModel(unet, vae, tuple(encoders), *others)
+
+        return give
+
+    @torch.no_grad()
+    def encode_prompt(self, text: str, size: tuple[int, int] | None = None) -> Conditioning:
+        """What the U-Net sees of a prompt: exactly what the diffusers pipeline hands it.
+
+        encoder_hidden_states are (1, 77, width). SDXL also sees the picture's `size`, (height, width) in pixels,
+        as original and as target size, uncropped; None is the native size.
+        Raises HollowError where the text encoder was set free.
+        """
+        if not self.text_encoders:
+            raise HollowError("The text encoder was set free already. Encode all prompts before free_encoders.")
+        device = next(self.text_encoders[0].parameters()).device
+        embeds, _, *pooled = self.pipeline().encode_prompt(
+            text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        if self.layout != "sdxl":
+            return Conditioning(embeds, None, None)
+        height, width = size or (self.resolution, self.resolution)
+        return told(Conditioning(embeds, pooled[0]), (height, width, 0, 0, height, width))
+
+    @torch.no_grad()
+    def encode_guided(self, prompt: str, negative: str, guidance: float) -> dict[str, Any]:
+        """A prompt and, where it guides, the negative one, by the pipeline's names."""
+        embeds = self.pipeline().encode_prompt(
+            prompt,
+            device=next(self.text_encoders[0].parameters()).device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guidance > 1,
+            negative_prompt=negative,
+        )
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        return dict(zip(names, embeds, strict=False))
+
+    def batch_guided(self, texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Every tensor (batch, …)."""
+        return {
+            name: None if part is None else torch.cat([text[name] for text in texts]) for name, part in texts[0].items()
+        }
+
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """Scaled latents (1, channels, height / 8, width / 8) of a picture (1, 3, height, width) from -1 to 1: the
+        posterior's mean."""
+        return any_vae.to_latents(self.vae, pixels)
+
+    def to_pixels(self, latents: Tensor) -> Tensor:
+        """The inverse of `to_latents`."""
+        return any_vae.to_pixels(self.vae, latents)
+
+    def tile_vae(self) -> None:
+        """Let the VAE take pictures in overlapping tiles of half the native side. An AutoencoderTiny needs little, and
+        stays as it is."""
+        any_vae.tile(self.vae, self.resolution // 2, self.latent_side // 2)
+
+    def free_encoders(self) -> None:
+        """Let go of VAE and text encoders."""
+        self.vae, self.text_encoders = None, ()
+
 
 def load(
     path: Path,
@@ -110,18 +207,26 @@ def load(
     *,
     prediction_type: str | None = None,
     config: Path | None = None,
-) -> BaseModel:
+) -> Model:
     """Load a diffusers folder, or a single .safetensors file of SD 1.x, SD 2.x or SDXL, onto the CPU.
 
     `prediction_type` ("epsilon", "v_prediction", "sample") overrides what the model says of itself: a folder
     in its scheduler's config, a file by the rule in `single_file`. `config` is for a single file whose layers
     have other sizes than the public models': a diffusers folder with configs and tokenizers.
+    Transformers have none: they learned flow matching.
     Raises HollowError for a path that does not exist, a pickle, a LoRA, and models of any other kind.
     """
     if prediction_type not in (None, *PREDICTIONS):
         choices = ", ".join(PREDICTIONS)
         raise HollowError(f"There is no prediction type {prediction_type!r}. Choose one of {choices}.")
     _check_path(path)
+    if path.is_dir() and (family := family_in(path)) is not None:
+        if prediction_type:
+            raise HollowError(
+                f"{family.title} learned flow matching, so it has no prediction type {prediction_type!r}. Leave "
+                "--prediction-type out."
+            )
+        return load_transformer(path, dtype)
     pipeline = _load_folder(path, dtype) if path.is_dir() else load_single_file(path, dtype, config)
     override = {"prediction_type": prediction_type} if prediction_type else {}
     encoders = (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
@@ -137,23 +242,21 @@ def load(
     )
 
 
-Outlines = Callable[[torch.dtype], BaseModel]
-"""Gives a model of tensors without data, in a dtype."""
-
-
-def outline(model: str, dtype: torch.dtype = torch.float32) -> BaseModel:
+def outline(model: str, dtype: torch.dtype = torch.float32) -> Model:
     """What `load` gives, of tensors that hold no data (on PyTorch's "meta" device): for a dry run.
 
-    `model` is a layout ("sd15", "sd21", "sdxl") or a path as for `load`; only configs and a file's header are
-    read. Raises HollowError as `load` does, but does not see whether weights are missing.
+    `model` is a layout ("sd15", "sd21", "sdxl", or one of transformers) or a path as for `load`; only configs and a
+    file's header are read. Raises HollowError as `load` does, but does not see whether weights are missing.
     """
     schedule: dict[str, Any] = {}
     folder = layouts.FOLDER / model
-    if model not in layouts.LAYOUTS:
+    if model not in (*layouts.LAYOUTS, *layouts.TRANSFORMERS):
         folder = Path(model)
         _check_path(folder)
         if not folder.is_dir():
             folder, schedule = recognise(folder)
+    if family_in(folder) is not None:
+        return outline_transformer(folder, dtype)
     _check_folder(folder)
     kind = pipeline_class(folder)
     unet_config, vae_config = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
@@ -180,18 +283,9 @@ def outline(model: str, dtype: torch.dtype = torch.float32) -> BaseModel:
     )
 
 
-def outlines(model: BaseModel) -> Outlines:
+def outlines(model: Model) -> Outlines:
     """What gives the `outline` of a loaded model in a dtype; it keeps nothing of the weights."""
-    assert model.vae is not None
-    makers = [partial(type(part).from_config, part.config) for part in (model.unet, model.vae)]
-    makers += [partial(type(part), part.config) for part in model.text_encoders]
-    others = model.tokenizers, model.scheduler, model.layout, model.resolution
-
-    def give(dtype: torch.dtype) -> BaseModel:
-        unet, vae, *encoders = without_data(makers, dtype)
-        return BaseModel(unet, vae, tuple(encoders), *others)
-
-    return give
+    return model.outlines()
 
 
 def outline_unet(config: Config, dtype: torch.dtype) -> BaseModel:
@@ -200,30 +294,13 @@ def outline_unet(config: Config, dtype: torch.dtype) -> BaseModel:
     return BaseModel(unet, None, (), (), DDPMScheduler(), layout_name(config), 8 * config["sample_size"])
 
 
-def without_data(makers: Sequence[Callable[[], nn.Module]], dtype: torch.dtype) -> list[Any]:
-    """Frozen modules whose tensors hold no data (on PyTorch's "meta" device)."""
-    with quiet(), torch.device("meta"):
-        return [nn.Module.to(make().eval().requires_grad_(False), dtype=dtype) for make in makers]
+def encode_prompt(model: Model, text: str, size: tuple[int, int] | None = None) -> Conditioning:
+    """What the network sees of a prompt: exactly what the diffusers pipeline hands it.
 
-
-@torch.no_grad()
-def encode_prompt(model: BaseModel, text: str, size: tuple[int, int] | None = None) -> Conditioning:
-    """What the U-Net sees of a prompt: exactly what the diffusers pipeline hands it.
-
-    encoder_hidden_states are (1, 77, width). SDXL also sees the picture's `size`, (height, width) in pixels,
-    as original and as target size, uncropped; None is the native size.
-    Raises HollowError where the text encoder was set free.
+    SDXL also sees the picture's `size`, (height, width) in pixels, as original and as target size, uncropped; None is
+    the native size. Raises HollowError where the text encoder was set free.
     """
-    if not model.text_encoders:
-        raise HollowError("The text encoder was set free already. Encode all prompts before free_encoders.")
-    device = next(model.text_encoders[0].parameters()).device
-    embeds, _, *pooled = model.pipeline().encode_prompt(
-        text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    if model.layout != "sdxl":
-        return Conditioning(embeds, None, None)
-    height, width = size or (model.resolution, model.resolution)
-    return told(Conditioning(embeds, pooled[0]), (height, width, 0, 0, height, width))
+    return model.encode_prompt(text, size)
 
 
 def told(prompt: Conditioning, time_ids: Sequence[int]) -> Conditioning:
@@ -231,6 +308,11 @@ def told(prompt: Conditioning, time_ids: Sequence[int]) -> Conditioning:
     if prompt.text_embeds is None:
         return prompt
     return prompt._replace(time_ids=prompt.text_embeds.new_tensor([list(time_ids)]))
+
+
+def placed(prompt: Conditioning, place: Place) -> Conditioning:
+    """An encoded prompt of a crop that is there in the whole picture, for a network whose tokens have places."""
+    return prompt._replace(place=torch.tensor([place]))
 
 
 def latent_mask(image: TrainingImage, latents: Tensor) -> Tensor | None:
@@ -243,7 +325,7 @@ def latent_mask(image: TrainingImage, latents: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def encode_images(model: BaseModel, images: Sequence[TrainingImage]) -> list[Tensor]:
+def encode_images(model: Model, images: Sequence[TrainingImage]) -> list[Tensor]:
     """The scaled latents of each picture, (1, channels, height / 8, width / 8) for SD: the posterior's mean.
 
     Raises HollowError where the VAE was set free.
@@ -256,24 +338,22 @@ def encode_images(model: BaseModel, images: Sequence[TrainingImage]) -> list[Ten
             pixels = torch.frombuffer(bytearray(image.picture.tobytes()), dtype=torch.uint8)
             pixels = pixels.reshape(1, image.picture.height, image.picture.width, 3).permute(0, 3, 1, 2)
             scaled = (pixels / 127.5 - 1).to(vae.device, vae.dtype)
-            mean = retrieve_latents(vae.encode(scaled), sample_mode="argmax")
-            latents.append(((mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor).to(dtype))
+            latents.append(model.to_latents(scaled).to(dtype))
     return latents
 
 
 @torch.no_grad()
-def decode_images(model: BaseModel, latents: Sequence[Tensor]) -> list[Image.Image]:
+def decode_images(model: Model, latents: Sequence[Tensor]) -> list[Image.Image]:
     """The pictures that scaled latents, (1, channels, height / 8, width / 8) each for SD, stand for.
 
     Raises HollowError where the VAE was set free.
     """
     if model.vae is None:
         raise HollowError("The VAE was set free already. Decode all latents before free_encoders.")
-    vae, processor, pictures = model.vae, model.pipeline().image_processor, []
+    vae, processor, pictures = model.vae, VaeImageProcessor(), []
     with _without_overflow(vae):
         for scaled in latents:
-            z = scaled.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-            pictures += processor.postprocess(vae.decode(z).sample, output_type="pil")
+            pictures += processor.postprocess(model.to_pixels(scaled.to(vae.device, vae.dtype)), output_type="pil")
     return pictures
 
 
@@ -302,7 +382,7 @@ def visiting(device: torch.device | str | None, *parts: nn.Module | None) -> Ite
 
 
 def keep_small(
-    model: BaseModel,
+    model: Model,
     device: torch.device | str,
     *,
     base_bits: Bits | None = None,
@@ -311,33 +391,32 @@ def keep_small(
 ) -> None:
     """Take memory off a model, for all that is done with it on `device`.
 
-    `base_bits` are of a weight of the U-Net; `streaming` keeps the weights of U-Net and text encoders in main memory,
-    from where they visit the device; `tiled_vae` has pictures encoded and decoded in tiles. Raises HollowError as
-    `residency` does.
+    `base_bits` are of a weight of the network, and of large text encoders; `streaming` keeps the weights of network and
+    text encoders in main memory, from where they visit the device; `tiled_vae` has pictures encoded and decoded in
+    tiles. Raises HollowError as `residency` does.
     """
+    network = model.network
     if base_bits is not None:
-        quantize(model.unet, base_bits)
+        quantize(network.module, base_bits, network.kept)
+        for encoder in model.large_encoders:
+            quantize(encoder, base_bits)
     if streaming:
-        for part in (model.unet, *model.text_encoders):
-            stream(part, device)
+        stream(network.module, device, network.kept)
+        for encoder in model.text_encoders:
+            stream(encoder, device)
     if tiled_vae:
         tile_vae(model)
 
 
-def tile_vae(model: BaseModel) -> None:
+def tile_vae(model: Model) -> None:
     """Let the VAE take pictures in overlapping tiles of half the native side: a fraction of the memory, and close
     to the same. An AutoencoderTiny needs little, and stays as it is."""
-    if not isinstance(model.vae, AutoencoderKL):
-        return
-    model.vae.enable_tiling()
-    # diffusers' own tiles are as large as the native pictures, which thus would never be tiled
-    model.vae.tile_sample_min_size = model.resolution // 2
-    model.vae.tile_latent_min_size = model.latent_side // 2
+    model.tile_vae()
 
 
-def free_encoders(model: BaseModel) -> None:
+def free_encoders(model: Model) -> None:
     """Let go of VAE and text encoders: precomputing and training need only their outputs."""
-    model.vae, model.text_encoders = None, ()
+    model.free_encoders()
 
 
 def _check_path(path: Path) -> None:

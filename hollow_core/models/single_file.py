@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import HollowError
 from ..files import damaged, read_json
+from ..nets.families import TITLES
 from . import layouts
 
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
@@ -80,7 +81,10 @@ def pipeline_class(folder: Path) -> type[Pipeline]:
     name = read_json(folder / "model_index.json").get("_class_name")
     known = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
     if name not in known:
-        raise HollowError(f"{folder} holds a {name}. Hollow takes text-to-image models: SD 1.x, SD 2.x and SDXL.")
+        raise HollowError(
+            f"{folder} holds a {name}. Hollow takes text-to-image models: SD 1.x, SD 2.x, SDXL, and of transformers "
+            f"{TITLES}."
+        )
     return known[name]
 
 
@@ -121,7 +125,10 @@ def _layout(path: Path, file: Any) -> str:
     if any("lora_" in key or ".lora." in key for key in keys):
         raise HollowError(f"{path} is a LoRA, not a model. Give the base model that it belongs to.")
     if not {_FIRST, _TEXT} <= keys:
-        raise HollowError(f"{path} is no checkpoint of SD 1.x, SD 2.x or SDXL. Hollow takes these only.")
+        raise HollowError(
+            f"{path} is no checkpoint of SD 1.x, SD 2.x or SDXL. Hollow takes these only; of a transformer "
+            f"({TITLES}) give the diffusers folder."
+        )
     channels, width = (file.get_slice(key).get_shape()[1] for key in (_FIRST, _TEXT))
     layout = {768: "sd15", 1024: "sd21", 2048: "sdxl"}.get(width)
     if channels != 4 or layout is None:

@@ -4,7 +4,7 @@ What the base path leaves in a record is a mapping of named tensors (1, …), wh
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,14 @@ Cut: TypeAlias = int | tuple[int, int]
 
 Stored: TypeAlias = Mapping[str, Tensor]
 """What a record keeps of the base path, by names that are the network's own business."""
+
+
+class Targets(NamedTuple):
+    """Ends of the names of layers for a LoRA."""
+
+    attention: tuple[str, ...]
+    all: tuple[str, ...]
+    """With those of feed-forward layers and the like: more is learned in fewer steps, in a larger file."""
 
 
 class BasePath(Protocol):
@@ -66,13 +74,33 @@ class Network(Protocol):
         ...
 
     @property
+    def targets(self) -> "Targets":
+        """Which of them usually get one."""
+        ...
+
+    @property
     def kept(self) -> tuple[str, ...]:
         """The beginnings of the paths of layers that are neither quantised nor streamed, as they are small."""
         ...
 
     @property
+    def record_dtype(self) -> torch.dtype:
+        """How its records are usually kept."""
+        ...
+
+    @property
+    def usual_cut(self) -> Cut:
+        """Where nobody asks for another."""
+        ...
+
+    @property
     def levels(self) -> int:
         """How many parts can `checkpoint` by themselves."""
+        ...
+
+    @property
+    def token_side(self) -> int | None:
+        """Latents to a side of what has a place in the picture; None: nothing has."""
         ...
 
     def check_inputs(self, name: str, latents: Tensor, prompts: Sequence[Conditioning]) -> None:
@@ -81,6 +109,10 @@ class Network(Protocol):
 
     def cuts(self) -> Sequence[Cut]:
         """Every cut that it has, from the least on."""
+        ...
+
+    def nearest_cut(self, share: float) -> Cut:
+        """Whose share of the parameters, from 0 to 1, comes nearest; where there are two ends, of both evenly."""
         ...
 
     def check_cut(self, cut: Cut) -> None:
@@ -138,6 +170,11 @@ class Network(Protocol):
 def read_cut(cut: object) -> Cut | None:
     """A cut as JSON has it, where a pair is a list; anything else stays as it is."""
     return cast(Cut, tuple(cut) if isinstance(cut, list) else cut)
+
+
+def cut_in_words(cut: Cut) -> str:
+    """ "3", of a pair "4,6"."""
+    return ",".join(map(str, cut)) if isinstance(cut, tuple) else str(cut)
 
 
 def at_cut(network: Network, cut: Cut | None, timesteps: Iterable[int] | None) -> Network:

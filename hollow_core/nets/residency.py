@@ -1,20 +1,19 @@
-"""What keeps the frozen weights of a U-Net small, or away: quantised to 8 or 4 bits, or streamed from main memory.
+"""What keeps the frozen weights of a network small, or away: quantised to 8 or 4 bits, or streamed from main memory.
 
 Both make *frozen layers* of its linear and convolution layers: a frozen layer has its weight only while it is
 multiplied, once in the forward pass and once more in the backward pass, and nothing of it is kept in between.
-It stays an `nn.Linear` or `nn.Conv2d`, the same object, so views share it (`hollow`, `head`) and a LoRA goes on it
-as on any other. conv_in, conv_out and the embeddings of time and size stay as they are: they are under one
-percent, what they make goes into every layer, and others read device and dtype off conv_in. So do the biases and
-the normalisations.
+It stays an `nn.Linear` or `nn.Conv2d`, the same object, so views share it (`hollow`, `base`) and a LoRA goes on it
+as on any other. What a network calls `kept` stays as it is, its first and last layers and its embeddings: they are
+few percent, what they make goes into every layer, and others read device and dtype off them. So do the biases and the
+normalisations.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -28,29 +27,28 @@ Bits = Literal[4, 8]
 GROUP = 64
 """Weights that share a scale."""
 
-_KEPT = ("conv_in", "conv_out", "time_embedding", "add_embedding")
 
-
-def quantize(unet: UNet2DConditionModel, bits: Bits) -> None:
+def quantize(module: nn.Module, bits: Bits, kept: Collection[str] = ()) -> None:
     """Replace the weights of the linear and convolution layers by integers of 8 or 4 bits, in place, for good.
 
     Symmetric, to nearest: groups of 64 weights in a row share a bfloat16 scale, the largest |w| over 127 or 7,
     so that no weight is further off than half its scale (and 1/256 of itself, what the scale is rounded by).
-    A weight takes 8.25 or 4.25 bits. Quantise before `hollow`, precompute and train on the same U-Net.
+    A weight takes 8.25 or 4.25 bits. Those parts of the module that are named in `kept`, as `Network.kept`, stay.
+    Quantise before `hollow`, precompute and train on the same network.
 
     This is own code because no library does it: torchao and bitsandbytes quantise linear layers alone, and more
     than half of a U-Net's weights are convolutions; and where torchao's are trained through, the whole
     dequantised weight is kept for the backward pass.
 
-    Raises HollowError for other widths, and for a U-Net that is quantised, streamed, or carries a LoRA.
+    Raises HollowError for other widths, and for a network that is quantised, streamed, or carries a LoRA.
     """
     if bits not in (4, 8):
         raise HollowError(f"Weights cannot be kept in {bits!r} bits. Choose 8 or 4.")
-    if any(layer.bits for layer in _frozen(unet)):
-        raise HollowError("This U-Net is quantised already. Load it anew for another width.")
-    if any(layer.streamer for layer in _frozen(unet)):
-        raise HollowError("This U-Net is streamed already. Quantise it before.")
-    for layer in _freeze(unet):
+    if any(layer.bits for layer in _frozen(module)):
+        raise HollowError("This network is quantised already. Load it anew for another width.")
+    if any(layer.streamer for layer in _frozen(module)):
+        raise HollowError("This network is streamed already. Quantise it before.")
+    for layer in _freeze(module, kept):
         (weight,) = layer.held
         layer.bits, layer.shape, layer.dtype = bits, weight.shape, weight.dtype
         del layer._parameters["weight"]
@@ -59,18 +57,21 @@ def quantize(unet: UNet2DConditionModel, bits: Bits) -> None:
         layer.register_buffer("scales", scales)
 
 
-def stream(part: nn.Module, device: torch.device | str, only: Iterable[str] = ("",)) -> None:
+def stream(
+    part: nn.Module, device: torch.device | str, kept: Collection[str] = (), only: Iterable[str] = ("",)
+) -> None:
     """Keep the weights of linear and convolution layers, quantised or not, in main memory, where `.to` leaves them.
 
     (Pinned for CUDA, which takes up to twice their size.) They visit `device` one ahead of use, forward and
-    backward: at most two at a time are there. What is computed is the same bit by bit. `part` is a U-Net or a text
-    encoder, and `only` names those of its modules whose weights stay away, all by default; bring the rest to `device`
-    afterwards. Stream before `hollow`. Raises HollowError for a part that is streamed or carries a LoRA.
+    backward: at most two at a time are there. What is computed is the same bit by bit. `part` is a network's module,
+    of which what is named in `kept`, as `Network.kept`, does not stay away, or a text encoder. `only` names those of
+    its modules whose weights stay away, all by default; bring the rest to `device` afterwards. Stream before `hollow`.
+    Raises HollowError for a part that is streamed or carries a LoRA.
     """
     if any(layer.streamer for layer in _frozen(part)):
-        raise HollowError("This U-Net is streamed already. Load it anew for another device.")
+        raise HollowError("This network is streamed already. Load it anew for another device.")
     streamer = Streamer(torch.device(device))
-    for layer in _freeze(part, only):
+    for layer in _freeze(part, kept, only):
         for tensor in layer.held:
             if tensor.is_meta:  # in a dry run, which tells what is away by `away`
                 continue
@@ -82,11 +83,11 @@ def stream(part: nn.Module, device: torch.device | str, only: Iterable[str] = ("
 def stream_middle(network: Network, cut: Cut, device: torch.device | str) -> None:
     """`stream` what `cut` hollows: until it is gone it visits `device`, so that precomputing has no more weights
     there than training. Raises HollowError as `stream` does, and for a cut out of range."""
-    stream(network.module, device, network.removed(cut))
+    stream(network.module, device, network.kept, network.removed(cut))
 
 
 def away(part: nn.Module) -> list[Tensor]:
-    """The tensors of a streamed U-Net or text encoder that are in main memory, not on its device."""
+    """The tensors of a streamed network or text encoder that are in main memory, not on its device."""
     return [tensor for layer in _frozen(part) if layer.streamer for tensor in layer.held]
 
 
@@ -203,7 +204,7 @@ class _Multiply(torch.autograd.Function):
 class Streamer:
     """Brings weights from main memory to the device, one ahead of use.
 
-    Who comes next it knows from the last pass through the same view of the U-Net, forward and backward: a pass like
+    Who comes next it knows from the last pass through the same view of the network, forward and backward: a pass like
     that finds every weight on its way. In one unlike it, as the first is, a weight is fetched when it is asked for.
     """
 
@@ -271,13 +272,14 @@ def _frozen(part: nn.Module) -> Iterator[_FrozenLayer]:
     return (module for module in part.modules() if isinstance(module, _FrozenLayer))
 
 
-def _freeze(part: nn.Module, only: Iterable[str] = ("",)) -> list[_FrozenLayer]:
-    """The layers in these modules of `part` that are to be frozen, made so where they are not yet."""
+def _freeze(part: nn.Module, kept: Collection[str], only: Iterable[str] = ("",)) -> list[_FrozenLayer]:
+    """The layers in the modules `only` of `part`, but for those `kept`, that are to be frozen, made so where they are
+    not yet."""
     if any(isinstance(module, LoraLayer) for module in part.modules()):
-        raise HollowError("This U-Net carries a LoRA already. Quantise and stream it before it gets one.")
+        raise HollowError("This network carries a LoRA already. Quantise and stream it before it gets one.")
     inside = [each for path in only for each in part.get_submodule(path).named_modules(prefix=path)]
     for path, module in inside:
-        if path.split(".")[0] in _KEPT:
+        if path.split(".")[0] in kept:
             continue
         if type(module) is nn.Linear:
             module.__class__ = FrozenLinear
@@ -288,6 +290,10 @@ def _freeze(part: nn.Module, only: Iterable[str] = ("",)) -> list[_FrozenLayer]:
 
 def _quantized(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
     """Codes, int8 (groups, 64) or two to a byte (groups, 32), and scales (groups, 1)."""
+    if weight.is_meta:  # in a dry run
+        number = -(-weight.numel() // GROUP)
+        codes = weight.new_empty(number, GROUP * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+        return codes, weight.new_empty(number, 1, dtype=torch.bfloat16)
     top = 127 if bits == 8 else 7
     groups = F.pad(weight.float().flatten(), (0, -weight.numel() % GROUP)).view(-1, GROUP)
     scales = (groups.abs().amax(1, keepdim=True) / top).bfloat16()

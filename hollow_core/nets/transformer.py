@@ -23,7 +23,7 @@ from ..errors import HollowError
 from .conditioning import Conditioning
 from .families import Family, family_of
 from .families.family import Streams
-from .network import Cut, Stored
+from .network import Cut, Stored, Targets
 from .transfer import send
 
 RESIDUAL, STATE = "residual", "state"
@@ -64,14 +64,34 @@ class Transformer:
         return self._weight.dtype
 
     @property
+    def record_dtype(self) -> torch.dtype:
+        """That of its arithmetic, where nothing is lost by it; the states of large ones overflow in float16."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
+
+    @property
+    def usual_cut(self) -> Cut:
+        """That which removes about half of the parameters, of both ends evenly."""
+        return self.nearest_cut(0.5)
+
+    @property
     def levels(self) -> int:
         """Parts of the blocks."""
         return LEVELS
 
     @property
+    def token_side(self) -> int:
+        """Latents to a side of a token."""
+        return 2
+
+    @property
     def within(self) -> tuple[str, ...]:
         """The beginnings of the paths where a LoRA may be: the blocks, not what is before and behind."""
         return tuple(f"{blocks.path}." for blocks in self.family.blocks)
+
+    @property
+    def targets(self) -> Targets:
+        """The family's."""
+        return Targets(self.family.attention, (*self.family.attention, *self.family.feed_forward))
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -98,7 +118,18 @@ class Transformer:
 
     def cuts(self) -> list[Cut]:
         """Of both ends evenly, those whose shares of the parameters come nearest to 10 %, 20 % and so on."""
-        blocks, network = self._blocks(), self.module
+        even = self._even_cuts
+        return list(dict.fromkeys(min(even, key=lambda cut: abs(even[cut] - wanted)) for wanted in SHARES))
+
+    def nearest_cut(self, share: float) -> Cut:
+        """Of both ends evenly, whose share of the parameters, from 0 to 1, comes nearest."""
+        even = self._even_cuts
+        return min(even, key=lambda cut: abs(even[cut] - 100 * share))
+
+    @cached_property
+    def _even_cuts(self) -> dict[Cut, float]:
+        """Percent of the parameters, by the cut that takes most alike from both ends, for every number of blocks."""
+        blocks, network = self.listed(), self.module
         sizes = [_size(block.module) for block in blocks]
         refiners, total = sum(_size(network.get_submodule(path)) for path in self.family.refiners), _size(network)
         share: dict[Cut, float] = {}
@@ -109,11 +140,11 @@ class Transformer:
             }
             evenly = min(ends, key=lambda cut: abs(ends[cut][0] - ends[cut][1]))
             share[evenly] = 100 * sum(ends[evenly]) / total
-        return list(dict.fromkeys(min(share, key=lambda cut: abs(share[cut] - wanted)) for wanted in SHARES))
+        return share
 
     def check_cut(self, cut: Cut) -> None:
         """Raises HollowError unless some block goes and some stays."""
-        length, title = len(self._blocks()), self.family.title
+        length, title = len(self.listed()), self.family.title
         advice = f"Take {length // 4},{length // 4}, for example."
         if isinstance(cut, int):
             raise HollowError(
@@ -130,7 +161,7 @@ class Transformer:
     def blocks(self, cut: Cut) -> list[str]:
         """By diffusers' names."""
         n, m = self._ends(cut)
-        blocks = self._blocks()
+        blocks = self.listed()
         return [
             *self.family.refiners,
             *(f"{block.path}.{block.name}" for block in (*blocks[:n], *blocks[-m or len(blocks) :])),
@@ -143,7 +174,7 @@ class Transformer:
     def behind(self, cut: Cut) -> list[str]:
         """Paths of modules: where nothing of the back goes, all blocks behind the front."""
         n, m = self._ends(cut)
-        return [] if m else [f"{block.path}.{block.name}" for block in self._blocks()[n:]]
+        return [] if m else [f"{block.path}.{block.name}" for block in self.listed()[n:]]
 
     def leaves_attention(self, cut: Cut) -> bool:
         """Every block has attention."""
@@ -152,7 +183,7 @@ class Transformer:
     def stored_shapes(self, cut: Cut, height: int, width: int) -> dict[str, tuple[int, ...]]:
         """(tokens, width) of each stream and of the residual, for a prompt of the usual length."""
         n, m = self._ends(cut)
-        family, channels, enters = self.family, self._channels, self._blocks()[n].streams
+        family, channels, enters = self.family, self._channels, self.listed()[n].streams
         image = height * width // 4
         tokens = {"image": image, "text": family.prompt_tokens}
         if enters not in ("image", "two"):
@@ -173,33 +204,33 @@ class Transformer:
         """Both ends and what is between, or the front alone where nothing of the back goes. Raises HollowError as
         `check_cut` does."""
         n, m = self._ends(cut)
-        blocks = self._blocks()
-        enter = _Tap(blocks[n].streams)
+        blocks = self.listed()
+        enter = Tap(blocks[n].streams)
         items = [*blocks[:n], blocks[n]._replace(name="enter", module=enter)]
         if not m:
-            return TransformerBasePath(Transformer(self._view(items)), enter)
-        before, after = (_Tap(block.streams) for block in (blocks[-m - 1], blocks[-1]))
+            return TransformerBasePath(Transformer(self.view(items)), enter)
+        before, after = (Tap(block.streams) for block in (blocks[-m - 1], blocks[-1]))
         items += [*blocks[n:-m], blocks[-m - 1]._replace(name="before", module=before)]
         items += [*blocks[-m:], blocks[-1]._replace(name="after", module=after)]
-        return TransformerBasePath(Transformer(self._view(items)), enter, before, after)
+        return TransformerBasePath(Transformer(self.view(items)), enter, before, after)
 
     def hollow(self, cut: Cut, timesteps: Iterable[int] | None) -> "Transformer":
         """What is between the ends, with all that is before and behind the blocks, but for refiners. Whatever
         `timesteps` are, any may be asked for. Raises HollowError as `check_cut` does."""
         n, m = self._ends(cut)
-        blocks = self._blocks()
+        blocks = self.listed()
         kept = blocks[n : len(blocks) - m]
-        items = [kept[0]._replace(name="enter", module=_Enter(kept[0].streams)), *kept]
+        items = [kept[0]._replace(name="enter", module=Enter(kept[0].streams)), *kept]
         if m:
-            items.append(kept[-1]._replace(name="leave", module=_Leave(kept[-1].streams)))
-        view = self._view(items, without=self.family.refiners)
+            items.append(kept[-1]._replace(name="leave", module=Leave(kept[-1].streams)))
+        view = self.view(items, without=self.family.refiners)
         view.cut = (n, m)
         return Transformer(view)
 
     def predict(self, noisy: Tensor, timesteps: Sequence[float], conditioning: Conditioning, stored: Stored) -> Tensor:
         """ε − x₀ of `noisy` latents (batch, channels, height, width), each at σ = time step / 1000; in float32. Raises
         HollowError for records that were made for another kind of network."""
-        enter, leave = ([each for each in self._items() if isinstance(each, kind)] for kind in (_Enter, _Leave))
+        enter, leave = ([each for each in self._items() if isinstance(each, kind)] for kind in (Enter, Leave))
         expected = {name for each in enter for name in _names(each.streams)} | {RESIDUAL for _ in leave}
         if stored.keys() != expected:
             raise HollowError(
@@ -220,29 +251,24 @@ class Transformer:
     def checkpoint(self, levels: int | None) -> None:
         """Let backward passes compute anew what blocks would keep, in so many quarters of them from the first; None: in
         all."""
-        blocks = [item for item in self._items() if not isinstance(item, _Item)]
+        blocks = [item for item in self._items() if not isinstance(item, Item)]
         recomputed = set(blocks if levels is None else blocks[: -(-len(blocks) * levels // LEVELS)])
 
         def call(block: nn.Module, *arguments: Any) -> Any:
             return checkpoint(block, *arguments, use_reentrant=False) if block in recomputed else block(*arguments)
 
-        for network in (self.module, self._called):
-            network.enable_gradient_checkpointing(call)
+        self.module.enable_gradient_checkpointing(call)
 
     def _forward(self, noisy: Tensor, timesteps: Sequence[float], conditioning: Conditioning) -> Tensor:
         height, width = noisy.shape[-2:]
         for item in self._items():
-            if isinstance(item, _Item):
+            if isinstance(item, Item):
                 item.image_tokens = height * width // 4
         device, config, family = self._weight.device, self.config, self.family
         sigmas = send(torch.tensor(timesteps, dtype=torch.float32) / 1000, device)
         told = family.arguments(config, send(noisy, device, self.dtype), sigmas, conditioning.to(device, self.dtype))
-        out = self._called(**told, return_dict=False)[0]
+        out = family.called(self.module, conditioning.crop)(**told, return_dict=False)[0]
         return family.velocity(config, out, (height, width)).float()
-
-    @cached_property
-    def _called(self) -> Any:
-        return self.family.called(self.module)
 
     @property
     def _weight(self) -> Tensor:
@@ -259,9 +285,10 @@ class Transformer:
         """What the lists of blocks hold."""
         return (item for blocks in self.family.blocks for item in self.module.get_submodule(blocks.path))
 
-    def _blocks(self) -> list["_Block"]:
+    def listed(self) -> list["Block"]:
+        """Its blocks, in the order in which they run."""
         return [
-            _Block(blocks.path, name, blocks.streams, module)
+            Block(blocks.path, name, blocks.streams, module)
             for blocks in self.family.blocks
             for name, module in self.module.get_submodule(blocks.path).named_children()
         ]
@@ -271,7 +298,7 @@ class Transformer:
         assert not isinstance(cut, int)
         return cut
 
-    def _view(self, items: Sequence["_Block"], without: Sequence[str] = ()) -> Any:
+    def view(self, items: Sequence["Block"], without: Sequence[str] = ()) -> Any:
         """Of the network, with these in its lists of blocks, and nothing in the lists `without`."""
         view = copy.copy(self.module)
         view.__dict__.pop("forward", None)  # an offloading hook's wrapper, which would run the original
@@ -288,9 +315,9 @@ class TransformerBasePath:
     """What `Transformer.base` gives, as a `BasePath`."""
 
     network: Transformer
-    enter: "_Tap"
-    before: "_Tap | None" = None
-    after: "_Tap | None" = None
+    enter: "Tap"
+    before: "Tap | None" = None
+    after: "Tap | None" = None
 
     @property
     def module(self) -> nn.Module:
@@ -318,7 +345,7 @@ class TransformerBasePath:
                 tap.let_go()
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """One in a list."""
 
     path: str
@@ -329,7 +356,7 @@ class _Block(NamedTuple):
     module: nn.Module
 
 
-class _Item(nn.Module):
+class Item(nn.Module):
     """Stands in a list of blocks, and is called as they are."""
 
     image_tokens: int
@@ -361,7 +388,7 @@ class _Item(nn.Module):
         return 0, self.image_tokens
 
 
-class _Tap(_Item):
+class Tap(Item):
     """Keeps what passes."""
 
     passed: tuple[Tensor, ...] = ()
@@ -380,7 +407,7 @@ class _Tap(_Item):
         return self.passed[0][:, first:end]
 
 
-class _Enter(_Item):
+class Enter(Item):
     """Hands in the stored state in place of what passes."""
 
     state: tuple[Tensor, ...] = ()
@@ -392,7 +419,7 @@ class _Enter(_Item):
         self.state = ()
 
 
-class _Leave(_Item):
+class Leave(Item):
     """Adds the stored residual to the image's tokens."""
 
     residual: Tensor | None = None

@@ -17,9 +17,18 @@ from torch import Tensor, nn
 
 from ..errors import HollowError
 from .conditioning import Conditioning
-from .network import Stored
+from .network import Cut, Stored, Targets, removed_fraction
 from .transfer import send
-from .unet_layers import check_cut, exit_shape, hollowed_layers, layers, leaves_attention, max_cut
+from .unet_layers import (
+    ALL_LAYERS,
+    ATTENTION,
+    check_cut,
+    exit_shape,
+    hollowed_layers,
+    layers,
+    leaves_attention,
+    max_cut,
+)
 
 EXIT_ACTIVATION = ""
 """What a U-Net's record keeps, its only tensor: so it needs no name, and stands in stores under the record's number."""
@@ -36,7 +45,7 @@ class UNet:
     """Whole, or as `hollow` gives it."""
 
     @property
-    def cut(self) -> int | None:
+    def cut(self) -> Cut | None:
         """At which it was hollowed; None while it is whole."""
         return self.module.cut if isinstance(self.module, HollowedUNet) else None
 
@@ -56,9 +65,29 @@ class UNet:
         return ("",)
 
     @property
+    def targets(self) -> Targets:
+        """The paper's, and all."""
+        return Targets(ATTENTION, ALL_LAYERS)
+
+    @property
     def kept(self) -> tuple[str, ...]:
         """They are under one percent, and what they make goes everywhere; device and dtype are read off conv_in."""
         return "conv_in", "conv_out", "time_embedding", "add_embedding"
+
+    @property
+    def record_dtype(self) -> torch.dtype:
+        """Half the bytes of float32, and more exact than bfloat16."""
+        return torch.float16
+
+    @property
+    def usual_cut(self) -> int:
+        """The paper's."""
+        return 3
+
+    @property
+    def token_side(self) -> None:
+        """Convolutions have no position codes; what SDXL is told of crops is in its prompts."""
+        return None
 
     @property
     def levels(self) -> int:
@@ -85,31 +114,35 @@ class UNet:
         """From the mid block alone to all but conv_in and the last up layer."""
         return range(max_cut(self.config) + 1)
 
-    def check_cut(self, cut: int) -> None:
+    def nearest_cut(self, share: float) -> int:
+        """Whose share of the parameters, from 0 to 1, comes nearest."""
+        return min(self.cuts(), key=lambda cut: abs(removed_fraction(self, cut) - share))
+
+    def check_cut(self, cut: Cut) -> None:
         """Raises HollowError for a cut that it has not."""
         check_cut(self.config, cut)
 
-    def blocks(self, cut: int) -> list[str]:
+    def blocks(self, cut: Cut) -> list[str]:
         """By the paper's names."""
         return [layer.name for layer in hollowed_layers(self.config, cut)]
 
-    def removed(self, cut: int) -> list[str]:
+    def removed(self, cut: Cut) -> list[str]:
         """Paths of modules. The time-embedding MLP counts as removed: the time steps of training are known, so its
         outputs are precomputed. With it the seven percentages of the paper come out."""
         hollowed = hollowed_layers(self.config, cut)
         return [*(path for layer in hollowed for path in layer.modules), "time_embedding"]
 
-    def behind(self, cut: int) -> list[str]:
+    def behind(self, cut: Cut) -> list[str]:
         """Paths of modules: what remains on the way up."""
         hollowed = hollowed_layers(self.config, cut)
         up = (layer for layer in layers(self.config) if layer.side == "up" and layer not in hollowed)
         return [*(path for layer in up for path in layer.modules), "conv_out"]
 
-    def leaves_attention(self, cut: int) -> bool:
+    def leaves_attention(self, cut: Cut) -> bool:
         """Whether there is still attention, where a LoRA usually is."""
         return leaves_attention(self.config, cut)
 
-    def stored_shapes(self, cut: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+    def stored_shapes(self, cut: Cut, height: int, width: int) -> dict[str, tuple[int, ...]]:
         """Of the exit activation, (channels, h, w), for latents of height × width."""
         return {EXIT_ACTIVATION: exit_shape(self.config, cut, height, width)}
 
@@ -123,11 +156,11 @@ class UNet:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         return latents, Conditioning(prompt, torch.zeros(1, pooled), torch.zeros(1, 6))
 
-    def base(self, cut: int) -> "UNetBasePath":
+    def base(self, cut: Cut) -> "UNetBasePath":
         """Up to the exit. Raises HollowError for a cut out of range."""
         return UNetBasePath(head(self.module, cut))
 
-    def hollow(self, cut: int, timesteps: Iterable[int] | None) -> "UNet":
+    def hollow(self, cut: Cut, timesteps: Iterable[int] | None) -> "UNet":
         """As the function `hollow`."""
         return UNet(hollow(self.module, cut, timesteps))
 
@@ -190,7 +223,7 @@ class UNetBasePath:
 class HollowedUNet(UNet2DConditionModel):
     """A U-Net that takes an exit activation in place of its middle. Made by `hollow`, never directly."""
 
-    cut: int
+    cut: Cut
 
     def forward(
         self,
@@ -282,7 +315,7 @@ class _TimeTable(nn.Module):
         return torch.stack([self.outputs[self.rows[timestep]] for timestep in timesteps])
 
 
-def head(unet: UNet2DConditionModel, cut: int) -> UNet2DConditionModel:
+def head(unet: UNet2DConditionModel, cut: Cut) -> UNet2DConditionModel:
     """The base path: a view of `unet` that stops at the exit of `cut`; its `.sample` is the exit activation
     (batch, channels, h, w) of `exit_shape`. Raises HollowError for a cut out of range."""
     hollowed = hollowed_layers(unet.config, cut)
@@ -294,7 +327,7 @@ def head(unet: UNet2DConditionModel, cut: int) -> UNet2DConditionModel:
     return view
 
 
-def hollow(unet: UNet2DConditionModel, cut: int, timesteps: Iterable[int] | None = range(1000)) -> HollowedUNet:
+def hollow(unet: UNet2DConditionModel, cut: Cut, timesteps: Iterable[int] | None = range(1000)) -> HollowedUNet:
     """The personal path: a view of `unet` without what `cut` removes. Delete `unet`, and the middle is freed.
 
     The outputs of the time-embedding MLP are precomputed for `timesteps` and the MLP is left out. None keeps

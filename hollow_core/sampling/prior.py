@@ -9,13 +9,14 @@ import torch
 
 from ..errors import HollowError
 from ..files import read_safetensors, write_safetensors
-from ..models.base_model import BaseModel, visiting
+from ..models.base_model import visiting
+from ..models.model import Model
 from ..progress import Clock, Stop, Watch
-from .sample import SampleSettings, batched, draw, encode_guided, slices
+from .sample import SampleSettings, draw, encode_guided, slices
 
 
 def class_latents(
-    model: BaseModel,
+    model: Model,
     asked: Sequence[tuple[str, tuple[int, int]]],
     folder: Path,
     *,
@@ -49,11 +50,11 @@ def class_latents(
             wanted = dict.fromkeys(asked[index][0] for index in todo)
             texts = {prompt: encode_guided(model, prompt, settings) for prompt in wanted}
     clock = Clock(len(latents), len(files))
-    with visiting(device if todo else None, model.unet):
+    with visiting(device if todo else None, model.network.module):
         for size, few in _alike(todo, [size for _, size in asked], together):
             if stop is not None and stop():
                 break
-            text = batched([texts[asked[index][0]] for index in few])
+            text = model.batch_guided([texts[asked[index][0]] for index in few])
             drawn = draw(model, text, [seed * 1_000_003 + index for index in few], replace(settings, size=size)).cpu()
             for index, one in zip(few, drawn.split(1), strict=True):
                 path, made_for = files[index]

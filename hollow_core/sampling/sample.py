@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import singledispatch
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -16,8 +17,11 @@ from ..lora.file import LoraFile
 from ..lora.layers import load_lora_state, remove_lora, set_strength
 from ..lora.metadata import Recipe
 from ..models.base_model import BaseModel, decode_images, encode_prompt, visiting
+from ..models.model import Model
+from ..models.transformer_model import TransformerModel
 from ..nets.conditioning import Conditioning
 from ..progress import Stop
+from .flow import euler
 from .two_path import two_path
 
 AT_A_TIME = 20  # pictures that are drawn before they are written
@@ -30,8 +34,8 @@ class SampleSettings:
 
     steps: int = 30
     """Denoising steps."""
-    guidance: float = 7.5
-    """Scale of classifier-free guidance."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance, or what a distilled network is told of it; None is the model's usual one."""
     negative: str = ""
     """The negative prompt."""
     strength: float = 1.0
@@ -42,6 +46,10 @@ class SampleSettings:
     """(height, width) in pixels; None is the model's native size."""
     together: int = 1
     """Pictures that are drawn at once: faster where the GPU is not busy with one, for the memory of so many."""
+
+    def guidance_of(self, model: Model) -> float:
+        """`guidance`, or the model's usual one."""
+        return model.usual_guidance if self.guidance is None else self.guidance
 
     def __post_init__(self) -> None:
         """Raises HollowError for a value that cannot be."""
@@ -65,7 +73,7 @@ class Texts(NamedTuple):
 
 
 def sample(
-    model: BaseModel,
+    model: Model,
     prompts: Sequence[str],
     seeds: Sequence[int],
     settings: SampleSettings = SampleSettings(),
@@ -91,7 +99,7 @@ def sample(
 
 
 def encode(
-    model: BaseModel,
+    model: Model,
     prompts: Sequence[str],
     settings: SampleSettings = SampleSettings(),
     *,
@@ -109,7 +117,7 @@ def encode(
     size = settings.size or (model.resolution, model.resolution)
     with visiting(device, *model.text_encoders):
         guided = {prompt: encode_guided(model, prompt, settings) for prompt in dict.fromkeys(prompts)}
-        if recipe is None or recipe.cut is None:
+        if recipe is None or not recipe.two_paths:
             return Texts([guided[prompt] for prompt in prompts], [], None)
         generics = generics or [generic_prompt(prompt, recipe.identifier) for prompt in prompts]
         generic = {text: encode_prompt(model, text, size) for text in dict.fromkeys(generics)}
@@ -117,7 +125,7 @@ def encode(
 
 
 def portions(
-    model: BaseModel,
+    model: Model,
     texts: Texts,
     seeds: Sequence[int],
     settings: SampleSettings = SampleSettings(),
@@ -135,10 +143,12 @@ def portions(
 
     def draw_portion(portion: slice) -> list[Image.Image]:
         latents: list[torch.Tensor] = []
-        with _lora(model, lora, settings.strength), visiting(device, model.unet):
+        with _lora(model, lora, settings.strength), visiting(device, model.network.module):
             for few in slices(portion.start, portion.stop, settings.together):
                 generic = None if recipe is None else Conditioning.batch(texts.generic[few])
-                latents += draw(model, batched(texts.guided[few]), seeds[few], settings, recipe, generic).split(1)
+                latents += draw(
+                    model, model.batch_guided(texts.guided[few]), seeds[few], settings, recipe, generic
+                ).split(1)
                 if progress is not None:
                     progress(few.stop, number)
         with visiting(device, model.vae):
@@ -158,29 +168,28 @@ def slices(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
 
 
-@torch.no_grad()
-def encode_guided(model: BaseModel, prompt: str, settings: SampleSettings) -> dict[str, Any]:
-    """A prompt and the negative one as `draw` takes them, by the pipeline's names."""
-    encoder = model.text_encoders[0]
-    embeds = model.pipeline().encode_prompt(
-        prompt,
-        device=next(encoder.parameters()).device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=settings.guidance > 1,
-        negative_prompt=settings.negative,
-    )
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return dict(zip(names, embeds, strict=False))
+def encode_guided(model: Model, prompt: str, settings: SampleSettings) -> dict[str, Any]:
+    """A prompt and the negative one as `draw` takes them, by the names of the model's kind."""
+    return model.encode_guided(prompt, settings.negative, settings.guidance_of(model))
 
 
-def batched(texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `encode_guided` gives for several prompts, as one batch for `draw`."""
-    return {
-        name: None if part is None else torch.cat([text[name] for text in texts]) for name, part in texts[0].items()
-    }
-
-
+@singledispatch
 def draw(
+    model: Model,
+    text: dict[str, Any],
+    seeds: Sequence[int],
+    settings: SampleSettings,
+    recipe: Recipe | None = None,
+    generic: Conditioning | None = None,
+) -> torch.Tensor:
+    """Scaled latents (batch, channels, height / 8, width / 8) from what `encode_guided` gives for one prompt or,
+    together by the model's `batch_guided`, for several, each with its seed; by the network alone, on two paths where
+    there is a recipe. Raises HollowError for what the model's kind cannot do."""
+    raise NotImplementedError(f"Nothing draws with {type(model).__name__}.")
+
+
+@draw.register
+def _(
     model: BaseModel,
     text: dict[str, Any],
     seeds: Sequence[int],
@@ -188,14 +197,14 @@ def draw(
     recipe: Recipe | None = None,
     generic: Conditioning | None = None,
 ) -> torch.Tensor:
-    """Scaled latents (batch, channels, height / 8, width / 8) from what `encode_guided` gives for one prompt or, in a
-    batch, for several, each with its seed; by the U-Net alone."""
+    """By diffusers' pipeline, with DDIM."""
     pipeline = replace(model, vae=None, text_encoders=()).pipeline()
     pipeline.vae_scale_factor = model.pixels_per_latent
     pipeline.set_progress_bar_config(disable=True)
     height, width = settings.size or (model.resolution, model.resolution)
     paths: Any = nullcontext()
     if recipe is not None and generic is not None:
+        assert not isinstance(recipe.cut, tuple)
         paths = two_path(
             pipeline, cut=recipe.cut, generic=generic, strength=settings.strength, refresh=settings.refresh
         )
@@ -205,14 +214,39 @@ def draw(
             height=height,
             width=width,
             num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
+            guidance_scale=settings.guidance_of(model),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],  # the CPU's: alike on every device
             output_type="latent",
         ).images
 
 
+@draw.register
+def _(
+    model: TransformerModel,
+    text: dict[str, Any],
+    seeds: Sequence[int],
+    settings: SampleSettings,
+    recipe: Recipe | None = None,
+    generic: Conditioning | None = None,
+) -> torch.Tensor:
+    """By Euler's steps, on one path."""
+    if recipe is not None or settings.refresh != 1:
+        raise HollowError(
+            f"{model.family.title} draws on one path, with nothing to refresh. Take a LoRA that was trained on it, and "
+            "leave --refresh out."
+        )
+    size, step = settings.size or (model.resolution, model.resolution), 2 * model.pixels_per_latent
+    for side in size:
+        if side % step:
+            raise HollowError(f"{model.family.title} draws in steps of {step} pixels, but {side} is none. Round it.")
+    height, width = (side // model.pixels_per_latent for side in size)
+    shape = 1, model.family.channels(model.network.config), height, width
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return euler(model, text, torch.cat(noise), settings.steps, settings.guidance_of(model))
+
+
 @contextmanager
-def _lora(model: BaseModel, lora: LoraFile | None, strength: float) -> Iterator[None]:
+def _lora(model: Model, lora: LoraFile | None, strength: float) -> Iterator[None]:
     if lora is None:
         yield
         return
@@ -222,9 +256,10 @@ def _lora(model: BaseModel, lora: LoraFile | None, strength: float) -> Iterator[
             f"The LoRA was trained on a model of prediction type {trained_for}, this one is of "
             f"{model.schedule.prediction.name}. Use it with the model it was trained on."
         )
-    load_lora_state(model.unet, lora.state, lora.alpha)
-    set_strength(model.unet, strength)
+    network = model.network.module
+    load_lora_state(network, lora.state, lora.alpha)
+    set_strength(network, strength)
     try:
         yield
     finally:
-        remove_lora(model.unet)
+        remove_lora(network)

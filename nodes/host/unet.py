@@ -86,12 +86,12 @@ def frozen_network(hollowed: HollowedModel, device: torch.device) -> "UNet":
     from ...hollow_core.nets.residency import quantize, stream
     from ...hollow_core.nets.unet import UNet
 
-    unet = diffusers_unet(hollowed.model)
+    network = UNet(diffusers_unet(hollowed.model))
     if hollowed.base_bits is not None:
-        quantize(unet, hollowed.base_bits)
+        quantize(network.module, hollowed.base_bits, network.kept)
     if hollowed.streaming:
-        stream(unet, device)
-    return UNet(unet)
+        stream(network.module, device, network.kept)
+    return network
 
 
 @torch.no_grad()

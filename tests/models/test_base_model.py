@@ -327,8 +327,8 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_kind(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    assert "holds a FluxPipeline. Hollow takes text-to-image models" in refusal(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
+    assert "holds a PixArtAlphaPipeline. Hollow takes text-to-image models" in refusal(tmp_path)
 
 
 def single_file(tmp_path: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
@@ -345,7 +345,11 @@ def test_a_truncated_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        (["double_blocks.0.img_attn.norm.key_norm.scale"], "is no checkpoint of SD 1.x, SD 2.x or SDXL"),
+        (
+            ["double_blocks.0.img_attn.norm.key_norm.scale"],
+            "is no checkpoint of SD 1.x, SD 2.x or SDXL. Hollow takes these only; of a transformer (FLUX.1, Z-Image, "
+            "Qwen-Image, Stable Diffusion 3.5, Krea 2, Anima) give the diffusers folder.",
+        ),
         (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "is a LoRA, not a model"),
         (["unet.down_blocks.0.attentions.0.proj_in.lora.down.weight"], "is a LoRA, not a model"),
     ],

@@ -18,7 +18,7 @@ from hollow_core.lora.layers import add_lora
 from hollow_core.memory.planner import Planner
 from hollow_core.memory.setting import Setting
 from hollow_core.nets.conditioning import Conditioning
-from hollow_core.nets.network import Network, removed_fraction
+from hollow_core.nets.network import Network, Targets, removed_fraction
 from hollow_core.nets.schedule import NoiseSchedule, PredictionKind
 from hollow_core.nets.unet import UNet
 from hollow_core.training.precompute import Example, precompute
@@ -85,8 +85,12 @@ class Toy:
     cut: int | None = None
     config = MappingProxyType({"blocks": BLOCKS})
     dtype = torch.float32
+    record_dtype = torch.float16
     levels = 1
+    usual_cut = 1
+    token_side = None
     within = ("",)
+    targets = Targets(("to_q",), ("to_q", "text"))
     kept = ()
 
     def check_inputs(self, name: str, latents: torch.Tensor, prompts: Any) -> None:

@@ -83,7 +83,7 @@ def test_no_weight_is_further_off_than_half_a_step(bits, shape):
     weight = layer.weight.detach().clone()
     unet = nn.Module()
     unet.layer = layer
-    quantize(unet, bits)
+    quantize(unet, bits, UNet(unet).kept)
     groups = nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
     largest = groups.abs().amax(1, keepdim=True).expand_as(groups).flatten()[: weight.numel()].view(shape)
     error = (layer.weight - weight).abs()
@@ -98,7 +98,7 @@ def test_a_weight_of_zeros_stays_zero(bits):
     unet = nn.Module()
     unet.layer = nn.Linear(64, 64)
     nn.init.zeros_(unet.layer.weight)
-    quantize(unet, bits)
+    quantize(unet, bits, UNet(unet).kept)
     assert not unet.layer.weight.any()
 
 
@@ -108,7 +108,7 @@ def test_the_output_of_the_whole_is_near(tiny_unet, tiny_conditioning, layout, b
     conditioning = tiny_conditioning(unet)
     with torch.no_grad():
         exact = forward(unet, conditioning)
-        quantize(unet, bits)
+        quantize(unet, bits, UNet(unet).kept)
         off = (forward(unet, conditioning) - exact).norm() / exact.norm()
     assert 0 < off < bound
 
@@ -118,7 +118,7 @@ def test_the_bytes_are_those_of_the_bits(tiny_unet, layout, bits):
     unet = tiny_unet(layout)
     weights = linear_and_convolution(unet)
     others = sum(parameter.numel() for parameter in unet.parameters()) - sum(w.numel() for w in weights.values())
-    quantize(unet, bits)
+    quantize(unet, bits, UNet(unet).kept)
     left = sum(parameter.numel() for parameter in unet.parameters())
     assert left == others  # biases, normalisations, first and last layer: as they were
     groups = sum(-(-weight.numel() // 64) for weight in weights.values())
@@ -130,7 +130,7 @@ def test_the_bytes_are_those_of_the_bits(tiny_unet, layout, bits):
 def test_gradients_are_those_of_the_dequantised_weights(tiny_unet, tiny_conditioning, layout, bits):
     quantized = tiny_unet(layout)
     shapes = {path: weight.shape for path, weight in linear_and_convolution(quantized).items()}
-    quantize(quantized, bits)
+    quantize(quantized, bits, UNet(quantized).kept)
     weights = {path: by_hand(quantized.get_submodule(path), shape) for path, shape in shapes.items()}
     reference = put_in(tiny_unet(layout), weights)
     conditioning = tiny_conditioning(reference)
@@ -148,9 +148,9 @@ def test_gradients_are_those_of_the_dequantised_weights(tiny_unet, tiny_conditio
 @pytest.mark.parametrize("streamed", [False, True])
 def test_no_weight_is_alive_between_forward_and_backward(tiny_unet, tiny_conditioning, monkeypatch, streamed):
     unet = tiny_unet("sd21")
-    quantize(unet, 8)
+    quantize(unet, 8, UNet(unet).kept)
     if streamed:
-        stream(unet, "cpu")
+        stream(unet, "cpu", UNet(unet).kept)
     with_lora(unet)
     seen = []
     fetch = residency._FrozenLayer.fetch
@@ -180,8 +180,8 @@ def test_streaming_changes_not_a_bit(tiny_unet, tiny_conditioning, layout, bits)
     resident, streamed = tiny_unet(layout), tiny_unet(layout)
     for unet in (resident, streamed):
         if bits is not None:
-            quantize(unet, bits)
-    stream(streamed, "cpu")
+            quantize(unet, bits, UNet(unet).kept)
+    stream(streamed, "cpu", UNet(streamed).kept)
     assert resident.state_dict().keys() == streamed.state_dict().keys()
     conditioning = tiny_conditioning(resident)
     for unet in (resident, streamed):
@@ -200,7 +200,7 @@ def test_streaming_changes_not_a_bit(tiny_unet, tiny_conditioning, layout, bits)
 def test_streaming_changes_not_a_bit_before_anything_is_frozen(tiny_unet, tiny_conditioning):
     """Parameters that still ask for gradients: torch multiplies a batch by them in another way."""
     resident, streamed = tiny_unet("sd21"), tiny_unet("sd21")
-    stream(streamed, "cpu")
+    stream(streamed, "cpu", UNet(streamed).kept)
     sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     arguments = (sample, 5, tiny_conditioning(resident, batch=2, tokens=77).encoder_hidden_states)
     with torch.no_grad():
@@ -209,7 +209,7 @@ def test_streaming_changes_not_a_bit_before_anything_is_frozen(tiny_unet, tiny_c
 
 def test_two_weights_are_on_the_device_at_once_and_each_comes_one_ahead(tiny_unet, tiny_conditioning, monkeypatch):
     unet = tiny_unet("sd21")
-    stream(unet, "cpu")
+    stream(unet, "cpu", UNet(unet).kept)
     with_lora(unet)
     copies, at_once = [], []
 
@@ -234,7 +234,7 @@ def test_two_weights_are_on_the_device_at_once_and_each_comes_one_ahead(tiny_une
 def test_on_two_paths_nothing_is_sent_for_in_vain(tiny_unet, tiny_conditioning, monkeypatch):
     """Base path and personal path take turns, through views that pass other layers."""
     unet = tiny_unet("sd21")
-    stream(unet, "cpu")
+    stream(unet, "cpu", UNet(unet).kept)
     paths = [head(unet, 1), hollow(unet, 1, None)]
     conditioning = tiny_conditioning(unet)
     copies, asked = [], []
@@ -254,7 +254,7 @@ def test_on_two_paths_nothing_is_sent_for_in_vain(tiny_unet, tiny_conditioning, 
 def test_what_is_streamed_stays_in_main_memory_and_the_rest_goes(tiny_unet):
     unet = tiny_unet("sd21")
     weights = linear_and_convolution(unet)
-    stream(unet, "meta")  # any device that is not main memory
+    stream(unet, "meta", UNet(unet).kept)  # any device that is not main memory
     unet.to("meta")
     assert {str(tensor.device) for tensor in away(unet)} == {"cpu"}
     assert sum(tensor.nbytes for tensor in away(unet)) == sum(weight.nbytes for weight in weights.values())
@@ -272,9 +272,9 @@ def test_a_streamed_run_is_the_resident_one_bit_by_bit(tiny_unet, tmp_path, bits
     def run(name, streamed):
         unet, schedule = tiny_unet("sd21").to(DTYPES[precision]), tiny_schedule()
         if bits is not None:
-            quantize(unet, bits)
+            quantize(unet, bits, UNet(unet).kept)
         if streamed:
-            stream(unet, "cpu")
+            stream(unet, "cpu", UNet(unet).kept)
         store = precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path / "store", cut=CUT, samples=4)
         assert lora_state(head(unet, CUT)) == {}
         settings = replace(FEW, precision=precision)
@@ -310,7 +310,7 @@ def _middle(unet):
 def test_a_store_of_another_precision_is_refused(tiny_unet, tmp_path):
     unet, schedule = tiny_unet("sd15"), tiny_schedule()
     precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path, cut=CUT, samples=4)
-    quantize(unet, 8)
+    quantize(unet, 8, UNet(unet).kept)
     with pytest.raises(HollowError, match=r"made from something else: model \(.*another precision\)"):
         precompute(UNet(unet), schedule, tiny_examples(unet), tmp_path, cut=CUT, samples=4)
 
@@ -319,12 +319,12 @@ def test_what_cannot_be_is_refused_in_a_sentence(tiny_unet):
     unet = tiny_unet("sd15")
     with pytest.raises(HollowError, match=r"cannot be kept in 3 bits\. Choose 8 or 4"):
         quantize(unet, 3)
-    quantize(unet, 8)
+    quantize(unet, 8, UNet(unet).kept)
     with pytest.raises(HollowError, match="quantised already"):
-        quantize(unet, 4)
-    stream(unet, "cpu")
+        quantize(unet, 4, UNet(unet).kept)
+    stream(unet, "cpu", UNet(unet).kept)
     with pytest.raises(HollowError, match="streamed already"):
-        stream(unet, "cpu")
+        stream(unet, "cpu", UNet(unet).kept)
     for lever in (lambda unet: quantize(unet, 8), lambda unet: stream(unet, "cpu")):
         with pytest.raises(HollowError, match="carries a LoRA already"):
             lever(with_lora(tiny_unet("sd15")))

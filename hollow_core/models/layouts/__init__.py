@@ -9,6 +9,9 @@ from ...files import read_json
 
 LAYOUTS = ("sd15", "sd21", "sdxl")
 
+TRANSFORMERS = ("flux", "z-image", "qwen-image", "sd35-medium", "krea2", "anima")
+"""Layouts without tokenizers: for planning."""
+
 FOLDER = Path(__file__).parent
 
 
@@ -20,6 +23,11 @@ def layout_config(name: str) -> dict[str, Any]:
     if name not in LAYOUTS:
         raise HollowError(f"There is no layout named {name!r}. Choose one of {', '.join(LAYOUTS)}.")
     return read_json(FOLDER / name / "unet" / "config.json")
+
+
+def transformer_config(name: str) -> dict[str, Any]:
+    """The config of the network of one of TRANSFORMERS, as diffusers writes it."""
+    return read_json(FOLDER / name / "transformer" / "config.json")
 
 
 def layout_name(config: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .family import Blocks, Family, grid_ids, packed, unpacked
+from .family import Blocks, Family, grid_ids, packed, renamed, unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,9 +21,20 @@ def _arguments(
         "hidden_states": packed(latents),
         "encoder_hidden_states": text,
         "timestep": sigmas,
-        "position_ids": torch.cat([sigmas.new_zeros(text.shape[1], 3), grid_ids(latents)]),
+        "position_ids": torch.cat([sigmas.new_zeros(text.shape[1], 3), grid_ids(latents, prompt.crop)]),
     }
 
+
+_LAYERS = (
+    ("attn.to_q", "attn.wq"),
+    ("attn.to_k", "attn.wk"),
+    ("attn.to_v", "attn.wv"),
+    ("attn.to_gate", "attn.gate"),
+    ("attn.to_out.0", "attn.wo"),
+    ("ff.gate", "mlp.gate"),
+    ("ff.up", "mlp.up"),
+    ("ff.down", "mlp.down"),
+)
 
 KREA2 = Family(
     name="krea2",
@@ -33,9 +44,14 @@ KREA2 = Family(
     blocks=(Blocks("transformer_blocks", "text first"),),
     kept=("img_in", "time_embed", "txt_in", "final_layer"),
     attention=("to_q", "to_k", "to_v", "to_out.0"),
-    all_layers=("ff.gate", "ff.up", "ff.down"),
+    feed_forward=("ff.gate", "ff.up", "ff.down"),
+    original=renamed("transformer_blocks", "blocks", _LAYERS),
+    version="krea2",
+    architecture="Krea-2",
     prompt_tokens=64,
-    guidance=4.5,
+    guidance=5.5,  # Krea2Pipeline's 4.5, which it adds to 1
+    distilled_mu=1.15,
+    encoded=("prompt", "mask"),
     source="diffusers 0.42, Krea2Transformer2DModel and Krea2Pipeline",
     arguments=_arguments,
     velocity=lambda config, out, size: unpacked(out, size),
