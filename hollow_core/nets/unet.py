@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import HollowError
 from .conditioning import Conditioning
-from .network import Stored, Targets, removed_fraction
+from .network import Network, Stored, Targets, removed_fraction
 from .transfer import send
 from .unet_layers import (
     ALL_LAYERS,
@@ -111,7 +111,7 @@ class UNet:
 
     def nearest_cut(self, share: float) -> int:
         """Whose share of the parameters, from 0 to 1, comes nearest."""
-        return min(self.cuts(), key=lambda cut: abs(removed_fraction(self, cut) - share))
+        return min(self.cuts(), key=lambda cut: abs(removed_fraction(cast(Network, self), cut) - share))
 
     def check_cut(self, cut: int) -> None:
         """Raises HollowError for a cut that it has not."""
