@@ -70,6 +70,7 @@ class Prediction:
             "together": training.together,
             "bytes": self.bytes,
             "stages": {name: {"total": peak.total, **peak.bytes} for name, peak in self.stages.items()},
+            "main_memory": {name: peak.main_memory for name, peak in self.stages.items()},
             "store_bytes": self.store_bytes,
             "step_flops": self.step_flops,
         }
@@ -193,7 +194,8 @@ class Planner:
         """Raises HollowError for what this model cannot do."""
         if setting.cut is not None:
             self.network.check_cut(setting.cut)
-        self._known.schedule_for(setting.timestep_sampling, self.resolution)
+        if setting.timestep_sampling is not None:
+            self._known.schedule_for(setting.timestep_sampling, self.resolution)
         size = setting.measured(self.resolution)
         for side in size:
             if side < 1 or side % self._pixels:
@@ -259,7 +261,7 @@ class Planner:
             low = replace(low, size=(width, height))
         peaks, flops = zip(*(self._run("train", part) for part in (low, high)), strict=True)
         both = sum(peak.bytes["optimizer"] for peak in peaks)
-        fullest = [Peak({**peak.bytes, "optimizer": both}) for peak in peaks]
+        fullest = [Peak({**peak.bytes, "optimizer": both}, peak.main_memory) for peak in peaks]
         return max(fullest, key=lambda peak: peak.total), max(flops)
 
 
