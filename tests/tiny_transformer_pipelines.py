@@ -144,9 +144,7 @@ def _krea2() -> dict[str, Any]:
     vision |= {"deepstack_visual_indexes": [0]}
     return {
         "vae": _film_vae(),
-        "scheduler": FlowMatchEulerDiscreteScheduler(
-            **DYNAMIC, base_shift=0.5, max_shift=1.15, max_image_seq_len=6400
-        ),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**DYNAMIC, base_shift=0.5, max_shift=1.15, max_image_seq_len=6400),
         "text_encoder": Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval(),
         "tokenizer": tiny_tokenizer(512),
         "text_encoder_select_layers": (0, 2, 3),
