@@ -1,10 +1,13 @@
 """Fixtures that every test may use."""
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from tiny_transformer_pipelines import save_tiny_pipeline
 from tiny_unets import make_tiny_conditioning, make_tiny_unet
 
 from hollow_core.models.layouts import LAYOUTS
@@ -29,3 +32,14 @@ def tiny_conditioning() -> Callable[..., Conditioning]:
 def layout(request: pytest.FixtureRequest) -> str:
     """Runs the test once for each of the three layouts."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def transformer_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The diffusers folder of a tiny pipeline of a family, by its name; nobody writes into it."""
+
+    @cache
+    def folder(name: str) -> Path:
+        return save_tiny_pipeline(name, tmp_path_factory.mktemp(name) / "model")
+
+    return folder

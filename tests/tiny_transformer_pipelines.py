@@ -29,7 +29,9 @@ SIDE = 128
 WIDTH = 12
 """Of a prompt's token."""
 
-DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}
+SIZES = {"base_image_seq_len": 16, "max_image_seq_len": (SIDE // 16) ** 2}
+STATIC = {"shift": 3.0, **SIZES}
+DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, **STATIC}
 CHAT = "{% for message in messages %}<user>{{ message['content'] }}{% endfor %}<assistant>"
 
 
@@ -39,7 +41,6 @@ def save_tiny_pipeline(name: str, folder: Path) -> Path:
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(0)
         parts = {"transformer": network, **PARTS[name]()}
-        network.register_to_config(sample_size=SIDE // 8)
         if name == "anima":
             pipeline = diffusers.AnimaAutoBlocks().init_pipeline()
             pipeline.update_components(**parts)
@@ -75,7 +76,7 @@ VOCABULARY = 262
 def _flux() -> dict[str, Any]:
     return {
         "vae": _vae(0.3611, 0.1159),
-        "scheduler": FlowMatchEulerDiscreteScheduler(**DYNAMIC, base_shift=0.5, max_shift=1.15),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**DYNAMIC, max_shift=1.15),
         "text_encoder": CLIPTextModel(_clip(10)).eval(),
         "tokenizer": tiny_tokenizer(),
         "text_encoder_2": T5EncoderModel(_t5()).eval(),
@@ -86,7 +87,7 @@ def _flux() -> dict[str, Any]:
 def _sd3() -> dict[str, Any]:
     return {
         "vae": _vae(1.5305, 0.0609),
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**STATIC),
         "text_encoder": CLIPTextModelWithProjection(_clip(4)).eval(),
         "tokenizer": tiny_tokenizer(),
         "text_encoder_2": CLIPTextModelWithProjection(_clip(6)).eval(),
@@ -99,7 +100,7 @@ def _sd3() -> dict[str, Any]:
 def _z_image() -> dict[str, Any]:
     return {
         "vae": _vae(0.3611, 0.1159),
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**STATIC),
         "text_encoder": _qwen3(),
         "tokenizer": tiny_tokenizer(),
     }
@@ -119,9 +120,7 @@ def _qwen_image() -> dict[str, Any]:
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     return {
         "vae": _film_vae(),
-        "scheduler": FlowMatchEulerDiscreteScheduler(
-            **DYNAMIC, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
-        ),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**DYNAMIC, max_shift=0.9, shift_terminal=0.02),
         "text_encoder": Qwen2_5_VLForConditionalGeneration(config).eval(),
         "tokenizer": tiny_tokenizer(1024),
     }
@@ -144,7 +143,7 @@ def _krea2() -> dict[str, Any]:
     vision |= {"deepstack_visual_indexes": [0]}
     return {
         "vae": _film_vae(),
-        "scheduler": FlowMatchEulerDiscreteScheduler(**DYNAMIC, base_shift=0.5, max_shift=1.15, max_image_seq_len=6400),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**DYNAMIC, max_shift=1.15),
         "text_encoder": Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval(),
         "tokenizer": tiny_tokenizer(512),
         "text_encoder_select_layers": (0, 2, 3),
@@ -154,7 +153,7 @@ def _krea2() -> dict[str, Any]:
 def _anima() -> dict[str, Any]:
     return {
         "vae": _film_vae(),
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**STATIC),
         "text_encoder": _qwen3(),
         "tokenizer": tiny_tokenizer(),
         "t5_tokenizer": tiny_tokenizer(),

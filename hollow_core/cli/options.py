@@ -1,5 +1,6 @@
 """Options that several commands take, and what their values mean."""
 
+import re
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -108,6 +109,13 @@ MODEL = "Model and device"
 
 UNLESS_CHOSEN = "off, unless chosen to fit"
 
+Patches = Annotated[
+    int | None,
+    typer.Option(
+        help="Side in pixels of square patches that are learned in place of whole pictures: faster, and for less memory. Where there is much noise a patch is the whole picture made small, where there is little a small crop at its own size, anywhere in it: so the subject may be outside. By --strategy selective, in place of the small pictures. (default: none)",
+        rich_help_panel=PICTURES,
+    ),
+]
 LayersOption = Annotated[
     Layers,
     typer.Option(
@@ -156,7 +164,7 @@ BaseBitsOption = Annotated[
 Stream = Annotated[
     bool,
     typer.Option(
-        help="Keep the weights of U-Net and text encoders in main memory and bring each to the GPU when it is needed: slower.",
+        help="Keep the weights of network and text encoders in main memory and bring each to the GPU when it is needed: slower.",
         show_default=UNLESS_CHOSEN,
         rich_help_panel=MEMORY,
     ),
@@ -164,7 +172,7 @@ Stream = Annotated[
 StreamMiddle = Annotated[
     bool,
     typer.Option(
-        help="The same for the middle alone, while precomputing: then it takes no more than training.",
+        help="The same for what the cut takes out, while precomputing: then it takes no more than training.",
         show_default=UNLESS_CHOSEN,
         rich_help_panel=MEMORY,
     ),
@@ -188,7 +196,7 @@ Checkpointing = Annotated[
 CheckpointLevels = Annotated[
     int | None,
     typer.Option(
-        help="With --checkpointing: how many levels of the U recompute, from the outermost. (default: all, unless chosen to fit)",
+        help="With --checkpointing: how many levels of the U recompute, from the outermost, or quarters of a transformer. (default: all, unless chosen to fit)",
         rich_help_panel=MEMORY,
     ),
 ]
@@ -238,6 +246,7 @@ def setting_of(
     cut: str | None = None,
     low_resolution: int | None = None,
     timestep_sampling: TimestepSampling | None = None,
+    patches: int | None = None,
     **training: Any,
 ) -> "Setting":
     """What the options say of a network; `training` are those that `TrainSettings` calls by the same name."""
@@ -245,7 +254,7 @@ def setting_of(
     from ..training.settings import TrainSettings
 
     return Setting(
-        cut=network.usual_cut if cut is None else cut_of(cut),
+        cut=network.usual_cut if cut is None else cut_of(cut, network),
         resolution=resolution,
         samples=samples,
         class_images=class_images,
@@ -255,6 +264,7 @@ def setting_of(
         tiled_vae=tiled_vae,
         low_resolution=low_resolution,
         timestep_sampling=None if timestep_sampling is None else timestep_sampling.value,
+        patches=patches,
         training=TrainSettings(
             targets=network.targets.attention if layers is Layers.attention else network.targets.all,
             optimizer=optimizer.value,
@@ -275,15 +285,21 @@ def load_model(path: Path, precision: str, prediction_type: Prediction | None) -
     )
 
 
-def cut_of(asked: str) -> "Cut | None":
-    """3, or 4,6 of a transformer's front and back; None for -1. Raises HollowError for anything else."""
+def cut_of(asked: str, network: "Network") -> "Cut | None":
+    """3, or 4,6 of a transformer's front and back; of 50% the cut nearest to this share of the network's parameters;
+    None for -1. Raises HollowError for anything else."""
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", asked):
+        if not 0 < (share := float(match[1])) < 100:
+            raise HollowError(f"There is no cut of {asked}. Give a share between 10% and 80%.")
+        return network.nearest_cut(share / 100)
     try:
         numbers = tuple(int(number) for number in asked.split(","))
     except ValueError:
         numbers = ()
     if len(numbers) not in (1, 2) or min(numbers) < -1:
         raise HollowError(
-            f"{asked!r} is no cut. Give a number such as 3 for a U-Net, two such as 4,6 for a transformer."
+            f"{asked!r} is no cut. Give a number such as 3 for a U-Net, two such as 4,6 for a transformer, or a share "
+            "such as 50%."
         )
     if -1 in numbers:
         return None

@@ -30,11 +30,14 @@ from .options import (
     LoraPrecisionOption,
     Optimizer,
     OptimizerKind,
+    Patches,
     Precision,
     Stream,
     StreamMiddle,
     TiledVae,
     Together,
+    cut_as_option,
+    cut_of,
     setting_of,
 )
 from .watch import quiet, watching
@@ -42,40 +45,61 @@ from .watch import quiet, watching
 if TYPE_CHECKING:
     from ..memory.planner import Prediction
 
+ModelOrLayout = Annotated[
+    str,
+    typer.Argument(
+        help="sd15, sd21, sdxl, flux, z-image, qwen-image, sd35-medium, krea2 or anima for the public sizes; or a diffusers folder or .safetensors checkpoint."
+    ),
+]
+CUT = "3 of a U-Net; 14,14 of a transformer, blocks of the front and of the back; 50% of the parameters of either. May be given several times."
+
 
 @app.command()
 def cuts(
-    model: Annotated[str, typer.Argument(help="sd15, sd21, sdxl, or a diffusers folder or .safetensors checkpoint.")],
+    model: ModelOrLayout,
+    cut: Annotated[list[str] | None, typer.Option(help=f"{CUT} (default: all of a U-Net; of a transformer those that take about 10 to 80 % evenly from both ends)")] = None,
     as_json: Json = False,
-) -> None:
-    """What each cut of a U-Net removes, and what it then costs to train."""
+) -> None:  # fmt: skip
+    """What each cut removes, and what it then costs to train."""
     quiet()
     from ..memory.cost import cuts_table
     from ..models.base_model import outline
 
     base = outline(model)
-    rows = cuts_table(base.network, base.latent_side, base.latent_side)
+    asked = [found for text in cut or [] if (found := cut_of(text, base.network)) is not None]
+    rows = cuts_table(base.network, base.latent_side, base.latent_side, asked or None)
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table("k", "hollowed", "removed %", "parameters kept", "record", "training step")
+    table = Table("cut", "hollowed", "removed %", "parameters kept", "record", "training step")
     for row in rows:
-        first, last = row["blocks"][0], row["blocks"][-1]
         table.add_row(
-            str(row["k"]),
-            f"{first} … {last}",
+            str(cut_as_option(row["k"])),
+            _hollowed(row),
             f"{row['removed_percent']:.1f}",
             f"{row['parameters'] / 1e6:.1f} M",
             f"{row['record_bytes'] / 2**20:.2f} MiB",
             f"{row['flops']['training_step'] / 1e12:.3f} TFLOP",
         )
+    kept = [{name: "×".join(map(str, shape)) for name, shape in row["stored"].items()} for row in rows]
+    said = dict.fromkeys(", ".join(f"{name} {size}" for name, size in each.items() if name) for each in kept)
+    table.caption = f"A record keeps {' or '.join(said)}." if any(said) else None
     Console().print(table)
+
+
+def _hollowed(row: dict[str, Any]) -> str:
+    """Where what a cut takes out begins and ends."""
+    if isinstance(row["k"], int):
+        return f"{row['blocks'][0]} … {row['blocks'][-1]}"
+    front, back = row["k"]
+    return ", ".join(f"{end} {number}" for end, number in (("first", front), ("last", back)) if number)
 
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="sd15, sd21, sdxl, or a diffusers folder or .safetensors checkpoint.")],
+    model: ModelOrLayout,
     resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. (default: the model's own)", rich_help_panel=PICTURES)] = None,
+    patches: Patches = None,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.", rich_help_panel=LORA)] = 16,
     layers: LayersOption = Layers.attention,
     dora: Dora = False,
@@ -85,7 +109,7 @@ def plan(
     class_images: Annotated[int, typer.Option(help="Pictures of the class that the base model draws; 0 does without.", rich_help_panel=TRAINING)] = 0,
     optimizer: Optimizer = OptimizerKind.adamw,
     budget: Annotated[str | None, typer.Option(help="Free memory, such as 4GB: pick the least hollowing and the fastest settings that fit. (default: none, a table of all)", rich_help_panel=MEMORY)] = None,
-    cut: Annotated[list[int] | None, typer.Option(help="May be given several times; -1 is an ordinary LoRA on all of the U-Net. (default: all that leave enough to train)", rich_help_panel=MEMORY)] = None,
+    cut: Annotated[list[str] | None, typer.Option(help=f"{CUT} -1 is an ordinary LoRA on all of it. (default: all that `hollow cuts` shows and that leave enough to train)", rich_help_panel=MEMORY)] = None,
     precision: Annotated[list[Precision] | None, typer.Option(help="Of the base model and the arithmetic; may be given several times. (default: fp32, and bf16 where a budget asks for it)", rich_help_panel=MEMORY)] = None,
     together: Together = 1,
     checkpointing: Checkpointing = False,
@@ -105,6 +129,7 @@ def plan(
     setting = setting_of(
         network=planner.network,
         resolution=resolution,
+        patches=patches,
         samples=samples,
         class_images=class_images,
         base_bits=base_bits,
@@ -126,9 +151,9 @@ def plan(
     precisions: list[Any] = [each.value for each in precision or []]
     if budget is None:
         settings = [
-            replace(setting, cut=None if k < 0 else k, training=replace(setting.training, precision=each))
-            for each in precisions or ["fp32"]
-            for k in cut or [-1, *planner.cuts()]
+            replace(setting, cut=each, training=replace(setting.training, precision=precision))
+            for precision in precisions or ["fp32"]
+            for each in ([cut_of(text, planner.network) for text in cut] if cut else [None, *planner.cuts()])
         ]
         predictions = []
         with watching() as watch:

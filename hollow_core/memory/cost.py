@@ -1,6 +1,6 @@
 """What each cut costs: parameters, bytes and operations, counted on tensors that hold no data."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..lora.layers import add_lora, named_lora_parameters, remove_lora
 from ..nets.conditioning import Conditioning
 from ..nets.network import Cut, Network, Stored, removed_fraction
+from .dry_run import Alike
 
 PAPER_RANK = 128
 """The rank at which a training step is counted: that of the paper's main experiments."""
@@ -17,18 +18,19 @@ PAPER_RANK = 128
 _TIMESTEP = 0  # any
 
 
-def cuts_table(network: Network, height: int, width: int) -> list[dict[str, Any]]:
-    """One JSON-ready row for every cut of a whole network on the meta device, for latents of height × width.
-    The network is frozen then, and otherwise as it was.
+def cuts_table(network: Network, height: int, width: int, cuts: Sequence[Cut] | None = None) -> list[dict[str, Any]]:
+    """One JSON-ready row for every cut of a whole network on the meta device, or for these, for latents of
+    height × width. The network is frozen then, and otherwise as it was.
 
-    - `k`: the cut
-    - `blocks`: the hollowed layers by the paper's names
-    - `removed_percent`: of the parameters, the time-embedding MLP among them
+    - `k`: the cut, of a transformer a pair
+    - `blocks`: the hollowed layers by the paper's names, or diffusers'
+    - `removed_percent`: of the parameters, the time-embedding MLP of a U-Net among them
     - `parameters`: how many are kept
-    - `exit_shape`: [channels, height, width] of the exit activation
+    - `stored`: what a record keeps, {name: shape}; of a U-Net the exit activation, without a name, which is also
+      `exit_shape`: [channels, height, width]
     - `record_bytes`: its size in fp16
-    - `flops`: floating-point operations, a multiply-add counted as two: `full` of the whole U-Net forward,
-      `precompute` of the base path up to the exit, `hollowed_forward` of the hollowed U-Net without LoRA,
+    - `flops`: floating-point operations, a multiply-add counted as two: `full` of the whole network's forward,
+      `precompute` of the base path, `hollowed_forward` of the hollowed network without LoRA,
       `training_step` forward and backward with a LoRA of rank 128 on the attention. (The paper's table 3 takes
       twice the forward for the backward; here frozen weights need no gradients. Where a cut leaves no
       attention to train, the step is the forward alone.)
@@ -37,15 +39,18 @@ def cuts_table(network: Network, height: int, width: int) -> list[dict[str, Any]
     """
     latents, prompt = network.inputs(height, width)
     latents, prompt = latents.to("meta"), prompt.to("meta")
-    removed = [removed_fraction(network, cut) for cut in network.cuts()]
+    cuts = network.cuts() if cuts is None else cuts
+    for cut in cuts:
+        network.check_cut(cut)
+    removed = [removed_fraction(network, cut) for cut in cuts]
     total = sum(parameter.numel() for parameter in network.module.parameters())
     with torch.no_grad():
         counts = _flops(network, latents, prompt, {})
     full = counts[""]
-    add_lora(network.module, PAPER_RANK, generator=torch.Generator())
-    trained = _flops(network, latents, prompt, {})
+    add_lora(network.module, PAPER_RANK, within=network.within, generator=torch.Generator())
+    trained = _flops(network, latents, prompt, {}) if any(isinstance(cut, int) for cut in cuts) else {}
     table = []
-    for cut, fraction in zip(network.cuts(), removed, strict=True):
+    for cut, fraction in zip(cuts, removed, strict=True):
         shapes = network.stored_shapes(cut, height, width)
         stored = {name: torch.empty(1, *shape, device="meta") for name, shape in shapes.items()}
         row = {
@@ -53,7 +58,8 @@ def cuts_table(network: Network, height: int, width: int) -> list[dict[str, Any]
             "blocks": network.blocks(cut),
             "removed_percent": round(100 * fraction, 2),
             "parameters": total - round(fraction * total),
-            "exit_shape": list(next(iter(shapes.values()))),
+            "stored": {name: list(shape) for name, shape in shapes.items()},
+            **({"exit_shape": list(*shapes.values())} if isinstance(cut, int) else {}),
             "record_bytes": 2 * sum(tensor.numel() for tensor in stored.values()),
             "flops": {
                 "full": full,
@@ -71,6 +77,8 @@ def _of_training(
     network: Network, cut: Cut, whole: Mapping[str, int], latents: Tensor, prompt: Conditioning, stored: Stored
 ) -> int:
     """Operations of a training step; `whole` are those of the network that is not hollowed, by module."""
+    if not isinstance(cut, int):  # of blocks in a row, which share tensors, a backward pass is not told apart
+        return _flops(network.hollow(cut, [_TIMESTEP]), latents, prompt, stored)[""]
     removed = network.removed(cut)
     not_before = tuple(f"{path}." for path in (*removed, *network.behind(cut)))
     if any(not path.startswith(not_before) for path in named_lora_parameters(network.module)):
@@ -86,7 +94,7 @@ def _of(paths: Iterable[str], counts: Mapping[str, int]) -> int:
 def _flops(network: Network, latents: Tensor, prompt: Conditioning, stored: Stored) -> dict[str, int]:
     """Of a forward pass and, where gradients are on, the backward pass that follows: {module path: operations},
     the whole under ""."""
-    with FlopCounterMode(display=False) as counter:
+    with Alike(), FlopCounterMode(display=False) as counter:
         out = network.predict(latents, [_TIMESTEP], prompt, stored)
         if out.requires_grad:
             out.sum().backward()

@@ -95,6 +95,7 @@ class _Ledger(TorchDispatchMode):
         self.backward = False
         self._numbers: dict[int, int] = {}  # of the storages alive, by address
         self._alive: dict[int, weakref.ref[Any]] = {}
+        self._alike = Alike()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -106,7 +107,7 @@ class _Ledger(TorchDispatchMode):
             return args[0]
         if func is torch.ops.aten._foreach_copy_.default and args[1][0].is_meta and not args[0][0].is_meta:
             return None
-        out = func(*args, **kwargs)
+        out = self._alike.of(func, args, kwargs)
         packet = func.overloadpacket
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
@@ -151,6 +152,51 @@ class _Ledger(TorchDispatchMode):
     def _gone(self, address: int, number: int, size: int, _: object) -> None:
         self.changes.append((number, -size))
         del self._numbers[address], self._alive[address]
+
+
+class Alike(TorchDispatchMode):
+    """What operations without data give takes Python long to find out: asked again with tensors of the same shapes, as
+    alike blocks do, those that make new tensors make the like inside, and those with `out` give it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[Any, bool] = {}  # whether an operation is one of these
+        self._made: dict[Any, Any] = {}  # whether several, and shape, strides and dtype of each, by what was asked
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.of(func, args, kwargs or {})
+
+    def of(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`func(*args, **kwargs)`, or the like."""
+        if func not in self._known:
+            schema = func._schema
+            views = any(each.alias_info for each in (*schema.arguments, *schema.returns))
+            self._known[func] = "out" in kwargs or not views
+        if not self._known[func]:
+            return func(*args, **kwargs)
+        key = func, _asked(args), _asked(kwargs)
+        if key not in self._made:
+            out = func(*args, **kwargs)
+            parts = out if isinstance(out, tuple) else (out,)
+            if all(isinstance(each, Tensor) and each.is_meta for each in parts):
+                self._made[key] = isinstance(out, tuple), [(each.shape, each.stride(), each.dtype) for each in parts]
+            return out
+        if "out" in kwargs:
+            return kwargs["out"]
+        several, like = self._made[key]
+        new = [torch.empty_strided(size, strides, dtype=dtype, device="meta") for size, strides, dtype in like]
+        return tuple(new) if several else new[0]
+
+
+def _asked(value: Any) -> Any:
+    """An argument, a tensor by all but its content."""
+    if isinstance(value, Tensor):
+        return value.device, value.dtype, value.shape, value.stride()
+    if isinstance(value, list | tuple):
+        return type(value), *map(_asked, value)
+    if isinstance(value, dict):
+        return tuple((name, _asked(each)) for name, each in value.items())
+    return type(value), value
 
 
 class _Gpu(TorchFunctionMode):

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from ..data.patches import check_patches
 from ..errors import HollowError
 from ..models.base_model import Outlines, outline
-from ..nets.network import Cut, removed_fraction
+from ..nets.network import Cut, cut_in_words, removed_fraction
 from ..nets.residency import stream_middle
 from ..training.settings import DTYPES, Precision, TrainSettings
 from .dry_run import Peak
@@ -87,7 +88,7 @@ class Fit:
 
 
 class Planner:
-    """Predictions for one model: a layout ("sd15", "sd21", "sdxl") or a path, as for `outline`, or what gives its
+    """Predictions for one model: a layout ("sd15", "flux" and so on) or a path, as for `outline`, or what gives its
     outline: `outlines` of one that is loaded. Of one without a VAE, whose pictures and prompts others encode and draw,
     there are the stages precompute and train alone.
 
@@ -104,20 +105,21 @@ class Planner:
 
     def predict(self, setting: Setting) -> Prediction:
         """Of every stage. Raises HollowError for a cut, a resolution or a number of records that cannot be."""
-        self._check(setting)
+        self.check(setting)
         peaks = {stage: self._run(stage, setting)[0] for stage in self.stages}
         return Prediction(setting, peaks, self.store_bytes(setting), self.step_flops(setting))
 
     def step_flops(self, setting: Setting) -> int:
         """Operations of a training step. Raises HollowError as `predict` does."""
-        self._check(setting)
+        self.check(setting)
         return self._run("train", setting)[1]
 
     def store_bytes(self, setting: Setting) -> int:
         """Of what the base path leaves on the disk. Raises HollowError as `predict` does."""
-        width, height = (side // self._pixels for side in self._check(setting))
+        self.check(setting)
         if setting.cut is None:
             return 0
+        width, height = (side // self._pixels for side in setting.recorded(self.resolution))
         shapes = self.network.stored_shapes(setting.cut, height, width).values()
         return (
             setting.samples * sum(map(math.prod, shapes)) * (setting.store_dtype or self.network.record_dtype).itemsize
@@ -125,11 +127,11 @@ class Planner:
 
     def peak(self, stage: str, setting: Setting) -> Peak:
         """Of one stage of `STAGES` only. Raises HollowError as `predict` does."""
-        self._check(setting)
+        self.check(setting)
         return self._run(stage, setting)[0]
 
     def cuts(self) -> list[Cut]:
-        """Those worth a look: they leave at least 15 % of the U-Net, as the paper's do, and attention in it."""
+        """Those worth a look: they leave at least 15 % of the network, as the paper's do, and attention in it."""
         network = self.network
         return [
             cut for cut in network.cuts() if network.leaves_attention(cut) and removed_fraction(network, cut) <= 0.85
@@ -146,7 +148,7 @@ class Planner:
     ) -> Fit:
         """The least hollowing, and for it the fastest way, whose stages all stay within `budget` bytes.
 
-        From the whole U-Net on, cut by cut (those of `cuts()`, or `cuts` if given), the ways are tried that give up
+        From the whole network on, cut by cut (those of `cuts()`, or `cuts` if given), the ways are tried that give up
         least: `precisions` in their order, then in the smallest of them one record at a time, gradient checkpointing,
         level by level from the outermost, then a base in 8 bits; with a tiled VAE where pictures would not fit
         otherwise, and a streamed middle where precomputing would not. Where no cut fits so, all is streamed: last, as
@@ -155,7 +157,7 @@ class Planner:
         streaming. Sampling is not counted, as any other tool can draw with the LoRA. Raises HollowError where nothing
         fits, saying what the smallest would need.
         """
-        self._check(setting)
+        self.check(setting)
         resident = _ways(setting, tuple(precisions), self.network.levels, fixed)
         streamed = [_but(resident[-1], fixed, streaming=True)]
         cuts = (None, *self.cuts()) if cuts is None else cuts
@@ -187,8 +189,8 @@ class Planner:
             setting = _but(setting, fixed, stream_middle=True)
         return setting
 
-    def _check(self, setting: Setting) -> tuple[int, int]:
-        """The size of the largest picture in pixels."""
+    def check(self, setting: Setting) -> None:
+        """Raises HollowError for what this model cannot do."""
         if setting.cut is not None:
             self.network.check_cut(setting.cut)
         self._known.schedule_for(setting.timestep_sampling, self.resolution)
@@ -198,8 +200,9 @@ class Planner:
                 raise HollowError(
                     f"The resolution {side} is no multiple of {self._pixels} pixels. Take 512, 768 or 1024."
                 )
+        if setting.patches is not None:
+            check_patches(setting.patches, size, self._pixels * (self.network.token_side or 1))
         setting.check()
-        return size
 
     def _fits(self, setting: Setting, budget: int) -> bool:
         return all(self._run(stage, setting)[0].total <= budget for stage in self.road)
@@ -212,14 +215,13 @@ class Planner:
         training = setting.training
         if stage == "train" and training.strategy == "selective":
             return self._run_both(setting)
+        size = (setting.recorded if stage in ("precompute", "train") else setting.measured)(self.resolution)
         if stage != "train":
             training = TrainSettings(precision=training.precision, together=setting.at_once(stage))
             if stage == "sample":
                 old = setting.training
                 training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets, dora=old.dora)
-        setting = replace(
-            setting, resolution=None, size=setting.measured(self.resolution), low_resolution=None, training=training
-        )
+        setting = replace(setting, resolution=None, size=size, low_resolution=None, patches=None, training=training)
         if stage == "train":  # records of the class are like any others
             setting = replace(setting, training=replace(training, batch=setting.step_records))
         setting = replace(setting, own_class_images=0)
@@ -248,11 +250,13 @@ class Planner:
     def _run_both(self, setting: Setting) -> tuple[Peak, int]:
         """Training by two kinds of steps, where the larger counts: while one goes on, the other's optimizer states are
         there, too."""
-        full = setting.resolution or self.resolution
-        factor = setting.low_side(full) / full
-        width, height = (-(-round(side * factor) // 64) * 64 for side in setting.measured(self.resolution))
-        low = replace(setting, size=(width, height), training=replace(setting.training, strategy="bp"))
-        high = replace(setting, training=replace(setting.training, strategy="zo"))
+        low, high = (replace(setting, training=replace(setting.training, strategy=each)) for each in ("bp", "zo"))
+        high = replace(high, patches=None)
+        if low.patches is None:
+            full = setting.resolution or self.resolution
+            factor = setting.low_side(full) / full
+            width, height = (-(-round(side * factor) // 64) * 64 for side in setting.measured(self.resolution))
+            low = replace(low, size=(width, height))
         peaks, flops = zip(*(self._run("train", part) for part in (low, high)), strict=True)
         both = sum(peak.bytes["optimizer"] for peak in peaks)
         fullest = [Peak({**peak.bytes, "optimizer": both}) for peak in peaks]
@@ -297,7 +301,8 @@ def _gave_up(setting: Setting, first: Setting) -> tuple[str, ...]:
     training = setting.training
     given = []
     if setting.cut is not None:
-        given.append(f"the middle of the U-Net (cut {setting.cut})")
+        gone = "the middle" if isinstance(setting.cut, int) else "both ends"
+        given.append(f"{gone} of the network (cut {cut_in_words(setting.cut)})")
     if training.precision != first.training.precision:
         given.append(f"{first.training.precision} for {training.precision}")
     if training.together != first.training.together:
@@ -309,7 +314,8 @@ def _gave_up(setting: Setting, first: Setting) -> tuple[str, ...]:
     if setting.tiled_vae != first.tiled_vae:
         given.append("seams between a picture's tiles, faint at most (tiled VAE)")
     if setting.stream_middle != first.stream_middle:
-        given.append("the time to bring the middle from main memory while precomputing (streamed middle)")
+        gone = "the middle" if isinstance(setting.cut, int) else "both ends"
+        given.append(f"the time to bring {gone} from main memory while precomputing (streamed middle)")
     if setting.streaming != first.streaming:
         given.append("the time to bring weights from main memory (streaming)")
     return tuple(given)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from ..errors import HollowError
+from ..nets.network import cut_in_words
 from .planner import GIB, Planner
 from .setting import Setting
 
@@ -91,9 +92,10 @@ def _smaller(
         words = [*words, "streaming"]
         setting = replace(setting, streaming=True)
         yield words, setting
-    cut = max(planner.cuts()) if "train" in stages else 0  # what is hollowed leaves training; precomputing runs it
+    # what is hollowed leaves training; precomputing runs it
+    cut = planner.cuts()[-1 if "train" in stages else 0]
     if not going_on and cut != setting.cut:
-        yield [*words, f"cut {cut}"], replace(setting, cut=cut)
+        yield [*words, f"cut {cut_in_words(cut)}"], replace(setting, cut=cut)
 
 
 def _gib(size: int) -> str:

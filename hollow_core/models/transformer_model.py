@@ -266,7 +266,7 @@ def _loaded(folder: Path, name: str, kind: Any, *, dtype: torch.dtype) -> nn.Mod
     only_half = bool(files) and all(".fp16." in file for file in files)
     try:
         part, told = kind.from_pretrained(
-            folder / name,
+            str(folder / name),  # as configs keep it
             torch_dtype=dtype,
             variant="fp16" if only_half else None,
             use_safetensors=True,

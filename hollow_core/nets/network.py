@@ -98,12 +98,21 @@ class Network(Protocol):
         """How many parts can `checkpoint` by themselves."""
         ...
 
+    @property
+    def token_side(self) -> int | None:
+        """Latents to a side of what has a place in the picture; None: nothing has."""
+        ...
+
     def check_inputs(self, name: str, latents: Tensor, prompts: Sequence[Conditioning]) -> None:
         """Raises HollowError, which calls them by `name`, for latents or prompts of a size that it does not take."""
         ...
 
     def cuts(self) -> Sequence[Cut]:
         """Every cut that it has, from the least on."""
+        ...
+
+    def nearest_cut(self, share: float) -> Cut:
+        """Whose share of the parameters, from 0 to 1, comes nearest; where there are two ends, of both evenly."""
         ...
 
     def check_cut(self, cut: Cut) -> None:

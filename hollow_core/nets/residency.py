@@ -290,6 +290,10 @@ def _freeze(part: nn.Module, kept: Collection[str], only: Iterable[str] = ("",))
 
 def _quantized(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
     """Codes, int8 (groups, 64) or two to a byte (groups, 32), and scales (groups, 1)."""
+    if weight.is_meta:  # in a dry run
+        number = -(-weight.numel() // GROUP)
+        codes = weight.new_empty(number, GROUP * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+        return codes, weight.new_empty(number, 1, dtype=torch.bfloat16)
     top = 127 if bits == 8 else 7
     groups = F.pad(weight.float().flatten(), (0, -weight.numel() % GROUP)).view(-1, GROUP)
     scales = (groups.abs().amax(1, keepdim=True) / top).bfloat16()

@@ -23,7 +23,7 @@ from ..errors import HollowError
 from .conditioning import Conditioning
 from .families import Family, family_of
 from .families.family import Streams
-from .network import Cut, Stored, Targets, removed_fraction
+from .network import Cut, Stored, Targets
 from .transfer import send
 
 RESIDUAL, STATE = "residual", "state"
@@ -71,12 +71,17 @@ class Transformer:
     @property
     def usual_cut(self) -> Cut:
         """That which removes about half of the parameters, of both ends evenly."""
-        return min(self.cuts(), key=lambda cut: abs(removed_fraction(self, cut) - 0.5))
+        return self.nearest_cut(0.5)
 
     @property
     def levels(self) -> int:
         """Parts of the blocks."""
         return LEVELS
+
+    @property
+    def token_side(self) -> int:
+        """Latents to a side of a token."""
+        return 2
 
     @property
     def within(self) -> tuple[str, ...]:
@@ -113,6 +118,17 @@ class Transformer:
 
     def cuts(self) -> list[Cut]:
         """Of both ends evenly, those whose shares of the parameters come nearest to 10 %, 20 % and so on."""
+        even = self._even_cuts
+        return list(dict.fromkeys(min(even, key=lambda cut: abs(even[cut] - wanted)) for wanted in SHARES))
+
+    def nearest_cut(self, share: float) -> Cut:
+        """Of both ends evenly, whose share of the parameters, from 0 to 1, comes nearest."""
+        even = self._even_cuts
+        return min(even, key=lambda cut: abs(even[cut] - 100 * share))
+
+    @cached_property
+    def _even_cuts(self) -> dict[Cut, float]:
+        """Percent of the parameters, by the cut that takes most alike from both ends, for every number of blocks."""
         blocks, network = self.listed(), self.module
         sizes = [_size(block.module) for block in blocks]
         refiners, total = sum(_size(network.get_submodule(path)) for path in self.family.refiners), _size(network)
@@ -124,7 +140,7 @@ class Transformer:
             }
             evenly = min(ends, key=lambda cut: abs(ends[cut][0] - ends[cut][1]))
             share[evenly] = 100 * sum(ends[evenly]) / total
-        return list(dict.fromkeys(min(share, key=lambda cut: abs(share[cut] - wanted)) for wanted in SHARES))
+        return share
 
     def check_cut(self, cut: Cut) -> None:
         """Raises HollowError unless some block goes and some stays."""
@@ -241,8 +257,7 @@ class Transformer:
         def call(block: nn.Module, *arguments: Any) -> Any:
             return checkpoint(block, *arguments, use_reentrant=False) if block in recomputed else block(*arguments)
 
-        for network in (self.module, self._called):
-            network.enable_gradient_checkpointing(call)
+        self.module.enable_gradient_checkpointing(call)
 
     def _forward(self, noisy: Tensor, timesteps: Sequence[float], conditioning: Conditioning) -> Tensor:
         height, width = noisy.shape[-2:]
@@ -252,12 +267,8 @@ class Transformer:
         device, config, family = self._weight.device, self.config, self.family
         sigmas = send(torch.tensor(timesteps, dtype=torch.float32) / 1000, device)
         told = family.arguments(config, send(noisy, device, self.dtype), sigmas, conditioning.to(device, self.dtype))
-        out = self._called(**told, return_dict=False)[0]
+        out = family.called(self.module, conditioning.crop)(**told, return_dict=False)[0]
         return family.velocity(config, out, (height, width)).float()
-
-    @cached_property
-    def _called(self) -> Any:
-        return self.family.called(self.module)
 
     @property
     def _weight(self) -> Tensor:

@@ -31,7 +31,8 @@ def euler(model: TransformerModel, text: dict[str, Any], noise: Tensor, steps: i
 
 def noise_levels(model: TransformerModel, height: int, width: int, steps: int) -> FlowMatchEulerDiscreteScheduler:
     """The model's scheduler, set to so many steps for latents of height × width."""
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(model.scheduler.config)
+    alone: dict[str, Any] = {"shift_terminal": None} if steps == 1 else {}  # there is nothing to stretch
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(model.scheduler.config, **alone)
     even = None if model.family.own_steps else np.linspace(1.0, 1 / steps, steps)
     mu = model.mu(height, width) if scheduler.config.use_dynamic_shifting else None
     scheduler.set_timesteps(steps, sigmas=even, mu=mu)

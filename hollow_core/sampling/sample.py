@@ -235,7 +235,11 @@ def _(
             f"{model.family.title} draws on one path, with nothing to refresh. Take a LoRA that was trained on it, and "
             "leave --refresh out."
         )
-    height, width = (side // model.pixels_per_latent for side in settings.size or (model.resolution, model.resolution))
+    size, step = settings.size or (model.resolution, model.resolution), 2 * model.pixels_per_latent
+    for side in size:
+        if side % step:
+            raise HollowError(f"{model.family.title} draws in steps of {step} pixels, but {side} is none. Round it.")
+    height, width = (side // model.pixels_per_latent for side in size)
     shape = 1, model.family.channels(model.network.config), height, width
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return euler(model, text, torch.cat(noise), settings.steps, settings.guidance_of(model))

@@ -399,21 +399,21 @@ def test_train_chooses_what_fits_and_goes_on_with_it(
     train += ["--samples", 2, "--rank", 64]
     done = hollow(*train, "--budget", "4GB", "--plan-only", "--json")
     assert done.status == 0, done.stderr
-    assert "Chosen: the whole U-Net in fp32. Given up: nothing." in done.stderr
+    assert "Chosen: the whole network in fp32. Given up: nothing." in done.stderr
     assert not out.exists()
     little = f"{json.loads(done.stdout)['bytes'] / 2**20 - 0.1:.2f}MB"
 
     done = hollow(*train, "--budget", little, "--steps", 1)
     assert done.status == 0, done.stderr
-    assert "Chosen: the whole U-Net in bf16. Given up: fp32 for bf16." in done.stderr
+    assert "Chosen: the whole network in bf16. Given up: fp32 for bf16." in done.stderr
     assert "GiB at most, in its stage train; 0.02 GiB are the budget." in done.stderr
     kept = (out / "run.toml").read_text()
-    assert kept.startswith("# Chosen: the whole U-Net in bf16.")
+    assert kept.startswith("# Chosen: the whole network in bf16.")
     assert 'precision = "bf16"\n' in kept
 
     done = hollow(*train, "--budget", "4GB", "--steps", 2)
     assert done.status == 0, done.stderr
-    assert "It goes on with the whole U-Net in bf16." in done.stderr
+    assert "It goes on with the whole network in bf16." in done.stderr
     again = (out / "run.toml").read_text()
     assert again == kept.replace("steps = 1\n", "steps = 2\n").replace(little, "4GB")
 

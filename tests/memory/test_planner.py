@@ -249,7 +249,7 @@ def test_a_budget_takes_the_least_hollowing_that_fits(tiny: Planner) -> None:
     assert fit.prediction.bytes <= needed(1)
     assert (fit.prediction.setting.cut, fit.prediction.setting.streaming) == (1, False)
     assert min(needed(None), needed(0)) > needed(1)
-    assert fit.gave_up[0] == "the middle of the U-Net (cut 1)"
+    assert fit.gave_up[0] == "the middle of the network (cut 1)"
 
 
 def test_a_budget_takes_the_fastest_way_that_fits(tiny: Planner, table: dict[int | None, Prediction]) -> None:
@@ -299,7 +299,7 @@ def test_what_is_named_is_not_chosen(tiny: Planner) -> None:
     named = {"cut", "precision", "gradient_checkpointing"}
     asked = replace(SMALL, cut=None)
     with pytest.raises(
-        HollowError, match=r"Nothing fits into .*: the smallest, the whole U-Net in fp32, 8-bit base, tiled"
+        HollowError, match=r"Nothing fits into .*: the smallest, the whole network in fp32, 8-bit base, tiled"
     ):
         choose(
             tiny,
@@ -311,7 +311,7 @@ def test_what_is_named_is_not_chosen(tiny: Planner) -> None:
     chosen = choose(tiny, room, asked, named=named, precisions=["bf16"]).prediction.setting
     assert (chosen.cut, chosen.training.precision, chosen.training.gradient_checkpointing) == (None, "fp32", False)
     assert chosen.base_bits == 8
-    with pytest.raises(HollowError, match="the smallest, the whole U-Net in fp32, needs"):
+    with pytest.raises(HollowError, match="the smallest, the whole network in fp32, needs"):
         choose(tiny, room, asked, named=LEVERS.values(), precisions=["bf16"])
     assert precisions_for(torch.device("cpu"), asked) == ("fp32", "bf16")
 
@@ -387,3 +387,23 @@ def test_the_command_prints_json(
     status, out, err = plan("--budget", "much")
     assert (status, out) == (1, "")
     assert "is no amount of memory" in err
+
+
+def test_patches_are_what_training_and_precomputing_take(sd21: Planner) -> None:
+    """As smaller pictures would; encoding and drawing are of whole ones. Of selective, BP-low alone is on patches."""
+    setting = Setting(3, resolution=512, training=HALF)
+    patches, small = replace(setting, patches=256), replace(setting, resolution=256)
+    for stage in ("precompute", "train"):
+        assert sd21.peak(stage, patches) == sd21.peak(stage, small)
+        assert sd21.peak(stage, patches).total < sd21.peak(stage, setting).total
+    for stage in ("encode", "sample"):
+        assert sd21.peak(stage, patches) == sd21.peak(stage, setting)
+    assert (sd21.store_bytes(patches), sd21.step_flops(patches)) == (sd21.store_bytes(small), sd21.step_flops(small))
+    assert "patches of 256" in str(patches)
+    both = replace(HALF, strategy="selective")
+    selective = replace(setting, training=both)
+    assert sd21.peak("train", replace(patches, training=both)) == sd21.peak("train", selective)
+    assert sd21.store_bytes(replace(patches, training=both)) == sd21.store_bytes(selective)
+    for side, said in {512: "not smaller than a picture of 512×512", 252: "no multiple of 8 pixels"}.items():
+        with pytest.raises(HollowError, match=said):
+            sd21.predict(replace(setting, patches=side))

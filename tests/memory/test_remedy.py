@@ -154,9 +154,9 @@ def test_running_out_all_the_same_is_told_and_keeps_the_records(planner: Planner
     [
         (
             (7, 5),
-            ["Chosen: the whole U-Net in fp16. Given up: fp32 for fp16.", "in its stage train; 0.04 GiB are free."],
+            ["Chosen: the whole network in fp16. Given up: fp32 for fp16.", "in its stage train; 0.04 GiB are free."],
         ),
-        ((8, 0), ["Chosen: the whole U-Net in bf16. Given up: nothing.", "0.04 GiB are free."]),
+        ((8, 0), ["Chosen: the whole network in bf16. Given up: nothing.", "0.04 GiB are free."]),
     ],
 )
 def test_train_on_a_gpu_takes_what_fits(
