@@ -46,7 +46,7 @@ def main() -> None:
                 "blocks": [layer.name for layer in blocks],
                 "mean": mean(change.mean for change in changes),
                 "relative": mean(change.relative or 0.0 for change in changes),
-                "influence": mean(each[layer] for each in influences for layer in blocks if layer in each),
+                "influence": mean(each[layer.name] for each in influences for layer in blocks if layer.name in each),
             }
         )
     write_json(asked.out / "analysis.json", rows)
@@ -61,13 +61,14 @@ def ring(config: Config, layer: Layer) -> int:
     return next((cut for cut in cuts if layer in hollowed_layers(config, cut)), len(cuts))
 
 
-def influence(file: Path, subject: world.Subject) -> dict[Layer, float]:
-    """What switching off each block does to a picture of the subject in the first new scene: a share of full range."""
+def influence(file: Path, subject: world.Subject) -> dict[str, float]:
+    """What switching off each block, by its name, does to a picture of the subject in the first new scene: a share of
+    full range."""
     base = run.model()
     prompt = world.photo_caption(run.called(subject), world.NEW_SCENES[0])
     done = ablate(base, lora_file.load(file, base.unet), prompt, settings=run.SAMPLING)
     print(subject.describe(), flush=True)
-    return {layer: done.influence(drawn) for layer, drawn in done.without.items()}
+    return {block.name: done.influence(drawn) for block, drawn in done.without.items()}
 
 
 if __name__ == "__main__":

@@ -131,8 +131,8 @@ def report(name: str, predicted: float, other: float) -> None:
 
 def inference() -> float:
     """GiB of the U-Net alone, on a prompt and the empty prompt at once (classifier-free guidance)."""
-    model = outline("sd21")
-    unet, (latents, prompt) = model.unet, model.network.inputs(64, 64)
+    network = outline("sd21").network
+    unet, (latents, prompt) = network.module, network.inputs(64, 64)
     with DryRun() as run, torch.no_grad():
         run.hold("weights", unet)
         unet(latents.to("meta").repeat(2, 1, 1, 1), 0, prompt.encoder_hidden_states.to("meta").repeat(2, 1, 1))
@@ -162,10 +162,13 @@ def frozen_base(planner: Planner, model: str, setting: Setting) -> dict[str, flo
 def grown(setting: Setting) -> int:
     """Bytes by which this process grows while it trains on the CPU."""
     tiny = outline("sd15")
+    assert isinstance(tiny, BaseModel)
     tiny.unet = UNet2DConditionModel.from_config({**tiny.unet.config, "block_out_channels": [32] * 4})
     train_for_real(tiny, replace(setting, resolution=128))  # what libraries load and keep is there from here on
     before = used_bytes()
-    train_for_real(outline("sd15"), setting)
+    true = outline("sd15")
+    assert isinstance(true, BaseModel)
+    train_for_real(true, setting)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 

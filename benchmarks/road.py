@@ -29,6 +29,7 @@ from hollow_core.memory.planner import GIB, STAGES, Planner
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel, outline
 from hollow_core.models.layouts import LAYOUTS
+from hollow_core.models.model import Model
 from hollow_core.progress import Progress
 from hollow_core.road import Request, personalize
 from hollow_core.sampling.sample import SampleSettings, sample
@@ -123,8 +124,9 @@ def draw_one(model: BaseModel, setting: Setting, lora: lora_file.LoraFile, devic
     sample(model, ["a photo of a sks dog"], [0], SampleSettings(steps=2, size=(side, side)), lora=lora, device=device)
 
 
-def random_model(model: BaseModel, device: torch.device | str = "cpu") -> BaseModel:
+def random_model(model: Model, device: torch.device | str = "cpu") -> BaseModel:
     """The model of an outline, on the CPU, with weights that mean nothing; `device` draws them."""
+    assert isinstance(model, BaseModel)
     generator = torch.Generator(device).manual_seed(0)
     for part in (model.unet, model.vae, *model.text_encoders):
         assert part is not None

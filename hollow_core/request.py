@@ -1,7 +1,7 @@
 """What a person asks for, and the examples it becomes: pictures and prompts, encoded."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import islice
@@ -11,15 +11,16 @@ import torch
 
 from .data.captions import CaptionChanges
 from .data.images import TrainingImage, check_resolution, smaller
+from .data.patches import check_patches, patch
 from .data.prompts import Subject, generic_prompt, personal_prompt
 from .errors import HollowError
 from .lora.metadata import recipe_for
 from .memory.setting import Setting
-from .models.base_model import decode_images, encode_images, encode_prompt, latent_mask, told, visiting
+from .models.base_model import decode_images, encode_images, encode_prompt, latent_mask, placed, told, visiting
 from .models.model import Model
 from .training.optimizer import optimizer_class
 from .training.precompute import Example
-from .training.store import Kind
+from .training.store import Kind, Record
 from .training.train import CHECKPOINT
 
 
@@ -154,7 +155,10 @@ class Request:
                     f"resolution is {asked}. Load the pictures at that resolution, or leave it out."
                 )
         optimizer_class(self.setting.training.optimizer)
-        if self.setting.training.strategy == "selective":
+        if self.setting.patches is not None:
+            for image in (*self.images, *self.class_pictures, *self.held_out):
+                check_patches(self.setting.patches, image.picture.size, 8)
+        elif self.setting.training.strategy == "selective":
             low_factor(self)
         self.planned.check()
 
@@ -228,30 +232,84 @@ def low_examples(
     Raises HollowError as `low_factor` does.
     """
     factor = low_factor(request)
+    learned = [example for example in examples if example.kind in LOW]
     with visiting(device, model.vae):
-        pictures = decode_images(model, class_latents)
-        drawn = [TrainingImage(picture, None, "", (0, 0, *picture.size)) for picture in pictures]
-        small = [smaller(image, factor) for image in (*request.images, *request.class_pictures, *drawn)]
-        encoded = encode_images(model, small)
-    full = dict.fromkeys(id(example.latents) for example in examples if example.kind != "held-out image")
-    twins = dict(zip(full, zip(small, encoded, strict=True), strict=True))
-    kinds: dict[Kind, Kind] = {"image": "low image", "prior": "low prior"}
-    low = []
-    for example in examples:
-        if example.kind not in kinds:
-            continue
-        image, z = twins[id(example.latents)]
-        low.append(
-            replace(
-                example,
-                latents=z,
-                personal=told(example.personal, image.time_ids),
-                generic=told(example.generic, image.time_ids),
-                kind=kinds[example.kind],
-                mask=latent_mask(image, z),
-            )
-        )
-    return low
+        whole = _pictures(model, request, learned, class_latents)
+        small = {shown: smaller(image, factor) for shown, image in whole.items()}
+        encoded = dict(zip(small, encode_images(model, list(small.values())), strict=True))
+    return [
+        replace(_of(example, small[id(example.latents)], encoded[id(example.latents)]), kind=LOW[example.kind])
+        for example in learned
+    ]
+
+
+def patch_examples(
+    model: Model,
+    request: Request,
+    examples: Sequence[Example],
+    records: Sequence[Record],
+    class_latents: Sequence[torch.Tensor],
+    device: torch.device | str | None = None,
+    noise: Callable[[Record], float] | None = None,
+) -> tuple[list[Example], list[Record]]:
+    """An example of its own for each of `records`, which `plan_for` has planned for `examples`, and the records of
+    these: of a crop that is the larger the more noise there is, resized to the setting's patches. Where it is, the
+    record's seed decides.
+
+    By the strategy selective the crops are twins of the whole pictures; else they are in their place, held-out ones,
+    too. `noise` says how much there is, from 0 to 1; None: as much as at the record's time step. Raises HollowError as
+    `check_patches` does.
+    """
+    side, token = request.setting.patches, model.network.token_side
+    assert side is not None
+    grid = model.pixels_per_latent * (token or 1)
+    schedule = model.schedule
+    noise_of = noise or (lambda record: schedule.noise(record.timestep))
+    selective = request.setting.training.strategy == "selective"
+    cropped = [record for record in records if record.kind in LOW] if selective else records
+    with visiting(device, model.vae):
+        whole = _pictures(model, request, examples, class_latents)
+        crops = []
+        for record in cropped:
+            image = whole[id(examples[record.image].latents)]
+            check_patches(side, image.picture.size, grid)
+            generator = torch.Generator().manual_seed(2**32 - 1 - record.noise_seed)  # the noise has its own
+            crops.append(patch(image, noise_of(record), side, grid, generator))
+        encoded = encode_images(model, [image for image, _ in crops])
+    made = []
+    for record, (image, place), z in zip(cropped, crops, encoded, strict=True):
+        example = _of(examples[record.image], image, z)
+        if token is not None:
+            example = replace(example, personal=placed(example.personal, place), generic=placed(example.generic, place))
+        made.append(example)
+    if selective:
+        made = [*(examples[record.image] for record in records), *(replace(e, kind=LOW[e.kind]) for e in made)]
+        records = [*records, *(record._replace(kind=LOW[record.kind]) for record in cropped)]
+    return made, [record._replace(image=number) for number, record in enumerate(records)]
+
+
+LOW: Mapping[Kind, Kind] = {"image": "low image", "prior": "low prior"}
+"""What twins are."""
+
+
+def _pictures(
+    model: Model, request: Request, examples: Sequence[Example], class_latents: Sequence[torch.Tensor]
+) -> dict[int, TrainingImage]:
+    """The picture of each tensor of latents, by its id, of examples of `make_examples`; drawn ones are decoded."""
+    drawn = [TrainingImage(picture, None, "", (0, 0, *picture.size)) for picture in decode_images(model, class_latents)]
+    shown = dict.fromkeys(id(example.latents) for example in examples)
+    return dict(zip(shown, (*request.images, *request.class_pictures, *drawn, *request.held_out), strict=False))
+
+
+def _of(example: Example, image: TrainingImage, z: torch.Tensor) -> Example:
+    """The example with another size or part of its picture."""
+    return replace(
+        example,
+        latents=z,
+        personal=told(example.personal, image.time_ids),
+        generic=told(example.generic, image.time_ids),
+        mask=latent_mask(image, z),
+    )
 
 
 def low_factor(request: Request) -> float:

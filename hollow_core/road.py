@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import HollowError
 from .lora import file as lora_file
+from .lora.dialects import check_dora
 from .lora.file import Written
 from .lora.layers import ATTENTION
 from .lora.metadata import recipe_for
@@ -22,10 +23,10 @@ from .models.model import Model
 from .nets.network import Network, at_cut
 from .nets.residency import stream_middle
 from .progress import Progress, Stop, Watch
-from .request import Request, low_examples, make_examples
+from .request import Request, low_examples, make_examples, patch_examples
 from .sampling.prior import class_latents
 from .training.curve import save_losses
-from .training.precompute import model_id, precompute
+from .training.precompute import model_id, plan_for, precompute
 from .training.selective import save_schedule
 from .training.settings import DTYPES
 from .training.store import Store
@@ -80,6 +81,8 @@ def personalize(
     with meter.stage("encode"):
         model = load()
         check_cut(setting, model.network)
+        if training.dora:
+            check_dora(model.network.config)
         schedule = model.schedule_for(setting.timestep_sampling, request.resolution)
         torch.nn.Module.to(model.network.module, DTYPES[training.precision])  # without diffusers' advice
         told = partial(
@@ -107,7 +110,11 @@ def personalize(
                 if len(drawn) < setting.class_images:
                     return Outcome(None, None, None, meter)
             examples = make_examples(model, request, drawn, device)
-            if training.strategy == "selective":
+            records = None
+            if setting.patches is not None:
+                records = plan_for(examples, setting.samples, schedule, training.seed)
+                examples, records = patch_examples(model, request, examples, records, drawn, device)
+            elif training.strategy == "selective":
                 examples += low_examples(model, request, examples, drawn, device)
         free_encoders(model)
         if setting.base_bits is not None:  # other weights, then
@@ -129,6 +136,7 @@ def personalize(
             dtype=setting.store_dtype or model.network.record_dtype,
             together=training.together,
             made_by=made_by,
+            records=records,
             progress=watch("precompute"),
             stop=stop,
         )

@@ -21,12 +21,12 @@ from hollow_core.lora.file import keep_last
 from hollow_core.lora.file import load as load_lora
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel, load
-from hollow_core.request import Request, low_examples, make_examples
+from hollow_core.request import Request, low_examples, make_examples, patch_examples
 from hollow_core.road import Outcome, personalize
 from hollow_core.sampling.sample import SampleSettings, sample
-from hollow_core.training.precompute import HELD_OUT_LOOKS
+from hollow_core.training.precompute import HELD_OUT_LOOKS, Example, plan_for
 from hollow_core.training.settings import TrainSettings
-from hollow_core.training.store import Store
+from hollow_core.training.store import Record, Store
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +312,12 @@ def test_what_a_mask_hides_is_not_learned(folders: dict[str, Path], photos: Path
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        ({"setting": {"patches": 192}}, "Patches of 192 pixels are not smaller than a picture of 320×192."),
+        ({"setting": {"patches": 100}}, "The side of patches, 100, is no multiple of 8 pixels."),
+        (
+            {"setting": {"patches": 128, "low_resolution": 64}},
+            "Patches of 128 pixels stand in for small pictures of 64.",
+        ),
         ({"class_word": ""}, "0.png has no caption, and nothing says what it shows. Give a class word"),
         ({"name": "a/b"}, "cannot be called 'a/b'. Give the name of a file"),
         ({"name": ""}, "cannot be called ''"),
@@ -360,3 +366,95 @@ def test_a_picture_of_one_of_several_classes_must_say_of_which(photos: Path) -> 
     with pytest.raises(HollowError, match=r"but of which: dog or cat\? Put it into a folder named 1_dog"):
         ask(photos, images=images, class_pictures=of_class).check()
     ask(photos, images=images[:1], class_pictures=of_class).check()
+
+
+def patched(model: BaseModel, request: Request, drawn: Any = ()) -> tuple[list[Example], list[Record]]:
+    examples = make_examples(model, request, drawn)
+    records = plan_for(examples, request.setting.samples, model.schedule, 0)
+    return patch_examples(model, request, examples, records, drawn)
+
+
+def test_each_record_has_a_patch_of_its_own(folders: dict[str, Path], photos: Path) -> None:
+    """The larger the more noise, at the same place for the same seed; held-out pictures, class pictures, captions and
+    masks go along. SDXL is told where it is."""
+    images = load_images(photos, 256)
+    mask = Image.new("L", images[0].picture.size)
+    mask.paste(255, (0, 0, 100, 192))
+    drawn = torch.randn(1, 4, 24, 40, generator=torch.Generator().manual_seed(0))
+    request = ask(
+        photos,
+        images=[images[0]._replace(mask=mask), *images[1:]],
+        class_pictures=images[1:2],
+        held_out=images[2:],
+        setting={"patches": 128, "class_images": 1},
+    )
+    model = load(folders["sdxl"])
+    examples, records = patched(model, request, [drawn])
+    assert [record.image for record in records] == list(range(len(examples))) == list(range(12 + HELD_OUT_LOOKS))
+    assert [record.kind for record in records] == [example.kind for example in examples]
+    assert {example.latents.shape for example in examples} == {(1, 4, 16, 16)}
+    assert sum(example.mask is not None for example in examples) == 2  # of six records of three pictures
+    for record, example in zip(records, examples, strict=True):
+        assert example.personal.time_ids is not None
+        height, width, top, _, *target = example.personal.time_ids[0].tolist()
+        assert target == [128, 128]
+        assert example.personal.place is None  # convolutions know no places
+        shorter = {(192, 320): 192, (200, 330): 192, (200, 200): 256, (330, 200): 192}[height, width]
+        side = 128 + round(record.timestep / 999 * (shorter - 128) / 8) * 8
+        assert 0 <= top <= {192: 320, 256: 256}[shorter] * 128 / side - 128 + 1
+    again, _ = patched(model, request, [drawn])
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(examples, again, strict=True))
+    prior = [example.personal_prompt for example in examples if example.kind == "prior"]
+    assert set(prior) == {"a photo of a dog"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["bp", "selective"])
+def test_patches_go_the_whole_road(folders: dict[str, Path], photos: Path, tmp_path: Path, strategy: str) -> None:
+    """Interrupted, it ends as it would."""
+    for number in range(3):
+        (photos / f"{number}.txt").write_text("a sks dog, grass, sun")
+    request = ask(
+        photos,
+        held_out=load_images(photos, 256)[1:2],
+        captions=CaptionChanges(shuffle_tags=True),
+        training={"strategy": strategy, "together": 2, "batch": 2, "selective_gamma": 0.5},
+        setting={"patches": 128, "class_images": 2},
+    )
+    outcome = run(folders["sd21"], request, tmp_path / "whole")
+    assert outcome.store is not None
+    sizes = {kind: set() for kind in ("image", "prior", "low image", "low prior", "held-out image")}
+    for index, record in enumerate(outcome.store.records):
+        sizes[record.kind].add(tuple(outcome.store.inputs(record.image)[0].shape[-2:]))
+        assert outcome.store.record(index).stored
+    small = {(16, 16)}
+    if strategy == "bp":
+        assert sizes == {
+            "image": small,
+            "prior": small,
+            "low image": set(),
+            "low prior": set(),
+            "held-out image": small,
+        }
+    else:
+        assert sizes["low image"] == sizes["low prior"] == small
+        assert sizes["image"] == {(24, 40), (32, 32), (40, 24)}
+        assert sizes["held-out image"] == {(32, 32)}
+        twins = [[outcome.store.records[i] for i in outcome.store.indices(kind)] for kind in ("image", "low image")]
+        for full, low in zip(*twins, strict=True):
+            assert (full.timestep, full.noise_seed) == (low.timestep, low.noise_seed)
+            prompts = outcome.store.fingerprint.prompts
+            assert prompts[full.image] == prompts[low.image]
+
+    left = [14]
+
+    def stop() -> bool:
+        left[0] -= 1
+        return left[0] < 0
+
+    run(folders["sd21"], request, tmp_path / "stopped", stop=stop)
+    again = run(folders["sd21"], request, tmp_path / "stopped")
+    assert same(content(outcome.file), content(again.file))
+    other = replace(request, setting=replace(request.setting, patches=64))
+    with pytest.raises(HollowError, match="the pictures themselves"):
+        run(folders["sd21"], other, tmp_path / "stopped")

@@ -26,6 +26,7 @@ class Shape:
     def outline(self, dtype: torch.dtype = torch.float32) -> BaseModel:
         """Its model without weights."""
         model = outline(self.layout, dtype)
+        assert isinstance(model, BaseModel)
         return _tiny(model, dtype) if self.tiny else model
 
 

@@ -9,9 +9,9 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
 from ..lora.file import LoraFile
 from ..lora.layers import is_dora
 from ..models.base_model import BaseModel
-from ..nets.unet_layers import Layer, layers
 from ..sampling.sample import SampleSettings, encode, portions
-from .block_weights import factor_of, slot
+from .block_weights import factor_of
+from .blocks import Block, blocks
 from .report import inside
 
 GAIN = 4  # differences are drawn this many times as large
@@ -27,7 +27,7 @@ class Ablation(NamedTuple):
     """With the LoRA."""
     base: Image.Image
     """Without it."""
-    without: dict[Layer, Image.Image]
+    without: dict[Block, Image.Image]
     """With all of it but one block, for each block that has LoRA, in the order in which they run."""
 
     def influence(self, picture: Image.Image) -> float:
@@ -51,21 +51,21 @@ def ablate(
     A LoRA of a hollowed training is used on two paths. Raises HollowError as `encode` and `portions` do.
     """
     modules = {key.rsplit(".lora_", 1)[0] for key in lora.state}
-    blocks = [layer for layer in layers(model.unet.config) if any(inside(module, layer) for module in modules)]
+    changed = [block for block in blocks(model.network.config) if any(inside(module, block) for module in modules)]
     pictures: list[Image.Image] = []
     texts = encode(model, [prompt], settings, lora=lora, device=device)
-    for number, changed in enumerate([lora, None, *(_without(lora, block) for block in blocks)], start=1):
-        pictures += next(portions(model, texts, [seed], settings, lora=changed, device=device))
+    for number, each in enumerate([lora, None, *(_without(lora, block) for block in changed)], start=1):
+        pictures += next(portions(model, texts, [seed], settings, lora=each, device=device))
         if progress is not None:
-            progress(number, len(blocks) + 2)
+            progress(number, len(changed) + 2)
     whole, base, *without = pictures
-    return Ablation(whole, base, dict(zip(blocks, without, strict=True)))
+    return Ablation(whole, base, dict(zip(changed, without, strict=True)))
 
 
 def grid(ablation: Ablation, prompt: str) -> Image.Image:
     """Every picture above its difference to that of the whole LoRA, labelled with the block that is off."""
     entries = [("the whole LoRA", ablation.whole), ("no LoRA", ablation.base)]
-    entries += [(f"without {slot(block)} = {block.name}", picture) for block, picture in ablation.without.items()]
+    entries += [(f"without {block.label}", picture) for block, picture in ablation.without.items()]
     strongest = max((ablation.influence(picture) for picture in ablation.without.values()), default=0.0)
     columns = min(_COLUMNS, len(entries))
     width, height = CELL + MARGIN, 2 * CELL + LABEL + MARGIN
@@ -89,7 +89,7 @@ def grid(ablation: Ablation, prompt: str) -> Image.Image:
     return sheet
 
 
-def _without(lora: LoraFile, block: Layer) -> LoraFile:
+def _without(lora: LoraFile, block: Block) -> LoraFile:
     if is_dora(lora.state):  # whose magnitudes go with the matrices
         gone = {key for key in lora.state if inside(key.rsplit(".lora_", 1)[0], block)}
         return lora._replace(state={key: each for key, each in lora.state.items() if key not in gone})

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import HollowError
 from ..files import damaged, read_json
+from ..nets.families import family_in
 from ..nets.unet_layers import Config, to_ldm
 
 BaseWeights: TypeAlias = Callable[[str], Tensor]
@@ -19,12 +20,15 @@ _WEIGHTS = "diffusion_pytorch_model"
 
 
 def base_weights(path: Path, config: Config) -> BaseWeights:
-    """The weights of a .safetensors checkpoint or of a diffusers folder, whose U-Net has this config.
+    """The weights of a .safetensors checkpoint or of a diffusers folder, whose network has this config.
 
-    Raises HollowError for a folder without weights as safetensors; the function does so for a damaged file and
-    for a module that is not there.
+    Raises HollowError for a folder without weights as safetensors, and for a transformer's checkpoint; the function
+    does so for a damaged file and for a module that is not there.
     """
-    files = _of_folder(path / "unet") if path.is_dir() else None
+    family = family_in(config)
+    if family is not None and not path.is_dir():
+        raise HollowError(f"{path.name} is one file. Give the diffusers folder of {family.title}.")
+    files = _of_folder(path / ("unet" if family is None else "transformer")) if path.is_dir() else None
     opened = cache(_open)
 
     def weight(module: str) -> Tensor:

@@ -2,7 +2,8 @@
 
 IN00 … MID … OUT11 are the positions in an original checkpoint. A string "1,0,0.5,…" (sd-webui-lora-block-weight's)
 has one number a slot: the first, BASE, is the text encoder's, then come the positions that LoRA usually has, which
-are those with attention (17 numbers for SD, 12 for SDXL), or all of them (26, 20).
+are those with attention (17 numbers for SD, 12 for SDXL), or all of them (26, 20). For transformers
+there is no such custom: their blocks are named by their numbers, "12=0.5".
 """
 
 import re
@@ -13,19 +14,15 @@ import torch
 
 from ..errors import HollowError
 from ..lora.delta import LoraLayer
-from ..lora.file import Written, config_of, read, write_dialect
+from ..lora.dialects import called_in
+from ..lora.file import Written, config_of, kind_of, read, write_dialect
 from ..lora.metadata import describe_converted
-from ..models.layouts import layout_name
-from ..nets.unet_layers import Config, Layer, layers
+from ..nets.families import family_in
+from ..nets.unet_layers import Config, layers
+from .blocks import Block, blocks, slot
 
 # What has a slot without being one of the U's layers.
 _OUTSIDE = {"text_encoder": "BASE", "text_encoder_2": "BASE", "conv_in": "IN00"}
-
-
-def slot(layer: Layer) -> str:
-    """ "IN08", "MID" or "OUT03"; an upsampler shares that of the layer before it."""
-    side, index, *_ = layer.ldm[0].split(".")
-    return "MID" if side == "middle_block" else f"{'IN' if side == 'input_blocks' else 'OUT'}{int(index):02}"
 
 
 def slots(config: Config, *, all_blocks: bool = False) -> list[str]:
@@ -39,17 +36,27 @@ def block_weights(config: Config, factors: Mapping[str, float], *, all_blocks: b
     return ",".join(f"{factors.get(name, 1.0):g}" for name in ["BASE", *slots(config, all_blocks=all_blocks)])
 
 
+def without(config: Config, gone: Sequence[Block], *, all_blocks: bool = False) -> str:
+    """Block weights that switch these blocks off."""
+    if family_in(config) is not None:
+        return ",".join(f"{block.name}=0" for block in gone)
+    return block_weights(config, {block.slot: 0.0 for block in gone}, all_blocks=all_blocks)
+
+
 def parse_block_weights(text: str, config: Config) -> dict[str, float]:
     """{beginning of module names: factor} of "1,0,0.5,…", or of "IN08=0.5, 3-2=0, up_blocks.3=2".
 
-    The second kind names slots, the paper's layers or diffusers' modules; of two that name the same module, the
-    later holds. Raises HollowError for a string of another length, an unknown name and what is no number.
+    The second kind names slots, the paper's layers, a transformer's blocks by number or diffusers' modules; of two that
+    name the same module, the later holds. Raises HollowError for a string of another length, an unknown name and what
+    is no number.
     """
     parts = [part for part in re.split(r"[\s,]+", re.sub(r"\s*=\s*", "=", text)) if part]
-    numbered = [["BASE", *slots(config, all_blocks=all_blocks)] for all_blocks in (False, True)]
     if parts and all("=" in part for part in parts):
         pairs = [(name, _number(value)) for name, _, value in (part.partition("=") for part in parts)]
+    elif family_in(config) is not None:
+        raise HollowError(f"{text!r} names no block of {called_in(config)}. Name them by number, as in 12=0.5.")
     else:
+        numbered = [["BASE", *slots(config, all_blocks=all_blocks)] for all_blocks in (False, True)]
         names = next((names for names in numbered if len(names) == len(parts)), None)
         if names is None:
             short, long = map(len, numbered)
@@ -92,7 +99,7 @@ def scale_file(
 ) -> Written:
     """Write the LoRA of a file, scaled as `text` says, in the dialect and with the metadata that it has.
 
-    `config` is the U-Net's, needed where it is none of SD 1.x, 2.x and SDXL. Raises HollowError as `read`,
+    `config` is the network's, needed where it is that of no public model. Raises HollowError as `read`,
     `parse_block_weights`, `scale` and `write_dialect` do, and where the file holds more than LoRA.
     """
     lora, metadata = read(source, config)
@@ -101,19 +108,23 @@ def scale_file(
     config = config or config_of(metadata, lora.shapes)
     factors = parse_block_weights(text, config)
     scaled = lora._replace(layers=scale(lora.layers, factors), text=scale(lora.text, factors))
-    described = describe_converted(metadata, target.stem, layout_name(config))
+    described = describe_converted(metadata, target.stem, kind_of(config))
     return write_dialect(target, scaled, config, described, dialect=lora.dialect, dtype=dtype)
 
 
 def _modules(name: str, config: Config) -> Sequence[str]:
-    known = layers(config)
+    known = blocks(config)
     upper = re.sub(r"^(IN|OUT)(\d)$", r"\g<1>0\2", name.upper().replace("M00", "MID"))
-    found = [module for layer in known if name == layer.name or upper == slot(layer) for module in layer.modules]
+    found = [
+        module for layer in known if name == layer.name or upper == (layer.slot or None) for module in layer.modules
+    ]
     found += [module for module, there in _OUTSIDE.items() if there == upper]
     if not found and any(f"{module}.".startswith(f"{name}.") for layer in known for module in layer.modules):
         found = [name]
     if not found:
-        raise HollowError(f"This U-Net has no block {name!r}. Name it as IN08, 3-2 or down_blocks.2.attentions.1.")
+        transformer = family_in(config) is not None
+        names = f"12 or {known[-1].modules[0]}" if transformer else "IN08, 3-2 or down_blocks.2.attentions.1"
+        raise HollowError(f"{called_in(config).replace('this', 'This')} has no block {name!r}. Name it as {names}.")
     return found
 
 

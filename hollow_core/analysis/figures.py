@@ -4,11 +4,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..lora.file import kind_of
 from ..memory.planner import Planner
 from ..memory.setting import Setting
-from ..models.layouts import LAYOUTS, layout_name
-from ..nets.unet_layers import layers
+from ..models.layouts import LAYOUTS
+from ..nets.families import family_in
+from ..nets.network import Cut
 from ..training.settings import TrainSettings
+from .blocks import blocks
 from .report import SMALL_SHARE, Analysis, sides, spread, suggest
 
 
@@ -17,18 +20,21 @@ class Saving(NamedTuple):
 
     rank: int
     whole: int
-    """Of the whole U-Net."""
+    """Of the whole network."""
     hollowed: int
 
 
 def figures(analyses: Sequence[Analysis], share: float = SMALL_SHARE, model: str | None = None) -> dict[str, Any]:
     """- `loras`: each as `Analysis.row` gives it
     - `suggestions`: for each of `sides`, what `suggest` recommends for `share`, or None; `training_bytes` are of a
-      dry run without GPU, which takes seconds, on `model` (a path), or on the public model that the LoRAs are for
+      dry run without GPU, which takes seconds, on `model` (a path), or on the public model that the LoRAs are for; None
+      for transformers, whose dry run takes longer than all the rest
     - `spread`: mean and deviation of Eq. 3 over the LoRAs, by block
     """
-    layout = layout_name(analyses[0].config)
-    planner = Planner(model or layout) if model or layout in LAYOUTS else None
+    config = analyses[0].config
+    kind = kind_of(config)
+    unet = family_in(config) is None
+    planner = Planner(model or kind) if unet and (model or kind in LAYOUTS) else None
     suggestions: list[dict[str, Any] | None] = []
     for side in sides(analyses):
         if (suggestion := suggest(side, share)) is None:
@@ -36,15 +42,15 @@ def figures(analyses: Sequence[Analysis], share: float = SMALL_SHARE, model: str
             continue
         saved = None if planner is None else saving(planner, side[0], suggestion.cut)._asdict()
         suggestions.append(suggestion._asdict() | {"training_bytes": saved})
-    blocks = {layer.name: spread([each.block(layer) for each in analyses]) for layer in layers(analyses[0].config)}
+    spreads = {block.name: spread([each.block(block) for each in analyses]) for block in blocks(config)}
     return {
         "loras": [analysis.row() for analysis in analyses],
         "suggestions": suggestions,
-        "spread": {name: found and found._asdict() for name, found in blocks.items()},
+        "spread": {name: found and found._asdict() for name, found in spreads.items()},
     }
 
 
-def saving(planner: Planner, analysis: Analysis, cut: int) -> Saving:
+def saving(planner: Planner, analysis: Analysis, cut: Cut) -> Saving:
     """What training a LoRA of the usual rank of this one takes with and without `cut`."""
     rank, _ = Counter(rank for rank, _ in analysis.lora.values()).most_common(1)[0]
     training = TrainSettings(rank=rank)

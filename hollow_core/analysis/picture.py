@@ -1,4 +1,5 @@
-"""An analysis as a picture: the U with every block in it, the paper's bars beside it (Fig. 2), the projections below.
+"""An analysis as a picture: the U with every block in it, or a transformer's column of blocks; the paper's bars beside
+it (Fig. 2), the projections below.
 
 The scale of colours is the same in every picture, so that two of them compare.
 """
@@ -9,10 +10,12 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ..nets.unet_layers import Layer, hollowed_layers, layers
-from .block_weights import slot
+from ..nets.families import family_in
+from ..nets.network import Cut
+from ..nets.unet_layers import Layer, layers
+from .blocks import Block, blocks, hollowed
 from .change import Change
-from .report import PROJECTIONS, SMALL_SHARE, Analysis, Suggestion, sides, spread, spread_relative, suggest
+from .report import SMALL_SHARE, Analysis, Suggestion, projections, sides, spread, spread_relative, suggest
 
 CHANGE_SCALE = (1e-5, 1e-1)  # of mean |ΔW|, logarithmic
 RELATIVE_SCALE = (1e-3, 1.0)  # of ‖ΔW‖ / ‖W‖
@@ -25,6 +28,7 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # Of the U, in rows: the width of a cell, how much it moves inwards with each level, the gap in the middle.
 _WIDTH, _INWARDS, _GAP = 5.2, 0.62, 2.2
 _SMALL = 0.66  # the height of an upsampler's cell
+_LOW = 0.5  # and of a transformer's block
 
 
 class _Place(NamedTuple):
@@ -62,7 +66,7 @@ def picture(analyses: Sequence[Analysis], share: float = SMALL_SHARE) -> Image.I
     recommends for `share`.
 
     Where all of them know the base model, the U's colours are the relative change, otherwise mean |ΔW|; the bars
-    are always mean |ΔW|. All belong to U-Nets of one config.
+    are always mean |ΔW|. All belong to networks of one config.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -71,7 +75,8 @@ def picture(analyses: Sequence[Analysis], share: float = SMALL_SHARE) -> Image.I
 
     panels = sides(analyses)
     relative = all(each.whole().relative is not None for each in analyses)
-    places = _places(layers(analyses[0].config))
+    config = analyses[0].config
+    places = _column(blocks(config)) if family_in(config) is not None else _places(layers(config))
     top = max(place.bottom + place.height for place in places.values())
     height, width = 0.43 * (top + 3.5) + 1.2, 7.6
     figure = Figure(figsize=(width * len(panels) + 5.2, height), dpi=_DPI, layout="constrained", facecolor="white")
@@ -81,7 +86,7 @@ def picture(analyses: Sequence[Analysis], share: float = SMALL_SHARE) -> Image.I
     axes = []
     for number, side in enumerate(panels):
         axes.append(figure.add_subplot(grid[:, number]))
-        _draw_u(axes[-1], side, places, scale, suggest(side, share))
+        _draw_blocks(axes[-1], side, places, scale, suggest(side, share))
         title = _title(side, "AB"[number] if len(panels) == 2 else "")
         axes[-1].set_title(title, fontsize=11, fontweight="bold", parse_math=False)  # a name may have dollars
     bar = figure.colorbar(scale.paint, ax=axes, location="bottom", extend="both", shrink=0.6, aspect=45, pad=0.01)
@@ -103,8 +108,8 @@ def _title(side: Sequence[Analysis], letter: str) -> str:
     if len(side) > 1:
         return f"mean of {len(side)} LoRAs"
     name = side[0].name if len(side[0].name) <= _LONGEST else f"{side[0].name[: _LONGEST - 1]}…"
-    hollowed = "" if side[0].cut is None else f", hollowed at k={side[0].cut}"
-    return f"{letter}: {name}{hollowed}" if letter else f"{name}{hollowed}"
+    cut = "" if side[0].cut is None else f", hollowed at {_said(side[0].cut)}"
+    return f"{letter}: {name}{cut}" if letter else f"{name}{cut}"
 
 
 def _places(known: Sequence[Layer]) -> dict[str, _Place]:
@@ -129,22 +134,41 @@ def _places(known: Sequence[Layer]) -> dict[str, _Place]:
     return places
 
 
-def _draw_u(
+def _column(known: Sequence[Block]) -> dict[str, _Place]:
+    """A transformer's blocks, by name, the first at the top."""
+    return {
+        block.name: _Place(0.0, _LOW * (len(known) - 1 - number), 2 * _WIDTH, _LOW)
+        for number, block in enumerate(known)
+    }
+
+
+def _said(cut: Cut) -> str:
+    return f"k={cut}" if isinstance(cut, int) else f"{cut[0]},{cut[1]}"
+
+
+def _draw_blocks(
     axes: Any, side: Sequence[Analysis], places: Mapping[str, _Place], scale: _Scale, suggestion: Suggestion | None
 ) -> None:
     config = side[0].config
-    known = layers(config)
-    hollows = [hollowed_layers(config, each.cut) for each in side if each.cut is not None]
+    known, unet = blocks(config), family_in(config) is None
+    hollows = [hollowed(config, each.cut) for each in side if each.cut is not None]
     right = max(place.left + place.width for place in places.values())
     top = max(place.bottom + place.height for place in places.values())
-    _draw_skips(axes, known, places)
-    for layer in known:
-        cell = _cell([each.block(layer) for each in side], scale, any(layer in hollow for hollow in hollows))
-        module = layer.kind if layer.kind == "upsampler" else layer.modules[-1]  # its cell is small
-        _draw_cell(axes, places[layer.name], (f"{slot(layer)} = {layer.name}", module), cell)
-    _draw_cell(axes, places["conv_in"], ("IN00", "conv_in"), _Cell("", "", "white", "#999999"))
-    if suggestion is not None:
-        gone = [places[layer.name] for layer in hollowed_layers(config, suggestion.cut)]
+    if unet:
+        _draw_skips(axes, layers(config), places)
+        _draw_cell(axes, places["conv_in"], ("IN00", "conv_in"), _Cell("", "", "white", "#999999"))
+    for block in known:
+        cell = _cell([each.block(block) for each in side], scale, any(block in hollow for hollow in hollows))
+        module = block.kind if block.kind == "upsampler" else block.modules[-1]  # its cell is small
+        _draw_cell(axes, places[block.name], (block.label, module), cell)
+    if suggestion is not None and not isinstance(suggestion.cut, int):
+        front, back = suggestion.cut
+        for height in (_LOW * (len(known) - front), _LOW * back):
+            axes.plot([-0.2, right + 0.2], [height] * 2, color=_CUT, linestyle=(0, (5, 3)), linewidth=1.6, zorder=5)
+        say = f"recommended cut: {front},{back}. {100 * suggestion.share:.1f} % of the change is outside these lines"
+        axes.text(-0.1, -0.3, say, fontsize=8, color=_CUT, va="top")
+    elif suggestion is not None:
+        gone = [places[block.name] for block in hollowed(config, suggestion.cut)]
         edge = max(max(place.bottom + place.height for place in gone), -0.35)
         axes.plot([-0.2, right + 0.2], [edge, edge], color=_CUT, linestyle=(0, (5, 3)), linewidth=1.6, zorder=5)
         say = f"recommended cut: k={suggestion.cut}\n{100 * suggestion.share:.1f} % of the change\nis below this line"
@@ -196,9 +220,9 @@ def _draw_cell(axes: Any, place: _Place, names: tuple[str, str], cell: _Cell) ->
 
 
 def _draw_bars(axes: Any, panels: Sequence[Sequence[Analysis]]) -> None:
-    known = layers(panels[0][0].config)
-    names = [f"{layer.name}  {slot(layer):<5}" for layer in known]
-    every = [[spread([each.block(layer) for each in side]) for layer in known] for side in panels]
+    known = blocks(panels[0][0].config)
+    names = [f"{block.name}  {block.slot:<5}" if block.slot else block.name for block in known]
+    every = [[spread([each.block(block) for each in side]) for block in known] for side in panels]
     largest = max((found.mean + found.deviation for row in every for found in row if found), default=0.0) or 1.0
     thick = 0.8 / len(panels)
     for number, row in enumerate(every):
@@ -237,9 +261,12 @@ def _draw_bars(axes: Any, panels: Sequence[Sequence[Analysis]]) -> None:
 def _draw_projections(axes: Any, panels: Sequence[Sequence[Analysis]], scale: _Scale) -> None:
     from matplotlib.patches import Rectangle
 
-    rows = [(side, letter, which) for side, letter in zip(panels, "AB", strict=False) for which in ("attn1", "attn2")]
+    config = panels[0][0].config
+    known = list(projections(config))
+    groups = dict.fromkeys(name.split(".")[0] for name in known)
+    rows = [(side, letter, group) for side, letter in zip(panels, "AB", strict=False) for group in groups]
     for down, (side, _, attention) in enumerate(rows):
-        for across, name in enumerate(name for name in PROJECTIONS if name.startswith(attention)):
+        for across, name in enumerate(name for name in known if name.startswith(attention)):
             cell = _cell([each.projection(name) for each in side], scale)
             edge = _HATCH if cell.hatch else "white"
             axes.add_patch(
@@ -253,7 +280,8 @@ def _draw_projections(axes: Any, panels: Sequence[Sequence[Analysis]], scale: _S
     axes.set_yticks([place + 0.5 for place in range(len(rows))], labels, fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("self-attention (attn1) and cross-attention (attn2), all blocks", fontsize=8)
+    what = "self-attention (attn1) and cross-attention (attn2)" if family_in(config) is None else "attention"
+    axes.set_xlabel(f"{what}, all blocks", fontsize=8)
 
 
 def _cell(changes: Sequence[Change | None], scale: _Scale, hollowed: bool = False) -> _Cell:

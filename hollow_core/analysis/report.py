@@ -1,4 +1,4 @@
-"""What is in a LoRA, or in several: by module, by block of the U, by projection; and what looks wrong."""
+"""What is in a LoRA, or in several: by module, by block, by projection; and what looks wrong."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,20 +9,22 @@ from typing import Any, NamedTuple
 
 from ..errors import HollowError
 from ..lora.delta import LoraLayer
+from ..lora.dialects import called_in
 from ..lora.file import config_of, read, recipe_of
 from ..models.base_model import outline
-from ..nets.unet_layers import Config, Layer, hollowed_layers, layers, max_cut
+from ..nets.families import family_in
+from ..nets.network import Cut
+from ..nets.unet_layers import Config, Layer
 from .base_weights import BaseWeights, base_weights
-from .block_weights import block_weights, slot
+from .block_weights import without
+from .blocks import Block, blocks, cuts, hollowed
 from .change import Change, measure, together
-
-PROJECTIONS = tuple(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("q", "k", "v", "out"))
-"""Of self-attention (attn1) and cross-attention (attn2)."""
 
 SMALL_SHARE = 0.1  # of all change: what a suggested cut may leave out
 USUAL_SCALE = (1 / 256, 2.0)  # alpha / rank: kohya's alpha 1 at rank 256, and twice the rank
 OUTLIER = 10  # times the median of the file
 LARGEST = 1e18  # norm whose square fp32 still holds
+_QKV = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class Flag(NamedTuple):
@@ -38,25 +40,24 @@ class Analysis:
 
     name: str
     config: Config
-    """The U-Net's."""
+    """The network's."""
     lora: Mapping[str, tuple[int, float]]
     """Rank and alpha of each module."""
     changes: Mapping[str, Change]
     """Of each module whose values can be measured."""
     flags: Sequence[Flag]
-    cut: int | None = None
+    cut: Cut | None = None
     """How much was hollowed when it was trained; None where nothing was, or where the file does not tell."""
     text_layers: int = 0
     """How many layers of text encoders the file has beside; they are not measured."""
 
-    def block(self, layer: Layer) -> Change | None:
-        """Of one layer of the U; None where it has no LoRA."""
-        return together(self.changes[module] for module in self.changes if inside(module, layer))
+    def block(self, block: Block | Layer) -> Change | None:
+        """Of one block; None where it has no LoRA."""
+        return together(self.changes[module] for module in self.changes if inside(module, block))
 
     def projection(self, name: str) -> Change | None:
-        """Of one of PROJECTIONS, over all blocks; None where it has no LoRA."""
-        attention, projection = name.split(".")
-        end = f".{attention}.to_out.0" if projection == "out" else f".{attention}.to_{projection}"
+        """Of one of `projections`, over all blocks; None where it has no LoRA."""
+        end = projections(self.config)[name]
         return together(change for module, change in self.changes.items() if module.endswith(end))
 
     def whole(self) -> Change:
@@ -66,11 +67,11 @@ class Analysis:
             raise HollowError(f"{self.name} holds nothing but NaN and infinity. Get or train it again.")
         return found
 
-    def hollow_share(self, cut: int) -> float:
+    def hollow_share(self, cut: Cut) -> float:
         """The share of Σ|ΔW| that lies in what a cut removes, from 0 to 1; 0 of no change at all."""
-        hollowed = hollowed_layers(self.config, cut)
+        gone = hollowed(self.config, cut)
         total = sum(
-            change.total for module, change in self.changes.items() if any(inside(module, layer) for layer in hollowed)
+            change.total for module, change in self.changes.items() if any(inside(module, block) for block in gone)
         )
         return total / self.whole().total if self.whole().total else 0.0
 
@@ -78,7 +79,7 @@ class Analysis:
         """All of it, ready for JSON."""
         whole = self.whole()
         ranks = [2**power for power in range(12) if 2**power < len(whole.squares)]
-        hollowed = [] if self.cut is None else hollowed_layers(self.config, self.cut)
+        gone = [] if self.cut is None else hollowed(self.config, self.cut)
         return {
             "name": self.name,
             "cut": self.cut,
@@ -87,16 +88,16 @@ class Analysis:
             "kept_by_rank": {rank: round(whole.kept(rank), 4) for rank in [*ranks, len(whole.squares)]},
             "blocks": [
                 {
-                    "block": layer.name,
-                    "slot": slot(layer),
-                    "module": layer.modules[-1],
-                    "hollowed": layer in hollowed,
-                    **_row(change := self.block(layer)),
+                    "block": block.name,
+                    "slot": block.slot,
+                    "module": block.modules[-1],
+                    "hollowed": block in gone,
+                    **_row(change := self.block(block)),
                     "share": change.total / whole.total if change and whole.total else 0.0,
                 }
-                for layer in layers(self.config)
+                for block in blocks(self.config)
             ],
-            "projections": {name: _row(self.projection(name)) for name in PROJECTIONS},
+            "projections": {name: _row(self.projection(name)) for name in projections(self.config)},
             "modules": {
                 module: {"rank": rank, "alpha": _finite(alpha), **_row(self.changes.get(module))}
                 for module, (rank, alpha) in self.lora.items()
@@ -110,19 +111,19 @@ def analyze(
     lora: Mapping[str, LoraLayer],
     config: Config,
     *,
-    cut: int | None = None,
+    cut: Cut | None = None,
     base: BaseWeights | None = None,
     text_layers: int = 0,
     progress: Callable[[int, int], object] | None = None,
 ) -> Analysis:
-    """Measure every module of a LoRA on a U-Net with this config; `base` gives the relative change, too.
+    """Measure every module of a LoRA on a network with this config; `base` gives the relative change, too.
 
     `cut` and `text_layers` are only noted. Raises HollowError for a LoRA of which no module belongs to this U-Net, and
     for one without a finite number.
     """
-    known = layers(config)
-    if not any(inside(module, layer) for module in lora for layer in known):
-        raise HollowError(f"{name} changes no layer of this U-Net. Give the model that it was made for.")
+    known = blocks(config)
+    if not any(inside(module, block) for module in lora for block in known):
+        raise HollowError(f"{name} changes no layer of {called_in(config)}. Give the model that it was made for.")
     changes = {}
     for number, (module, layer) in enumerate(lora.items(), start=1):
         if _is_measurable(layer):
@@ -138,10 +139,10 @@ def analyze(
 def analyze_files(
     paths: Sequence[Path], model: Path | None = None, progress: Callable[[int, int], object] | None = None
 ) -> list[Analysis]:
-    """Analyze LoRA files of any dialect, all for one kind of U-Net; with the base `model` (a .safetensors checkpoint
+    """Analyze LoRA files of any dialect, all for one kind of network; with the base `model` (a .safetensors checkpoint
     or a diffusers folder) in relation to its weights, too.
 
-    Raises HollowError as `lora.file.read` and `analyze` do, and for files of different kinds of U-Nets.
+    Raises HollowError as `lora.file.read` and `analyze` do, and for files of different kinds of networks.
     """
     config = None if model is None else outline(str(model)).network.config
     analyses: list[Analysis] = []
@@ -168,7 +169,7 @@ def analyze_files(
 class Suggestion(NamedTuple):
     """The cut that an analysis recommends."""
 
-    cut: int
+    cut: Cut
     share: float
     """Of all change, in its hollow; the mean where there are several LoRAs."""
     block_weights: str
@@ -176,20 +177,21 @@ class Suggestion(NamedTuple):
 
 
 def suggest(analyses: Sequence[Analysis], share: float = SMALL_SHARE) -> Suggestion | None:
-    """The deepest cut whose hollow holds no more than `share` of all change; None where even the mid block holds more.
+    """The deepest cut whose hollow holds no more than `share` of all change; None where even the least cut holds more.
 
     Raises HollowError for a share that is none.
     """
     if not 0 <= share <= 1:
         raise HollowError(f"{share:g} is no share of the change. Choose one from 0 to 1, such as 0.1.")
     config = analyses[0].config
-    shares = [mean(each.hollow_share(cut) for each in analyses) for cut in range(max_cut(config) + 1)]
-    fitting = [cut for cut, held in enumerate(shares) if held <= share]
+    known = cuts(config)
+    shares = [mean(each.hollow_share(cut) for each in analyses) for cut in known]
+    fitting = [number for number, held in enumerate(shares) if held <= share]
     if not fitting:
         return None
-    zeros = {slot(layer): 0.0 for layer in hollowed_layers(config, fitting[-1])}
-    everywhere = any(layer.kind != "RA" and each.block(layer) for each in analyses for layer in layers(config))
-    return Suggestion(fitting[-1], shares[fitting[-1]], block_weights(config, zeros, all_blocks=everywhere))
+    cut, held = known[fitting[-1]], shares[fitting[-1]]
+    everywhere = any(block.kind != "RA" and each.block(block) for each in analyses for block in blocks(config))
+    return Suggestion(cut, held, without(config, hollowed(config, cut), all_blocks=everywhere))
 
 
 def sides(analyses: Sequence[Analysis]) -> list[Sequence[Analysis]]:
@@ -215,9 +217,19 @@ def spread_relative(changes: Sequence[Change | None]) -> Spread | None:
     return _spread([change.relative for change in changes if change is not None and change.relative is not None])
 
 
-def inside(module: str, layer: Layer) -> bool:
-    """Whether a module is part of a layer."""
-    return any(f"{module}.".startswith(f"{path}.") for path in layer.modules)
+def inside(module: str, block: Block | Layer) -> bool:
+    """Whether a module is part of a block."""
+    return any(f"{module}.".startswith(f"{path}.") for path in block.modules)
+
+
+def projections(config: Config) -> dict[str, str]:
+    """{"attn1.q": the end of the modules' names}: of a U-Net's self- and cross-attention (attn1, attn2), of a
+    transformer's image and text."""
+    family = family_in(config)
+    ends = [f"{each}.{name}" for each in ("attn1", "attn2") for name in _QKV] if family is None else family.attention
+    rows = ("attn1", "attn2") if family is None else ("image", "text")
+    names = [f"{row}.{name}" for row in rows for name in ("q", "k", "v", "out")]
+    return {name: f".{end}" for name, end in zip(names, ends, strict=False)}
 
 
 def _spread(values: Sequence[float]) -> Spread | None:

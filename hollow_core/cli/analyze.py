@@ -22,7 +22,7 @@ from .watch import quiet, watching
 def analyze(
     files: Annotated[list[Path], typer.Argument(help="LoRA files of any dialect: one, two to compare, or many for mean and spread.")],
     model: Annotated[Path | None, typer.Option(help="Their base model, a .safetensors checkpoint or a diffusers folder: adds the change in relation to its weights.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Draw the U and the bars into this .png.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Draw the blocks and the bars into this .png.")] = None,
     share: Annotated[float, typer.Option(help="How much of the change a recommended cut may leave out, from 0 to 1.")] = 0.1,
     ablate: Annotated[Path | None, typer.Option(help="Draw --prompt with each block switched off in turn into this .png; needs --model and one file.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Of --ablate, with the identifier.")] = None,
@@ -90,7 +90,7 @@ def _ablate(
     from ..sampling.sample import SampleSettings
 
     base = load_model(model, precision, None)
-    lora = lora_file.load(file, base.unet)
+    lora = lora_file.load(file, base.network.module)
     with watching() as watch:
         done = ablate(
             base,
@@ -108,7 +108,8 @@ def _ablate(
 def _table(result: dict[str, Any]) -> Table:
     """A row a block: of one file everything, of two the change of each, of more mean and deviation."""
     rows = result["loras"]
-    table = Table("block", "slot", "module", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    slots = ["slot"] if any(block["slot"] for block in rows[0]["blocks"]) else []
+    table = Table("block", *slots, "module", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     influence, relative = result.get("influence"), rows[0]["whole"]["relative"] is not None
     if len(rows) > 2:
         figures = [f"mean |ΔW| of {len(rows)}", "deviation"]
@@ -131,7 +132,7 @@ def _table(result: dict[str, Any]) -> Table:
             cells = [_change(block), _percent(block["share"] or None), str(block["effective_rank"] or "")]
             cells += [_percent(block["relative"])] if relative else []
             cells += [_percent(influence.get(name))] if influence else []
-        table.add_row(name, block["slot"], block["module"], *cells)
+        table.add_row(name, *[block[slot] for slot in slots], block["module"], *cells)
     return table
 
 
@@ -147,12 +148,16 @@ def _change(block: dict[str, Any]) -> str:
 
 def _recommendation(suggested: dict[str, Any] | None, share: float) -> str:
     if suggested is None:
-        return f"no cut, as even the mid block holds more than {100 * share:g} % of the change."
-    saved = suggested["training_bytes"]
+        return f"no cut, as even the least one's hollow holds more than {100 * share:g} % of the change."
+    saved, cut = suggested["training_bytes"], suggested["cut"]
+    said = str(cut) if isinstance(cut, int) else ",".join(map(str, cut))
+    told = "hollow plan tells what it saves. "
+    if saved is not None:
+        whole = _size(saved["whole"])
+        told = f"Training in fp32 at rank {saved['rank']} takes {_size(saved['hollowed'])} with it, {whole} without. "
     return (
-        f"recommended cut {suggested['cut']}, whose hollow holds {100 * suggested['share']:.1f} % of the change. "
-        f"Training in fp32 at rank {saved['rank']} takes {_size(saved['hollowed'])} with it, {_size(saved['whole'])} "
-        f"without. As block weights, to see what it would leave out: {suggested['block_weights']}"
+        f"recommended cut {said}, whose hollow holds {100 * suggested['share']:.1f} % of the change. {told}"
+        f"As block weights, to see what it would leave out: {suggested['block_weights']}"
     )
 
 

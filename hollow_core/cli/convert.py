@@ -26,10 +26,10 @@ class Dialect(str, Enum):
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A LoRA or DoRA of any dialect: a .safetensors file, or peft's folder.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, overwritten if there; for peft a folder.")],
-    to: Annotated[Dialect, typer.Option(help="kohya is read by A1111, Forge, ComfyUI, InvokeAI and diffusers alike.")] = Dialect.kohya,
+    to: Annotated[Dialect | None, typer.Option(help="(default: kohya, which A1111, Forge, ComfyUI, InvokeAI and diffusers read alike; for a transformer what ComfyUI and diffusers both read)")] = None,
     zero_pad: Annotated[bool, typer.Option(help="Write zeros for the blocks that have no LoRA, for tools that count blocks in order.")] = False,
     dtype: Annotated[Precision, typer.Option(help="Of the numbers in the file.")] = Precision.fp16,
-    model: Annotated[str | None, typer.Option(help="The base model: a diffusers folder or a checkpoint. (default: SD 1.x, SD 2.x or SDXL, as the LoRA tells)")] = None,
+    model: Annotated[str | None, typer.Option(help="The base model: a diffusers folder or a checkpoint. (default: the public model that the LoRA tells of)")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a LoRA file in another tool's dialect, and read it back to see that every key is matched.
@@ -43,7 +43,9 @@ def convert(
     from ..training.settings import DTYPES
 
     config = None if model is None else outline(model).network.config
-    written = lora_file.convert(source, target, to.value, config=config, zero_pad=zero_pad, dtype=DTYPES[dtype.value])
+    written = lora_file.convert(
+        source, target, to and to.value, config=config, zero_pad=zero_pad, dtype=DTYPES[dtype.value]
+    )
     if as_json:
         print(json.dumps(written._asdict() | {"path": str(written.path)}))
     console.print(Text(written.sentence), soft_wrap=True)

@@ -109,6 +109,13 @@ MODEL = "Model and device"
 
 UNLESS_CHOSEN = "off, unless chosen to fit"
 
+Patches = Annotated[
+    int | None,
+    typer.Option(
+        help="Side in pixels of square patches that are learned in place of whole pictures: faster, and for less memory. Where there is much noise a patch is the whole picture made small, where there is little a small crop at its own size, anywhere in it: so the subject may be outside. By --strategy selective, in place of the small pictures. (default: none)",
+        rich_help_panel=PICTURES,
+    ),
+]
 LayersOption = Annotated[
     Layers,
     typer.Option(
@@ -239,6 +246,7 @@ def setting_of(
     cut: str | None = None,
     low_resolution: int | None = None,
     timestep_sampling: TimestepSampling | None = None,
+    patches: int | None = None,
     **training: Any,
 ) -> "Setting":
     """What the options say of a network; `training` are those that `TrainSettings` calls by the same name."""
@@ -256,6 +264,7 @@ def setting_of(
         tiled_vae=tiled_vae,
         low_resolution=low_resolution,
         timestep_sampling=None if timestep_sampling is None else timestep_sampling.value,
+        patches=patches,
         training=TrainSettings(
             targets=network.targets.attention if layers is Layers.attention else network.targets.all,
             optimizer=optimizer.value,

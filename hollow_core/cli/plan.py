@@ -30,6 +30,7 @@ from .options import (
     LoraPrecisionOption,
     Optimizer,
     OptimizerKind,
+    Patches,
     Precision,
     Stream,
     StreamMiddle,
@@ -98,6 +99,7 @@ def _hollowed(row: dict[str, Any]) -> str:
 def plan(
     model: ModelOrLayout,
     resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. (default: the model's own)", rich_help_panel=PICTURES)] = None,
+    patches: Patches = None,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.", rich_help_panel=LORA)] = 16,
     layers: LayersOption = Layers.attention,
     dora: Dora = False,
@@ -127,6 +129,7 @@ def plan(
     setting = setting_of(
         network=planner.network,
         resolution=resolution,
+        patches=patches,
         samples=samples,
         class_images=class_images,
         base_bits=base_bits,

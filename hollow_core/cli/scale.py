@@ -18,7 +18,7 @@ def scale(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write in the same dialect, overwritten if there.")],
     block: Annotated[list[str], typer.Option(help="IN08=0.5, 3-2=0 or up_blocks.3=2, several with commas or given several times; or a string of block weights, 1,0,0.5,…")],
     dtype: Annotated[Precision, typer.Option(help="Of the numbers in the file.")] = Precision.fp16,
-    model: Annotated[str | None, typer.Option(help="The base model: a diffusers folder or a checkpoint. (default: SD 1.x, SD 2.x or SDXL, as the LoRA tells)")] = None,
+    model: Annotated[str | None, typer.Option(help="The base model: a diffusers folder or a checkpoint. (default: the public model that the LoRA tells of)")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Multiply what a LoRA changes, block by block, and save it."""

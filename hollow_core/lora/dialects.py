@@ -27,7 +27,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import diffusers
 import torch
@@ -97,7 +97,7 @@ def parse_lazily(
         if part in _OTHER_METHODS:
             raise HollowError(f"{source} is {_OTHER_METHODS[part]}, which Hollow does not read. Choose a LoRA.")
         text = _text_module(name)
-        modules = () if text is None else (text,)
+        modules: tuple[str, ...] = () if text is None else (text,)
         if part and name in names:
             dialect, modules = names[name]
             dialects.append(dialect)
@@ -168,15 +168,13 @@ def spell(
 
 
 def fits(shapes: Mapping[str, Sequence[int]], config: Config) -> bool:
-    """Whether a file's LoRA could be for this network: by the names of layers, and how many numbers each takes in."""
+    """Whether a file's LoRA could be for this network: it has all of the layers, which take in as many numbers."""
     weights, names = _known(json.dumps(dict(config)))
-    into = {
-        names[name][1][0]: shape[1]
-        for key, shape in shapes.items()
-        for name, part in [_split(key)]
-        if part == "down" and name in names and len(shape) > 1
-    }
-    return bool(into) and all(weights[module][1] == width for module, width in into.items())
+    into = {name: tuple(shape) for key, shape in shapes.items() for name, part in [_split(key)] if part == "down"}
+    layers = {name: shape for name, shape in into.items() if _text_module(name) is None}
+    return bool(layers) and all(
+        name in names and shape[1:2] == weights[names[name][1][0]][1:2] for name, shape in layers.items()
+    )
 
 
 def usual_dialect(config: Config) -> str:
@@ -257,6 +255,16 @@ def weight_shapes(config: Config) -> dict[str, Shape]:
     return dict(_known(json.dumps(dict(config)))[0])
 
 
+def outlined(config: Config) -> nn.Module:
+    """The network of a config, of tensors without data. Raises HollowError for one that diffusers has not."""
+    family = family_in(config)
+    name = "UNet2DConditionModel" if family is None else family.network
+    if not hasattr(diffusers, name):
+        raise HollowError(f"diffusers {diffusers.__version__} has no {name}. Install a newer one.")
+    with torch.device("meta"):
+        return cast(nn.Module, getattr(diffusers, name).from_config(config))
+
+
 def sets_magnitudes(key: str) -> bool:
     """Whether a key of any dialect holds DoRA's magnitudes."""
     return _split(key)[1] in ("dora_scale", "magnitude")
@@ -323,14 +331,9 @@ def _known(config: str) -> tuple[dict[str, Shape], dict[str, tuple[str, tuple[st
     """Of a network's config as JSON: {module: shape of its weight}, and {any spelling: (dialect, its modules)}."""
     told = json.loads(config)
     family = family_in(told)
-    name = "UNet2DConditionModel" if family is None else family.network
-    if not hasattr(diffusers, name):
-        raise HollowError(f"diffusers {diffusers.__version__} has no {name}. Install a newer one.")
-    with torch.device("meta"):
-        network = getattr(diffusers, name).from_config(told)
     weights = {
         name: tuple(module.weight.shape)
-        for name, module in network.named_modules()
+        for name, module in outlined(told).named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
     if family is None:

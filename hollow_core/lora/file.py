@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import HollowError
 from ..files import damaged, read_json, read_safetensors, write_json, write_safetensors
-from ..models.layouts import LAYOUTS, layout_config, layout_name
+from ..models.layouts import LAYOUTS, TRANSFORMERS, layout_config, layout_name, transformer_config
 from ..nets.families import FAMILIES, family_in
 from ..nets.unet_layers import Config
 from . import dialects
@@ -261,24 +261,26 @@ def keep_last(path: Path, most: int) -> None:
 
 
 def config_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] | None = None) -> Config:
-    """The config of the network that a LoRA is for: that of its family's public model.
+    """The config of the network that a LoRA is for: that of a public model.
 
-    Raises HollowError where neither the metadata nor the names and shapes of the tensors tell.
+    Raises HollowError where neither the metadata nor the names and shapes of the tensors tell, and where its family of
+    transformers has other sizes, too.
     """
-    public = {config["_class_name"]: config for config in map(layout_config, LAYOUTS) if family_in(config) is not None}
+    shapes = shapes or {}
+    public = list(map(transformer_config, TRANSFORMERS))
     try:
         layout = layout_of(metadata, shapes)
     except HollowError:
-        for config in public.values():
-            if dialects.fits(shapes or {}, config):
+        for config in public:
+            if dialects.fits(shapes, config):
                 return config
         raise
-    for network, family in FAMILIES.items():
-        if layout == family.name and network in public:
-            return public[network]
-        if layout == family.name:
-            raise HollowError(f"The LoRA tells no more than {family.title}. Give the model that it belongs to.")
-    return layout_config(layout)
+    if layout in LAYOUTS:
+        return layout_config(layout)
+    for config in public:
+        if kind_of(config) == layout and (not shapes or dialects.fits(shapes, config)):
+            return config
+    raise HollowError(f"The LoRA is for a {layout} of another size than the public one. Give its model.")
 
 
 def kind_of(config: Config) -> str:

@@ -36,7 +36,9 @@ _FAMILY = {
     "sdxl": ("sdxl", "stable-diffusion-xl"),
 }
 _TEXT_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # what InvokeAI goes by, too
-_TEXT_IN = re.compile(r"attn2[._](processor[._])?to_[kv](_lora\.down|\.lora_down|\.lora\.down|\.lora_A)")
+_TEXT_IN = re.compile(
+    r"(down_block|up_block|mid_block|input_block|output_block|middle_block).*attn2[._](processor[._])?to_[kv](_lora\.down|\.lora_down|\.lora\.down|\.lora_A)"
+)
 
 # Names of folders and runs on the trainer's disk, and what would no longer be true of other bytes.
 _PRIVATE = {
@@ -135,7 +137,7 @@ def layout_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] |
     if (told := layout_told(metadata)) in _TRANSFORMERS:
         return told
     for key, shape in (shapes or {}).items():
-        if _TEXT_IN.search(key) and not key.startswith("transformer.") and len(shape) > 1 and shape[1] in _TEXT_WIDTH:
+        if _TEXT_IN.search(key) and len(shape) > 1 and shape[1] in _TEXT_WIDTH:
             return _TEXT_WIDTH[shape[1]]
     if told:
         return told

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..data.patches import check_patches
 from ..errors import HollowError
 from ..models.base_model import Outlines, outline
 from ..nets.network import Cut, cut_in_words, removed_fraction
@@ -105,20 +106,21 @@ class Planner:
 
     def predict(self, setting: Setting) -> Prediction:
         """Of every stage. Raises HollowError for a cut, a resolution or a number of records that cannot be."""
-        self._check(setting)
+        self.check(setting)
         peaks = {stage: self._run(stage, setting)[0] for stage in self.stages}
         return Prediction(setting, peaks, self.store_bytes(setting), self.step_flops(setting))
 
     def step_flops(self, setting: Setting) -> int:
         """Operations of a training step. Raises HollowError as `predict` does."""
-        self._check(setting)
+        self.check(setting)
         return self._run("train", setting)[1]
 
     def store_bytes(self, setting: Setting) -> int:
         """Of what the base path leaves on the disk. Raises HollowError as `predict` does."""
-        width, height = (side // self._pixels for side in self._check(setting))
+        self.check(setting)
         if setting.cut is None:
             return 0
+        width, height = (side // self._pixels for side in setting.recorded(self.resolution))
         shapes = self.network.stored_shapes(setting.cut, height, width).values()
         return (
             setting.samples * sum(map(math.prod, shapes)) * (setting.store_dtype or self.network.record_dtype).itemsize
@@ -126,7 +128,7 @@ class Planner:
 
     def peak(self, stage: str, setting: Setting) -> Peak:
         """Of one stage of `STAGES` only. Raises HollowError as `predict` does."""
-        self._check(setting)
+        self.check(setting)
         return self._run(stage, setting)[0]
 
     def cuts(self) -> list[Cut]:
@@ -156,7 +158,7 @@ class Planner:
         streaming. Sampling is not counted, as any other tool can draw with the LoRA. Raises HollowError where nothing
         fits, saying what the smallest would need.
         """
-        self._check(setting)
+        self.check(setting)
         resident = _ways(setting, tuple(precisions), self.network.levels, fixed)
         streamed = [_but(resident[-1], fixed, streaming=True)]
         cuts = (None, *self.cuts()) if cuts is None else cuts
@@ -188,8 +190,8 @@ class Planner:
             setting = _but(setting, fixed, stream_middle=True)
         return setting
 
-    def _check(self, setting: Setting) -> tuple[int, int]:
-        """The size of the largest picture in pixels."""
+    def check(self, setting: Setting) -> None:
+        """Raises HollowError for what this model cannot do."""
         if setting.cut is not None:
             self.network.check_cut(setting.cut)
         if setting.timestep_sampling is not None:
@@ -200,8 +202,9 @@ class Planner:
                 raise HollowError(
                     f"The resolution {side} is no multiple of {self._pixels} pixels. Take 512, 768 or 1024."
                 )
+        if setting.patches is not None:
+            check_patches(setting.patches, size, self._pixels * (self.network.token_side or 1))
         setting.check()
-        return size
 
     def _fits(self, setting: Setting, budget: int) -> bool:
         return all(self._run(stage, setting)[0].total <= budget for stage in self.road)
@@ -214,20 +217,19 @@ class Planner:
         training = setting.training
         if stage == "train" and training.strategy == "selective":
             return self._run_both(setting)
+        size = (setting.recorded if stage in ("precompute", "train") else setting.measured)(self.resolution)
         if stage != "train":
             training = TrainSettings(precision=training.precision, together=setting.at_once(stage))
             if stage == "sample":
                 old = setting.training
                 training = replace(training, rank=old.rank, alpha=old.alpha, targets=old.targets, dora=old.dora)
-        setting = replace(
-            setting, resolution=None, size=setting.measured(self.resolution), low_resolution=None, training=training
-        )
+        setting = replace(setting, resolution=None, size=size, low_resolution=None, patches=None, training=training)
         if stage == "train":  # records of the class are like any others
             setting = replace(setting, training=replace(training, batch=setting.step_records))
         setting = replace(setting, own_class_images=0)
         if stage == "encode":
             setting = replace(setting, cut=None, class_images=min(setting.class_images, training.together))
-            if not setting.class_images:  # without the U-Net
+            if not setting.class_images and not self._known.large_encoders:  # nothing is quantised, then
                 setting = replace(setting, base_bits=None)
         else:  # without class pictures
             setting = replace(setting, class_images=0)
@@ -250,11 +252,13 @@ class Planner:
     def _run_both(self, setting: Setting) -> tuple[Peak, int]:
         """Training by two kinds of steps, where the larger counts: while one goes on, the other's optimizer states are
         there, too."""
-        full = setting.resolution or self.resolution
-        factor = setting.low_side(full) / full
-        width, height = (-(-round(side * factor) // 64) * 64 for side in setting.measured(self.resolution))
-        low = replace(setting, size=(width, height), training=replace(setting.training, strategy="bp"))
-        high = replace(setting, training=replace(setting.training, strategy="zo"))
+        low, high = (replace(setting, training=replace(setting.training, strategy=each)) for each in ("bp", "zo"))
+        high = replace(high, patches=None)
+        if low.patches is None:
+            full = setting.resolution or self.resolution
+            factor = setting.low_side(full) / full
+            width, height = (-(-round(side * factor) // 64) * 64 for side in setting.measured(self.resolution))
+            low = replace(low, size=(width, height))
         peaks, flops = zip(*(self._run("train", part) for part in (low, high)), strict=True)
         both = sum(peak.bytes["optimizer"] for peak in peaks)
         fullest = [Peak({**peak.bytes, "optimizer": both}, peak.main_memory) for peak in peaks]

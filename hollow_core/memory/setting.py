@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..errors import HollowError
 from ..models.base_model import keep_small
 from ..models.model import Model, TimestepSampling
 from ..nets.network import Cut, cut_in_words
@@ -48,6 +49,9 @@ class Setting:
     low_resolution: int | None = None
     """Side in pixels of the pictures for BP-low, if the strategy is selective; None is half of the others', or the
     next multiple of 8 below."""
+    patches: int | None = None
+    """Side in pixels of the square patches that are learned in place of whole pictures, or, if the strategy is
+    selective, in place of the small ones for BP-low; None: none."""
     size: tuple[int, int] | None = None
     """Of the largest picture, width and height in pixels; None is the square of the resolution."""
     own_class_images: int = 0
@@ -70,6 +74,12 @@ class Setting:
         side = self.resolution or resolution
         return self.size or (side, side)
 
+    def recorded(self, resolution: int) -> tuple[int, int]:
+        """The size of what the largest record is of: the largest picture, unless all are of patches."""
+        if self.patches is None or self.training.strategy == "selective":
+            return self.measured(resolution)
+        return self.patches, self.patches
+
     def low_side(self, resolution: int) -> int:
         """`low_resolution`, or what it is where it is None, for pictures of this resolution."""
         return resolution // 16 * 8 if self.low_resolution is None else self.low_resolution
@@ -82,6 +92,11 @@ class Setting:
     def check(self) -> None:
         """Raises HollowError for what does not go together, whatever the model."""
         check_samples(self.samples, 2 if self.class_images or self.own_class_images else 1)
+        if self.patches is not None and self.low_resolution is not None:
+            raise HollowError(
+                f"Patches of {self.patches} pixels stand in for small pictures of {self.low_resolution}. Leave one of "
+                "them out."
+            )
         if self.step_records > self.training.batch:
             check_unfused(self.training)
 
@@ -96,6 +111,7 @@ class Setting:
                 *(["streaming"] if self.streaming else []),
                 *(["streamed middle"] if self.stream_middle else []),
                 *(["tiled VAE"] if self.tiled_vae else []),
+                *([f"patches of {self.patches}"] if self.patches else []),
                 *(["DoRA"] if training.dora else []),
                 *(["bf16 LoRA"] if training.lora_precision == "bf16" else []),
                 *([_OPTIMIZERS[training.optimizer]] if training.optimizer != "adamw" else []),

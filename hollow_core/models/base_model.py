@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..data.images import TrainingImage
+from ..data.patches import Place
 from ..errors import HollowError
 from ..files import read_json
 from ..nets.conditioning import Conditioning
@@ -307,6 +308,11 @@ def told(prompt: Conditioning, time_ids: Sequence[int]) -> Conditioning:
     if prompt.text_embeds is None:
         return prompt
     return prompt._replace(time_ids=prompt.text_embeds.new_tensor([list(time_ids)]))
+
+
+def placed(prompt: Conditioning, place: Place) -> Conditioning:
+    """An encoded prompt of a crop that is there in the whole picture, for a network whose tokens have places."""
+    return prompt._replace(place=torch.tensor([place]))
 
 
 def latent_mask(image: TrainingImage, latents: Tensor) -> Tensor | None:

@@ -98,6 +98,11 @@ class Network(Protocol):
         """How many parts can `checkpoint` by themselves."""
         ...
 
+    @property
+    def token_side(self) -> int | None:
+        """Latents to a side of what has a place in the picture; None: nothing has."""
+        ...
+
     def check_inputs(self, name: str, latents: Tensor, prompts: Sequence[Conditioning]) -> None:
         """Raises HollowError, which calls them by `name`, for latents or prompts of a size that it does not take."""
         ...

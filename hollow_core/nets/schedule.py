@@ -163,6 +163,10 @@ class NoiseSchedule:
         drawn = "" if (self.density, self.shift) == ("uniform", 1.0) else f" {self.density} {self.shift:g}"
         return f"{self.prediction.name} {digest(self.numbers)}{drawn}"
 
+    def noise(self, timestep: int) -> float:
+        """How far a time step is from 0, clean, to 1, noise: t / T, of flow matching σ."""
+        return timestep / (len(self) - 1)
+
     def drawn(self, places: Tensor, of: int) -> Tensor:
         """The time steps at `places` from 0 to `of`, of all that are drawn: evenly spread places give them as the
         density has them."""

@@ -79,6 +79,11 @@ class Transformer:
         return LEVELS
 
     @property
+    def token_side(self) -> int:
+        """Latents to a side of a token."""
+        return 2
+
+    @property
     def within(self) -> tuple[str, ...]:
         """The beginnings of the paths where a LoRA may be: the blocks, not what is before and behind."""
         return tuple(f"{blocks.path}." for blocks in self.family.blocks)
@@ -252,8 +257,7 @@ class Transformer:
         def call(block: nn.Module, *arguments: Any) -> Any:
             return checkpoint(block, *arguments, use_reentrant=False) if block in recomputed else block(*arguments)
 
-        for network in (self.module, self._called):
-            network.enable_gradient_checkpointing(call)
+        self.module.enable_gradient_checkpointing(call)
 
     def _forward(self, noisy: Tensor, timesteps: Sequence[float], conditioning: Conditioning) -> Tensor:
         height, width = noisy.shape[-2:]
@@ -263,12 +267,8 @@ class Transformer:
         device, config, family = self._weight.device, self.config, self.family
         sigmas = send(torch.tensor(timesteps, dtype=torch.float32) / 1000, device)
         told = family.arguments(config, send(noisy, device, self.dtype), sigmas, conditioning.to(device, self.dtype))
-        out = self._called(**told, return_dict=False)[0]
+        out = family.called(self.module, conditioning.crop)(**told, return_dict=False)[0]
         return family.velocity(config, out, (height, width)).float()
-
-    @cached_property
-    def _called(self) -> Any:
-        return self.family.called(self.module)
 
     @property
     def _weight(self) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import HollowError
 from .conditioning import Conditioning
-from .network import Network, Stored, Targets, removed_fraction
+from .network import Cut, Stored, Targets, removed_fraction
 from .transfer import send
 from .unet_layers import (
     ALL_LAYERS,
@@ -45,7 +45,7 @@ class UNet:
     """Whole, or as `hollow` gives it."""
 
     @property
-    def cut(self) -> int | None:
+    def cut(self) -> Cut | None:
         """At which it was hollowed; None while it is whole."""
         return self.module.cut if isinstance(self.module, HollowedUNet) else None
 
@@ -85,6 +85,11 @@ class UNet:
         return 3
 
     @property
+    def token_side(self) -> None:
+        """Convolutions have no position codes; what SDXL is told of crops is in its prompts."""
+        return None
+
+    @property
     def levels(self) -> int:
         """Of the U."""
         return len(self.config["block_out_channels"])
@@ -111,33 +116,33 @@ class UNet:
 
     def nearest_cut(self, share: float) -> int:
         """Whose share of the parameters, from 0 to 1, comes nearest."""
-        return min(self.cuts(), key=lambda cut: abs(removed_fraction(cast(Network, self), cut) - share))
+        return min(self.cuts(), key=lambda cut: abs(removed_fraction(self, cut) - share))
 
-    def check_cut(self, cut: int) -> None:
+    def check_cut(self, cut: Cut) -> None:
         """Raises HollowError for a cut that it has not."""
         check_cut(self.config, cut)
 
-    def blocks(self, cut: int) -> list[str]:
+    def blocks(self, cut: Cut) -> list[str]:
         """By the paper's names."""
         return [layer.name for layer in hollowed_layers(self.config, cut)]
 
-    def removed(self, cut: int) -> list[str]:
+    def removed(self, cut: Cut) -> list[str]:
         """Paths of modules. The time-embedding MLP counts as removed: the time steps of training are known, so its
         outputs are precomputed. With it the seven percentages of the paper come out."""
         hollowed = hollowed_layers(self.config, cut)
         return [*(path for layer in hollowed for path in layer.modules), "time_embedding"]
 
-    def behind(self, cut: int) -> list[str]:
+    def behind(self, cut: Cut) -> list[str]:
         """Paths of modules: what remains on the way up."""
         hollowed = hollowed_layers(self.config, cut)
         up = (layer for layer in layers(self.config) if layer.side == "up" and layer not in hollowed)
         return [*(path for layer in up for path in layer.modules), "conv_out"]
 
-    def leaves_attention(self, cut: int) -> bool:
+    def leaves_attention(self, cut: Cut) -> bool:
         """Whether there is still attention, where a LoRA usually is."""
         return leaves_attention(self.config, cut)
 
-    def stored_shapes(self, cut: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+    def stored_shapes(self, cut: Cut, height: int, width: int) -> dict[str, tuple[int, ...]]:
         """Of the exit activation, (channels, h, w), for latents of height × width."""
         return {EXIT_ACTIVATION: exit_shape(self.config, cut, height, width)}
 
@@ -151,11 +156,11 @@ class UNet:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         return latents, Conditioning(prompt, torch.zeros(1, pooled), torch.zeros(1, 6))
 
-    def base(self, cut: int) -> "UNetBasePath":
+    def base(self, cut: Cut) -> "UNetBasePath":
         """Up to the exit. Raises HollowError for a cut out of range."""
         return UNetBasePath(head(self.module, cut))
 
-    def hollow(self, cut: int, timesteps: Iterable[int] | None) -> "UNet":
+    def hollow(self, cut: Cut, timesteps: Iterable[int] | None) -> "UNet":
         """As the function `hollow`."""
         return UNet(hollow(self.module, cut, timesteps))
 
@@ -218,7 +223,7 @@ class UNetBasePath:
 class HollowedUNet(UNet2DConditionModel):
     """A U-Net that takes an exit activation in place of its middle. Made by `hollow`, never directly."""
 
-    cut: int
+    cut: Cut
 
     def forward(
         self,
@@ -310,7 +315,7 @@ class _TimeTable(nn.Module):
         return torch.stack([self.outputs[self.rows[timestep]] for timestep in timesteps])
 
 
-def head(unet: UNet2DConditionModel, cut: int) -> UNet2DConditionModel:
+def head(unet: UNet2DConditionModel, cut: Cut) -> UNet2DConditionModel:
     """The base path: a view of `unet` that stops at the exit of `cut`; its `.sample` is the exit activation
     (batch, channels, h, w) of `exit_shape`. Raises HollowError for a cut out of range."""
     hollowed = hollowed_layers(unet.config, cut)
@@ -322,7 +327,7 @@ def head(unet: UNet2DConditionModel, cut: int) -> UNet2DConditionModel:
     return view
 
 
-def hollow(unet: UNet2DConditionModel, cut: int, timesteps: Iterable[int] | None = range(1000)) -> HollowedUNet:
+def hollow(unet: UNet2DConditionModel, cut: Cut, timesteps: Iterable[int] | None = range(1000)) -> HollowedUNet:
     """The personal path: a view of `unet` without what `cut` removes. Delete `unet`, and the middle is freed.
 
     The outputs of the time-embedding MLP are precomputed for `timesteps` and the MLP is left out. None keeps

@@ -13,6 +13,9 @@ from ..errors import HollowError
 
 Config = Mapping[str, Any]
 
+Cut = int | tuple[int, int]
+"""As `network.Cut`, which needs torch; only numbers are cuts of a U-Net."""
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The paper's targets of a LoRA: the four projections of self- and cross-attention."""
 
@@ -45,19 +48,25 @@ def max_cut(config: Config) -> int:
     return sum(layer.side == "down" for layer in layers(config))
 
 
-def check_cut(config: Config, cut: int) -> None:
-    """Raises HollowError unless 0 <= cut <= max_cut(config)."""
+def check_cut(config: Config, cut: Cut) -> int:
+    """The cut. Raises HollowError unless it is a number, and 0 <= cut <= max_cut(config)."""
+    if isinstance(cut, tuple):
+        raise HollowError(
+            f"A U-Net is cut in its middle, but {cut[0]},{cut[1]} is a cut of both ends. Choose one number, from 0 to "
+            f"{max_cut(config)}."
+        )
     if not 0 <= cut <= max_cut(config):
         raise HollowError(f"This U-Net has no cut {cut}. Choose a cut from 0 to {max_cut(config)}.")
+    return cut
 
 
-def hollowed_layers(config: Config, cut: int) -> list[Layer]:
+def hollowed_layers(config: Config, cut: Cut) -> list[Layer]:
     """What cut k removes, in the order in which it runs: the last k down layers, the mid block, the first k
     up layers with a ResNet and any upsampler between or directly behind them.
 
     Raises HollowError for a cut out of range.
     """
-    check_cut(config, cut)
+    cut = check_cut(config, cut)
     all_layers = layers(config)
     down = [layer for layer in all_layers if layer.side == "down"]
     mid = [layer for layer in all_layers if layer.side == "mid"]
@@ -72,13 +81,13 @@ def hollowed_layers(config: Config, cut: int) -> list[Layer]:
     return [*down[len(down) - cut :], *mid, *up]
 
 
-def leaves_attention(config: Config, cut: int) -> bool:
+def leaves_attention(config: Config, cut: Cut) -> bool:
     """Whether a U-Net hollowed at the cut still has attention, where a LoRA usually is."""
     hollowed = hollowed_layers(config, cut)
     return any(layer.kind == "RA" and layer not in hollowed for layer in layers(config))
 
 
-def exit_shape(config: Config, cut: int, height: int, width: int) -> tuple[int, int, int]:
+def exit_shape(config: Config, cut: Cut, height: int, width: int) -> tuple[int, int, int]:
     """(channels, height, width) of the exit activation for latents of height × width.
 
     It is what the last hollowed layer puts out, as large as the last skip connection that remains.

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import get_args
@@ -33,9 +34,8 @@ class Example:
     """A picture with its two prompts: one of the subject ("image"), or one of its class ("prior").
 
     A prior example trains on its generic prompt (P_pr of Eq. 2), its personal one is not looked at. The first
-    "low image" is the first "image" at a lower resolution, and so on; likewise "low prior". A "held-out image" is not
-    trained on. Examples that share a tensor of latents are one picture
-    under several prompts.
+    "low image" is the first "image" at a lower resolution, or a crop of it, and so on; likewise "low prior". A
+    "held-out image" is not trained on. Examples that share a tensor of latents are one picture under several prompts.
     """
 
     latents: torch.Tensor  # (1, channels, height, width), scaled as the network expects them
@@ -61,6 +61,7 @@ def precompute(
     together: int = 1,
     made_by: str | None = None,
     apart: bool = False,
+    records: Sequence[Record] | None = None,
     progress: Watch | None = None,
     stop: Stop | None = None,
 ) -> Store:
@@ -74,9 +75,9 @@ def precompute(
     device is not busy with one, for the memory of so many, and the same but for rounding. `made_by` is the network's
     `model_id`; None computes it, which takes seconds for a large one, and more from a GPU.
     `apart` keeps the store in a folder of its own inside `folder`, named by what it is made from, so that other
-    inputs never meet it. `progress` is called after each record, on a GPU as soon as it is asked for; `stop` is asked
-    before those that go together, and a stopped run gives back a store with shards missing. A shard is written while
-    the next one is made.
+    inputs never meet it. `records` are those to make; None: what `plan_for` says. `progress` is called after each
+    record, on a GPU as soon as it is asked for; `stop` is asked before those that go together, and a stopped run gives
+    back a store with shards missing. A shard is written while the next one is made.
 
     Raises HollowError for wrong arguments, for a store in `folder` that is damaged or was made from something
     else, for an activation that overflows, and where the disk is full. What is written by then stays good.
@@ -84,8 +85,7 @@ def precompute(
     _check(network, schedule, examples, cut=cut, samples=samples, dtype=dtype, together=together)
     made_by = model_id(network) if made_by is None else made_by
     fingerprint, inputs = _fingerprint(made_by, schedule, examples, cut, samples, seed, dtype)
-    pictures = [id(example.latents) for example in examples]
-    records = plan(fingerprint.kinds, samples, schedule, seed, pictures=pictures, repeats=fingerprint.repeats)
+    records = plan_for(examples, samples, schedule, seed) if records is None else records
     if apart:
         folder = Path(folder) / store_id(fingerprint, records)[:12]
     store = Store.open_or_create(folder, fingerprint, records, inputs)
@@ -131,11 +131,11 @@ def _seen(base: BasePath, example: Example) -> Conditioning:
 def _alike(
     base: BasePath, indices: Iterable[int], records: Sequence[Record], examples: Sequence[Example], together: int
 ) -> Iterator[list[int]]:
-    """`indices` in lots of up to so many whose pictures and prompts are of one size."""
-    sizes: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    """`indices` in lots of up to so many whose pictures are of one size, and whose prompts are alike."""
+    sizes: dict[Hashable, list[int]] = {}
     for index in indices:
         example = examples[records[index].image]
-        size = example.latents.shape, _seen(base, example).encoder_hidden_states.shape
+        size = example.latents.shape, _seen(base, example).alike
         sizes.setdefault(size, []).append(index)
     for alike in sizes.values():
         yield from (alike[first : first + together] for first in range(0, len(alike), together))
@@ -154,6 +154,12 @@ def _write(store: Store, shard: int, left: Sequence[tuple[Sequence[int], Arrivin
                     f"{store.fingerprint.dtype}. Keep the records in bfloat16, or load the model in float32."
                 )
     store.write_shard(shard, stored)
+
+
+def plan_for(examples: Sequence[Example], samples: int, schedule: NoiseSchedule, seed: int) -> list[Record]:
+    """`plan`, as examples have it: those that share a tensor of latents show one picture."""
+    kinds, pictures, repeats = zip(*((each.kind, id(each.latents), each.repeats) for each in examples), strict=True)
+    return plan(kinds, samples, schedule, seed, pictures=pictures, repeats=repeats)
 
 
 def plan(
@@ -245,17 +251,18 @@ def _fingerprint(
     dtype: torch.dtype,
 ) -> tuple[Fingerprint, Mapping[str, torch.Tensor]]:
     """With the tensors that training needs, by digest: an embedding that many examples share is kept once."""
-    inputs = {}
+    inputs: dict[str, torch.Tensor] = {}
     latents, embeddings = [], []
+    name = cache(digest)  # of what is shared, once
     for example in examples:
         tensors = {"personal": _tensors(example.personal), "generic": _tensors(example.generic)}
         z = example.latents.float()
-        latents.append(digest(z))
-        embeddings.append({p: {part: digest(t) for part, t in e.items()} for p, e in tensors.items()})
+        latents.append(name(z))
+        embeddings.append({p: {part: name(t) for part, t in e.items()} for p, e in tensors.items()})
         trained = tensors["personal" if example.kind.endswith("image") else "generic"]
         kept = [z, *trained.values(), *([] if example.mask is None else [example.mask])]
-        inputs.update({digest(t): t.detach().cpu().clone() for t in kept})
-    masks = ["" if example.mask is None else digest(example.mask) for example in examples]
+        inputs |= {name(t): t.detach().cpu().clone() for t in kept if name(t) not in inputs}
+    masks = ["" if example.mask is None else name(example.mask) for example in examples]
     return Fingerprint(
         model=made_by,
         cut=cut,

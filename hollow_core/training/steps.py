@@ -167,14 +167,14 @@ def read_parts(
     together: int = 1,
     snr_gamma: float | None = None,
 ) -> list[Part]:
-    """Records of a store with their weights, in order, in parts of up to so many neighbours whose pictures and prompts
-    are of one size. Raises HollowError as `Store.record` does."""
+    """Records of a store with their weights, in order, in parts of up to so many neighbours whose pictures are of one
+    size, and whose prompts are alike. Raises HollowError as `Store.record` does."""
     read = []
     for index, weight in weighted:
         record = store.record(index)
         read.append((record, store.inputs(record.image), weight, store.mask(record.image)))
     parts = []
-    for _, alike in groupby(read, lambda each: (each[1][0].shape, each[1][1].encoder_hidden_states.shape)):
+    for _, alike in groupby(read, lambda each: (each[1][0].shape, each[1][1].alike)):
         same = list(alike)
         for first in range(0, len(same), together):
             records, inputs, weights, masks = zip(*same[first : first + together], strict=True)

@@ -61,7 +61,7 @@ def two_path_model(
     unet = unet_of(model)
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
         raise HollowError("This MODEL has two paths already. Connect the MODEL as it was before them.")
-    cut = lora.recipe.cut
+    cut = lora.recipe.cut if isinstance(lora.recipe.cut, int) else None
     if cut is not None and not 0 <= cut <= max_cut(unet):
         raise HollowError(
             f"The LoRA was trained with cut {cut}, but this MODEL has cuts from 0 to {max_cut(unet)}. "

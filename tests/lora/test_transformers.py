@@ -11,10 +11,16 @@ from peft.tuners.lora import LoraLayer as PeftLayer
 from tiny_transformers import FAMILY_NAMES, tiny_transformer
 from torch import Tensor
 
+from hollow_core.errors import HollowError
+from hollow_core.lora import dialects
 from hollow_core.lora import file as lora_file
+from hollow_core.lora.delta import LoraLayer
+from hollow_core.lora.dialects import weight_shapes
+from hollow_core.lora.file import config_of, write_dialect
 from hollow_core.lora.layers import add_lora, lora_state, named_lora_parameters, remove_lora
 from hollow_core.lora.metadata import layout_of, recipe_for
-from hollow_core.nets.families import FAMILIES
+from hollow_core.models.layouts import TRANSFORMERS, transformer_config
+from hollow_core.nets.families import FAMILIES, family_of
 from hollow_core.nets.transformer import Transformer
 
 DIALECTS = [(family.name, dialect) for family in FAMILIES.values() for dialect in family.dialects]
@@ -98,3 +104,127 @@ def test_diffusers_takes_every_key_of_what_is_saved(
     }
     assert_same(found, changes(state, 3.0))
     assert all(record.message.startswith("No LoRA keys associated to NoneType") for record in caplog.records)
+
+
+def test_kohyas_flux_names_are_read_by_diffusers() -> None:
+    """Queries, keys and values in one layer, each with ranks of its own: the same ΔW in the converter of diffusers.
+    One that has no LoRA, the feed-forward half of the joined layer, stays as it is."""
+    config = transformer_config("flux") | {"num_layers": 1, "num_single_layers": 1}
+    family, generator = family_of(config["_class_name"]), torch.Generator().manual_seed(0)
+    layers = {
+        module: LoraLayer(torch.randn(2, into, generator=generator), torch.randn(out, 2, generator=generator), 3.0)
+        for module, (out, into) in weight_shapes(config).items()
+        if "blocks.0." in module and module.endswith((*family.attention, "ff.net.2"))
+    }
+    file = dialects.spell(layers, {}, config, "kohya", ldm=False)
+    assert {key.split(".")[0] for key in file} == {
+        "lora_unet_double_blocks_0_img_attn_qkv",
+        "lora_unet_double_blocks_0_img_attn_proj",
+        "lora_unet_double_blocks_0_txt_attn_qkv",
+        "lora_unet_double_blocks_0_txt_attn_proj",
+        "lora_unet_double_blocks_0_img_mlp_2",
+        "lora_unet_single_blocks_0_linear1",
+    }
+    assert len(file["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]) == 6
+    found = diffusers.FluxPipeline.lora_state_dict(dict(file))
+    seen = torch.randn(3072 * 4, 3, generator=generator)
+    for module, layer in layers.items():
+        down, up = (found.pop(f"transformer.{module}.lora_{side}.weight") for side in "AB")
+        given = seen[: down.shape[1]]
+        expected = layer.scale * layer.up @ (layer.down @ given)
+        assert torch.allclose(up @ (down @ given), expected, rtol=1e-3, atol=1e-2), module
+    assert found.keys() == {f"transformer.single_transformer_blocks.0.proj_mlp.lora_{side}.weight" for side in "AB"}
+    assert not found["transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight"].any()
+    again = dialects.parse(file, config)
+    assert again.dialect == "kohya"
+    assert again.layers.keys() == layers.keys()
+    assert all(torch.equal(again.layers[module].up, layer.up) for module, layer in layers.items())
+
+
+def test_a_layer_that_trainers_put_together_is_read_as_its_parts() -> None:
+    """kohya's FLUX and ComfyUI's Z-Image have one LoRA on queries, keys and values: written again it is the same."""
+    config = tiny_transformer("flux").config
+    down, up = torch.randn(4, 16), torch.randn(48, 4)
+    name = "lora_unet_double_blocks_1_txt_attn_qkv"
+    file = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(2.0)}
+    found = dialects.parse(file, config)
+    assert [module.rsplit(".", 1)[1] for module in found.layers] == ["add_q_proj", "add_k_proj", "add_v_proj"]
+    assert torch.equal(torch.cat([layer.up for layer in found.layers.values()]), up)
+    again = dialects.spell(found.layers, {}, config, "kohya", ldm=False)
+    assert again.keys() == file.keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in file.items())
+    z_image = {"diffusion_model.layers.0.attention.qkv.lora_A.weight": down}
+    z_image["diffusion_model.layers.0.attention.qkv.lora_B.weight"] = up
+    found = dialects.parse(z_image, tiny_transformer("z-image").config)
+    assert list(found.layers) == [f"layers.0.attention.{name}" for name in ("to_q", "to_k", "to_v")]
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    network, other = tiny_transformer("krea2"), tiny_transformer("anima")
+    path = tmp_path / "a.safetensors"
+    lora_file.save(path, trained(network), network.config, alpha=3.0, layout="any", recipe=RECIPE)
+    with pytest.raises(HollowError, match=r"another kind of model: diffusion_model\.blocks.* is no layer of Anima"):
+        lora_file.load(path, other.module)
+    wide = {"diffusion_model.blocks.0.attn.wq.lora_A.weight": torch.ones(2, 99)}
+    wide["diffusion_model.blocks.0.attn.wq.lora_B.weight"] = torch.ones(16, 2)
+    with pytest.raises(HollowError, match=r"has shape \(2, 99\), but Krea 2 needs \(2, 16\)"):
+        dialects.parse(wide, network.config)
+    with pytest.raises(HollowError, match=r"holds no LoRA of Krea 2\. Choose a file with diffusion_model\.… keys"):
+        dialects.parse({"x": torch.ones(1)}, network.config)
+    flux = tiny_transformer("flux")
+    sentence = r"FLUX\.1 has no LoRA files in the dialect comfy\. Choose one of diffusers, kohya, peft"
+    with pytest.raises(HollowError, match=sentence):
+        write_dialect(path, dialects.parse(*spelled(flux)), flux.config, {}, dialect="comfy")
+
+
+def spelled(network: Transformer) -> tuple[dict[str, Tensor], Any]:
+    """A LoRA as peft spells it, and what it is for."""
+    return {f"transformer.{key}": matrix for key, matrix in trained(network).items()}, network.config
+
+
+def test_a_dora_is_refused_as_comfyui_and_diffusers_spell_magnitudes_differently(tmp_path: Path) -> None:
+    network = tiny_transformer("flux")
+    lora = dialects.parse(*spelled(network))
+    ones = {module: layer._replace(dora_scale=torch.ones(len(layer.up))) for module, layer in lora.layers.items()}
+    with pytest.raises(HollowError, match=r"A DoRA of FLUX\.1 has no spelling that ComfyUI and diffusers both read"):
+        write_dialect(tmp_path / "a.safetensors", lora._replace(layers=ones), network.config, {})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("metadata", "name"),
+    [
+        ({"ss_base_model_version": "flux1"}, "flux"),
+        ({"ss_base_model_version": "flux.1"}, "flux"),
+        ({"modelspec.architecture": "flux-1-dev/lora"}, "flux"),
+        ({"ss_base_model_version": "zimage"}, "z-image"),
+        ({"modelspec.architecture": "Qwen-Image/lora"}, "qwen-image"),
+        ({"modelspec.architecture": "stable-diffusion-3-5-large/lora"}, "sd3"),
+        ({"modelspec.architecture": "Krea-2/lora"}, "krea2"),
+        ({"ss_base_model_version": "anima"}, "anima"),
+    ],
+)
+def test_the_family_is_told_by_the_metadata(metadata: dict[str, str], name: str) -> None:
+    assert layout_of(metadata) == name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", TRANSFORMERS)
+def test_the_public_model_is_told_by_names_and_shapes(layout: str) -> None:
+    """Of a file that says nothing, in every dialect; another size is asked for."""
+    config = transformer_config(layout)
+    family = family_of(config["_class_name"])
+    ends = (*family.attention, *family.feed_forward)
+    layers = {
+        module: LoraLayer(torch.zeros(1).expand(1, into), torch.zeros(1).expand(out, 1), 1.0)
+        for module, (out, into) in (
+            (m, s) for m, s in weight_shapes(config).items() if "s.1." in m and m.endswith(ends)
+        )
+    }
+    for dialect in family.dialects:
+        file = dialects.spell(layers, {}, config, dialect, ldm=False)
+        shapes = {key: tuple(tensor.shape) for key, tensor in file.items()}
+        assert config_of({}, shapes) == config, dialect
+    wide = dict.fromkeys(shapes, (2, 100))
+    with pytest.raises(HollowError, match="of another size than the public one"):
+        config_of({"modelspec.architecture": f"{family.architecture}/lora"}, wide)

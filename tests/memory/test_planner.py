@@ -387,3 +387,23 @@ def test_the_command_prints_json(
     status, out, err = plan("--budget", "much")
     assert (status, out) == (1, "")
     assert "is no amount of memory" in err
+
+
+def test_patches_are_what_training_and_precomputing_take(sd21: Planner) -> None:
+    """As smaller pictures would; encoding and drawing are of whole ones. Of selective, BP-low alone is on patches."""
+    setting = Setting(3, resolution=512, training=HALF)
+    patches, small = replace(setting, patches=256), replace(setting, resolution=256)
+    for stage in ("precompute", "train"):
+        assert sd21.peak(stage, patches) == sd21.peak(stage, small)
+        assert sd21.peak(stage, patches).total < sd21.peak(stage, setting).total
+    for stage in ("encode", "sample"):
+        assert sd21.peak(stage, patches) == sd21.peak(stage, setting)
+    assert (sd21.store_bytes(patches), sd21.step_flops(patches)) == (sd21.store_bytes(small), sd21.step_flops(small))
+    assert "patches of 256" in str(patches)
+    both = replace(HALF, strategy="selective")
+    selective = replace(setting, training=both)
+    assert sd21.peak("train", replace(patches, training=both)) == sd21.peak("train", selective)
+    assert sd21.store_bytes(replace(patches, training=both)) == sd21.store_bytes(selective)
+    for side, said in {512: "not smaller than a picture of 512×512", 252: "no multiple of 8 pixels"}.items():
+        with pytest.raises(HollowError, match=said):
+            sd21.predict(replace(setting, patches=side))

@@ -88,6 +88,7 @@ class Toy:
     record_dtype = torch.float16
     levels = 1
     usual_cut = 1
+    token_side = None
     within = ("",)
     targets = Targets(("to_q",), ("to_q", "text"))
     kept = ()

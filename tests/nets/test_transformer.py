@@ -6,7 +6,10 @@ import pytest
 import torch
 from tiny_transformers import FAMILY_NAMES, tiny_latents, tiny_prompt, tiny_transformer
 
+from hollow_core.data.patches import Place
+from hollow_core.errors import HollowError
 from hollow_core.lora.layers import add_lora, named_lora_parameters
+from hollow_core.nets.conditioning import Conditioning
 from hollow_core.nets.network import removed_fraction
 
 T = [700]
@@ -106,3 +109,92 @@ def test_gradients_of_kept_blocks_are_the_full_networks_with_the_residual_held_f
     assert any(gradient.abs().max() > 1e-7 for gradient in whole.values())
     for key, matrix in named_lora_parameters(hollowed.module).items():
         torch.testing.assert_close(matrix.grad, whole[key], rtol=1e-3, atol=1e-7)
+
+
+def position_codes(network, place, height, width):
+    """What the network's blocks are given of places, and the embedded image, for latents of zeros: by hooks, as no
+    attribute is common to all."""
+    prompt = tiny_prompt(network)._replace(place=None if place is None else torch.tensor([place]))
+    seen = []
+
+    def codes(tensors):
+        for each in tensors:
+            if isinstance(each, tuple | list):
+                yield from codes(each)
+            elif isinstance(each, torch.Tensor):
+                yield each
+
+    paths = [*network.family.refiners, *(blocks.path for blocks in network.family.blocks)]
+    first = network.module.get_submodule(f"{paths[0]}.0")
+    hook = first.register_forward_pre_hook(
+        lambda _, given, named: seen.extend(codes([*given, *named.values()])), with_kwargs=True
+    )
+    latents = torch.zeros(1, network.family.channels(network.config), height, width)
+    with hook, torch.no_grad():
+        network.predict(latents, T, prompt, {})
+    return seen
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_a_crop_has_the_position_codes_of_its_place_in_the_whole(name):
+    """Of latents of zeros all tokens of the image are alike but for their places."""
+    network, place = tiny_transformer(name), Place(row=1, column=3, rows=6, columns=8)
+    height, width = 3, 2
+    whole = position_codes(network, None, 2 * place.rows, 2 * place.columns)
+    crop = position_codes(network, place, 2 * height, 2 * width)
+    there = torch.arange(place.rows * place.columns).unflatten(0, (place.rows, place.columns))
+    there = there[place.row : place.row + height, place.column : place.column + width].flatten()
+    checked = 0
+    for large, small in zip(whole, crop, strict=True):
+        axis = [n for n, (a, b) in enumerate(zip(large.shape, small.shape, strict=True)) if a != b]
+        if not axis:
+            torch.testing.assert_close(small, large)
+            continue
+        (axis,) = axis
+        first = 5 if name == "krea2" else 0  # text comes first
+        first += 5 if name == "flux" and large.dim() == 2 else 0
+        expected = large.index_select(axis, there + first)
+        torch.testing.assert_close(small.narrow(axis, first, height * width), expected, msg=lambda m: f"{name}: {m}")
+        checked += 1
+    assert checked
+    elsewhere = position_codes(network, place._replace(row=0), 2 * height, 2 * width)
+    assert any(not torch.equal(a, b) for a, b in zip(crop, elsewhere, strict=True))
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_a_crop_as_large_as_the_whole_is_the_whole(name):
+    network = tiny_transformer(name)
+    noisy, prompt = tiny_latents(network), tiny_prompt(network)
+    height, width = (side // 2 for side in noisy.shape[-2:])
+    with torch.no_grad():
+        expected = network.predict(noisy, T, prompt, {})
+        placed = prompt._replace(place=torch.tensor([Place(0, 0, height, width)]))
+        assert torch.equal(network.predict(noisy, T, placed, {}), expected)
+        moved = prompt._replace(place=torch.tensor([Place(0, 1, height + 5, width + 3)]))
+        hears = name != "anima"  # of the image alone, and of it only how far tokens are from each other
+        assert torch.allclose(network.predict(noisy, T, moved, {}), expected, atol=1e-4) != hears
+        assert torch.equal(network.predict(noisy, T, prompt, {}), expected)  # nothing stays behind
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_crops_are_hollowed_as_wholes_are_with_checkpointing(name):
+    network = tiny_transformer(name)
+    noisy, prompt = tiny_latents(network), tiny_prompt(network)._replace(place=torch.tensor([Place(1, 2, 7, 8)]))
+    full = network.predict(noisy, T, prompt, {})
+    stored = network.base((1, 1))(noisy, T, prompt)
+    hollowed = network.hollow((1, 1), T)
+    add_lora(hollowed.module, 2, targets=("to_q",), generator=torch.Generator().manual_seed(0), within=network.within)
+    hollowed.checkpoint(None)
+    again = hollowed.predict(noisy, T, prompt, stored)
+    torch.testing.assert_close(again, full, rtol=1e-4, atol=1e-5)
+    again.square().mean().backward()
+    assert all(matrix.grad is not None for matrix in named_lora_parameters(hollowed.module).values())
+
+
+def test_crops_of_other_places_do_not_pass_together():
+    network = tiny_transformer("flux")
+    noisy, prompt = tiny_latents(network), tiny_prompt(network)
+    places = [prompt._replace(place=torch.tensor([Place(row, 0, 8, 8)])) for row in (0, 1)]
+    assert len({each.alike for each in [*places, *places, prompt]}) == 3
+    with pytest.raises(HollowError, match="different places"):
+        network.predict(torch.cat([noisy] * 2), T * 2, Conditioning.batch(places), {})

@@ -25,6 +25,11 @@ def layout_config(name: str) -> dict[str, Any]:
     return read_json(FOLDER / name / "unet" / "config.json")
 
 
+def transformer_config(name: str) -> dict[str, Any]:
+    """The config of the network of one of TRANSFORMERS, as diffusers writes it."""
+    return read_json(FOLDER / name / "transformer" / "config.json")
+
+
 def layout_name(config: Mapping[str, Any]) -> str:
     """The family of a U-Net config: "sdxl" by its size conditioning, "sd15", "sd21" by their text width."""
     if config.get("addition_embed_type") == "text_time":

@@ -1,25 +1,46 @@
 """Anima and Cosmos Predict 2: the image alone passes the blocks, and hears the text by cross-attention."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .family import Blocks, Family, renamed
+from .family import Blocks, Family, of_crop, renamed, with_method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...data.patches import Place
     from ..conditioning import Conditioning
 
 
-def _called(network: Any) -> Any:
+def _called(network: Any, place: "Place | None") -> Any:
     """A padding mask, which for a picture is all zeros, diffusers resizes by torchvision; as a condition mask it is
-    handed in whole."""
-    if not network.config.concat_padding_mask:
-        return network
-    view = copy.copy(network)
-    view.register_to_config(concat_padding_mask=False)
+    handed in whole. Codes are those of a whole picture."""
+    view = network
+    if network.config.concat_padding_mask:
+        view = copy.copy(network)
+        view.register_to_config(concat_padding_mask=False)
+    if place is None:
+        return view
+    view = with_method(view, "rope", "forward", _cropped(network.rope, place))
+    if network.config.extra_pos_embed_type:
+        view = with_method(view, "learnable_pos_embed", "forward", _cropped(network.learnable_pos_embed, place))
     return view
+
+
+def _cropped(codes: Any, place: "Place") -> Callable[..., Any]:
+    """What gives, of the codes for a whole, those for a crop."""
+    _, rows, columns = codes.patch_size
+
+    def forward(latents: "Tensor", **more: Any) -> Any:
+        size = latents.shape[-2] // rows, latents.shape[-1] // columns
+        whole = latents.new_empty(*latents.shape[:-2], place.rows * rows, place.columns * columns)
+        found = codes(whole, **more)
+        if isinstance(found, tuple):
+            return tuple(of_crop(each, place, size) for each in found)
+        return of_crop(found, place, size)
+
+    return forward
 
 
 def _arguments(

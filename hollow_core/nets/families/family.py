@@ -1,5 +1,6 @@
 """What Hollow knows of a family of transformers: facts, and two functions that speak its language. Needs no torch."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...data.patches import Place
     from ..conditioning import Conditioning
 
 Streams = Literal["image", "two", "image first", "text first"]
@@ -90,8 +92,9 @@ class Family:
     """What the network sees of a prompt: (family, the pipeline's parts, prompt, device, tokens at most)."""
     guided: "Callable[[Tensor, Tensor, float], Tensor]" = lambda seen, unseen, scale: unseen + scale * (seen - unseen)
     """Classifier-free guidance: (velocity for the prompt, for the negative one, scale) → velocity."""
-    called: Callable[[Any], Any] = lambda network: network
-    """What is called in a network's place: a view of it, where it cannot be called as it is."""
+    called: "Callable[[Any, Place | None], Any]" = lambda network, place: network
+    """What is called in a network's place: a view of it, where it cannot be called as it is, or where it would not know
+    the place of a crop."""
     arguments: "Callable[[Mapping[str, Any], Tensor, Tensor, Conditioning], dict[str, Any]]" = lambda *_: {}
     """Of the network's forward: (config, latents (batch, channels, height, width), σ (batch,), prompt) → by name."""
     velocity: "Callable[[Mapping[str, Any], Any, tuple[int, int]], Tensor]" = lambda _, out, size: out
@@ -140,10 +143,29 @@ def unpacked(tokens: "Tensor", size: tuple[int, int]) -> "Tensor":
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-def grid_ids(latents: "Tensor") -> "Tensor":
-    """(height/2 · width/2, 3): the place of each patch, as (0, row, column)."""
+def grid_ids(latents: "Tensor", place: "Place | None") -> "Tensor":
+    """(height/2 · width/2, 3): where each patch is, as (0, row, column), in the whole of which they are a crop."""
     import torch
 
-    rows, columns = (torch.arange(side // 2, device=latents.device) for side in latents.shape[-2:])
+    first = (0, 0) if place is None else (place.row, place.column)
+    rows, columns = (
+        torch.arange(start, start + side // 2, device=latents.device)
+        for start, side in zip(first, latents.shape[-2:], strict=True)
+    )
     places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
     return torch.nn.functional.pad(places, (1, 0)).float()
+
+
+def of_crop(codes: "Tensor", place: "Place", size: tuple[int, int]) -> "Tensor":
+    """Of position codes of a whole (…, rows · columns, width), those of a crop of height × width tokens."""
+    height, width = size
+    grid = codes.unflatten(-2, (place.rows, place.columns))
+    return grid[..., place.row : place.row + height, place.column : place.column + width, :].flatten(-3, -2)
+
+
+def with_method(network: Any, name: str, method: str, instead: Callable[..., Any]) -> Any:
+    """A view of a network, whose module of this name has another method; the network itself stays as it is."""
+    view, module = copy.copy(network), copy.copy(getattr(network, name))
+    setattr(module, method, instead)
+    view._modules = {**network._modules, name: module}
+    return view

@@ -20,7 +20,7 @@ def _arguments(
         "encoder_hidden_states": prompt.encoder_hidden_states,
         "pooled_projections": prompt.text_embeds,
         "timestep": sigmas,
-        "img_ids": grid_ids(latents),
+        "img_ids": grid_ids(latents, prompt.crop),
         "txt_ids": sigmas.new_zeros(prompt.encoder_hidden_states.shape[1], 3),
         "guidance": told if config["guidance_embeds"] else None,
     }

@@ -21,7 +21,7 @@ def _arguments(
         "hidden_states": packed(latents),
         "encoder_hidden_states": text,
         "timestep": sigmas,
-        "position_ids": torch.cat([sigmas.new_zeros(text.shape[1], 3), grid_ids(latents)]),
+        "position_ids": torch.cat([sigmas.new_zeros(text.shape[1], 3), grid_ids(latents, prompt.crop)]),
     }
 
 

@@ -3,12 +3,25 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .family import Blocks, Family, packed, unpacked
+from .family import Blocks, Family, of_crop, packed, unpacked, with_method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...data.patches import Place
     from ..conditioning import Conditioning
+
+
+def _called(network: Any, place: "Place | None") -> Any:
+    """Places are counted from the middle of the whole, and those of the text behind it."""
+    if place is None:
+        return network
+
+    def forward(shapes: Any, **more: Any) -> "tuple[Tensor, Tensor]":
+        image, text = network.pos_embed([[(1, place.rows, place.columns)]], **more)
+        return of_crop(image, place, shapes[0][0][1:]), text
+
+    return with_method(network, "pos_embed", "forward", forward)
 
 
 def _arguments(
@@ -49,6 +62,7 @@ QWEN_IMAGE = Family(
     encoded=("prompt", "mask"),
     guided=_guided,
     source="diffusers 0.42, QwenImageTransformer2DModel and QwenImagePipeline",
+    called=_called,
     arguments=_arguments,
     velocity=lambda config, out, size: unpacked(out, size),
     channels=lambda config: config["in_channels"] // 4,

@@ -3,12 +3,26 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .family import Blocks, Family, renamed
+from .family import Blocks, Family, of_crop, renamed, with_method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...data.patches import Place
     from ..conditioning import Conditioning
+
+
+def _called(network: Any, place: "Place | None") -> Any:
+    """Codes are cut from the middle of a table, as large as the whole is."""
+    if place is None:
+        return network
+    embed, side = network.pos_embed, network.pos_embed.patch_size
+
+    def cropped(height: int, width: int) -> "Tensor":
+        whole = embed.cropped_pos_embed(place.rows * side, place.columns * side)
+        return of_crop(whole, place, (height // side, width // side))
+
+    return with_method(network, "pos_embed", "cropped_pos_embed", cropped)
 
 
 def _arguments(
@@ -64,6 +78,7 @@ SD3 = Family(
     encoding={"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False},
     encoded=("prompt", "negative prompt", "pooled"),
     source="diffusers 0.42, SD3Transformer2DModel and StableDiffusion3Pipeline",
+    called=_called,
     arguments=_arguments,
     pooled_width=lambda config: config["pooled_projection_dim"],
 )

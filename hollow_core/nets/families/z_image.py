@@ -1,5 +1,6 @@
 """Z-Image: image and text in one sequence, behind a refiner of each; predicts x₀ − ε at the time 1 − σ."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,28 @@ from .family import Blocks, Family, renamed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...data.patches import Place
     from ..conditioning import Conditioning
+
+
+def _called(network: Any, place: "Place | None") -> Any:
+    """Image tokens are counted from 0 on; those that fill up their number have no place."""
+    if place is None:
+        return network
+
+    def patchify_and_embed(*given: Any) -> tuple[Any, ...]:
+        import torch
+
+        images, texts, sizes, image_ids, text_ids, image_pads, text_pads = network.patchify_and_embed(*given)
+        moved = [
+            torch.stack([ids[:, 0], ids[:, 1] + place.row * ~pads, ids[:, 2] + place.column * ~pads], dim=1)
+            for ids, pads in zip(image_ids, image_pads, strict=True)
+        ]
+        return images, texts, sizes, moved, text_ids, image_pads, text_pads
+
+    view = copy.copy(network)
+    view.patchify_and_embed = patchify_and_embed
+    return view
 
 
 def _arguments(
@@ -53,6 +75,7 @@ Z_IMAGE = Family(
     guidance=6.0,  # ZImagePipeline's 5, which it adds to 1
     encoding={"do_classifier_free_guidance": False},
     source="diffusers 0.42, ZImageTransformer2DModel and ZImagePipeline",
+    called=_called,
     arguments=_arguments,
     velocity=_velocity,
     width=lambda config: config["dim"],
