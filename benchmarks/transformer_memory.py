@@ -64,9 +64,8 @@ def usual(known: str = "") -> tuple[Row, ...]:
 
 
 BLOCKS = (19, 9)
-"""Of FLUX.1's 57 blocks: all that are double, which are large, and of the back so many that half is out. Which the
-paper
-took out it does not say; its figures ask for more than half of the parameters."""
+"""Of FLUX.1's 57 blocks: all that are double, which are large, and of the back so many that half is out. The paper
+does not say which it took out; its figures ask for more than half of the parameters."""
 
 PATCHES = 256
 """Side of the paper's patches of 512 pixels."""

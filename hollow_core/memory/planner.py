@@ -229,7 +229,7 @@ class Planner:
         setting = replace(setting, own_class_images=0)
         if stage == "encode":
             setting = replace(setting, cut=None, class_images=min(setting.class_images, training.together))
-            if not setting.class_images:  # without the U-Net
+            if not setting.class_images and not self._known.large_encoders:  # nothing is quantised, then
                 setting = replace(setting, base_bits=None)
         else:  # without class pictures
             setting = replace(setting, class_images=0)
