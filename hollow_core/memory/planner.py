@@ -163,8 +163,8 @@ class Planner:
         streamed = [_but(resident[-1], fixed, streaming=True)]
         cuts = (None, *self.cuts()) if cuts is None else cuts
         for ways, cut in product((resident, streamed), cuts):
-            settings = [replace(way, cut=cut) for way in ways]
-            if not self._fits(self.eased(settings[-1], budget, fixed), budget):  # the smallest of them
+            settings = [each for way in ways if self._weights(each := replace(way, cut=cut)) <= budget]
+            if not settings or not self._fits(self.eased(settings[-1], budget, fixed), budget):  # the smallest of them
                 continue
             for tried in (self.eased(setting, budget, fixed) for setting in settings):
                 if self._fits(tried, budget):
@@ -208,6 +208,14 @@ class Planner:
 
     def _fits(self, setting: Setting, budget: int) -> bool:
         return all(self._run(stage, setting)[0].total <= budget for stage in self.road)
+
+    def _weights(self, setting: Setting) -> int:
+        """Bytes of those that training has on the device, at least: what needs no dry run to be too much."""
+        if setting.streaming:
+            return 0
+        bits = setting.base_bits or 8 * DTYPES[setting.training.precision].itemsize
+        left = 1.0 if setting.cut is None else 1 - removed_fraction(self.network, setting.cut)
+        return round(left * sum(each.numel() for each in self.network.module.parameters()) * bits / 8)
 
     def _bytes(self, setting: Setting) -> int:
         return max(self._run(stage, setting)[0].total for stage in self.road)
