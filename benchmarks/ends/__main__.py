@@ -31,15 +31,15 @@ from hollow_core.models.transformer_model import TransformerModel
 from hollow_core.nets.network import Cut, at_cut, removed_fraction
 from hollow_core.nets.transformer import Transformer
 from hollow_core.request import Request, make_examples
-from hollow_core.sampling.prior import class_latents
-from hollow_core.training.precompute import model_id, precompute
+from hollow_core.training.precompute import precompute
 from hollow_core.training.train import train
 
 from .networks import MiddleOut, MiddleResidual, TwoPaths, WithoutResidual
 
 DEMO = run.TRANSFORMER_DEMO
 SAMPLING = replace(DEMO.sampling, steps=20, together=len(held_out.SCENES))
-TOLERANCE = 0.02
+SAMPLES = 160
+TRAINING = replace(DEMO.settings, steps=240, learning_rate=4e-3, save_every=0)
 
 ONE, TWO = "one path", "two paths"
 
@@ -84,20 +84,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     everyone = range(len(world.HELD_OUT))
     parser.add_argument("--out", type=Path, default=Path("hollow-ends"), help="folder for the results")
     parser.add_argument("--subjects", type=int, nargs="+", default=everyone, choices=everyone, help="which to train")
+    parser.add_argument("--ways", nargs="+", default=[way.name for way in WAYS], help="which (default all)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each")
     parser.add_argument("--only", choices=("splits", "ways"), default="ways", help="the choice, or the comparison")
     parser.add_argument("--quick", action="store_true", help="one subject and seed and few steps: whether it runs")
     parser.add_argument("--report", action="store_true", help="train nothing: write what is there")
     options = parser.parse_args(arguments)
-    options.training = replace(DEMO.settings, steps=10, save_every=0) if options.quick else DEMO.settings
+    options.training = replace(TRAINING, steps=10) if options.quick else TRAINING
     options.sampling = replace(SAMPLING, steps=2) if options.quick else SAMPLING
-    options.samples, options.class_images = (20, 2) if options.quick else (run.SAMPLES, run.CLASS_IMAGES)
+    options.samples = 20 if options.quick else SAMPLES
     subjects, seeds = ([0], range(1)) if options.quick else (options.subjects, range(options.seeds))
     if options.only == "splits":
         splits(options, [0] if options.quick else range(LEARNERS))
         return
     if not options.report:
-        for seed, way, number in product(seeds, WAYS, subjects):
+        for seed, way, number in product(seeds, [way for way in WAYS if way.name in options.ways], subjects):
             measured(options, way, number, seed)
     write(options, everyone, range(options.seeds))
 
@@ -118,9 +119,7 @@ def measured(options: argparse.Namespace, way: Way, number: int, seed: int, *, j
     folder = _folder(options, way, number, seed, judged=judged)
     subject = world.HELD_OUT[number] if judged else learner(number)
     is_new, started = not (folder / "row.json").exists(), time.monotonic()
-    row: dict[str, Any] = held_out.kept(
-        folder / "row.json", partial(_measure, options, way, subject, seed, folder, folder.parent / "class")
-    )
+    row: dict[str, Any] = held_out.kept(folder / "row.json", partial(_measure, options, way, subject, seed, folder))
     if is_new:
         print(f"subject {number}, seed {seed}, {way.name}: {row} {time.monotonic() - started:.0f} s", flush=True)
     return row
@@ -138,11 +137,11 @@ def learner(number: int) -> world.Subject:
 
 
 def _measure(
-    options: argparse.Namespace, way: Way, subject: world.Subject, seed: int, folder: Path, of_class: Path
+    options: argparse.Namespace, way: Way, subject: world.Subject, seed: int, folder: Path
 ) -> dict[str, dict[str, float]]:
     base, training = run.model(DEMO), replace(options.training, save_every=0, seed=seed)
     whole = way.kind(base.network.module)
-    examples = _examples(options, base, subject, folder, of_class, seed)
+    examples = _examples(options, base, subject, folder)
     store = precompute(
         whole,
         base.schedule,
@@ -190,17 +189,11 @@ class _OnTwoPaths(TransformerModel):
         return self.on_two_paths
 
 
-def _examples(
-    options: argparse.Namespace, base: Any, subject: world.Subject, folder: Path, of_class: Path, seed: int
-) -> list[Any]:
+def _examples(options: argparse.Namespace, base: Any, subject: world.Subject, folder: Path) -> list[Any]:
+    """The subject's pictures alone, none of its class: a step has half of the records then."""
     images = held_out.references(folder / "references", subject)
-    request = Request(
-        images, subject.kind, run.IDENTIFIER, Setting(None, samples=options.samples, class_images=options.class_images)
-    )
-    made_by = model_id(base.network)
-    return make_examples(
-        base, request, class_latents(base, request.drawn, of_class, made_by=made_by, seed=seed, together=8)
-    )
+    request = Request(images, subject.kind, run.IDENTIFIER, Setting(None, samples=options.samples))
+    return make_examples(base, request, [])
 
 
 def write(options: argparse.Namespace, subjects: Sequence[int], seeds: Sequence[int]) -> None:
