@@ -16,7 +16,7 @@ import torch
 
 from hollow_core.memory.planner import GIB, Planner
 from hollow_core.memory.setting import Setting
-from hollow_core.nets.network import cut_in_words
+from hollow_core.nets.network import at_cut, cut_in_words
 from hollow_core.training.settings import TrainSettings
 
 RESULTS = Path(__file__).parent / "results" / "TRANSFORMERS-MEMORY.md"
@@ -128,7 +128,10 @@ def table(model: Model) -> list[str]:
     lines = ["", _line(columns), "|---" * len(columns) + "|"]
     for row in model.rows:
         cut = planner.network.nearest_cut(row.out) if isinstance(row.out, float) else row.out
-        setting = replace(row.setting, cut=cut, resolution=row.setting.resolution or model.resolution)
+        targets = at_cut(planner.network, cut, None).targets.attention
+        training = replace(row.setting.training, targets=targets)
+        side = row.setting.resolution or model.resolution
+        setting = replace(row.setting, cut=cut, resolution=side, training=training)
         peaks = [planner.peak(stage, setting) for stage in STAGES]
         cells = [row.name, "" if cut is None else cut_in_words(cut)]
         cells += [f"{peak.total / GIB:.2f}" for peak in peaks]

@@ -103,7 +103,14 @@ def _sample(model: Model, setting: Setting) -> tuple[Peak, int]:
     prompt = personal_prompt("sks", "dog")
     recipe = recipe_for(setting.cut, "sks", "dog", model.schedule.prediction.name)
     network, loaded = at_cut(model.network, setting.cut, None), _loaded(model)
-    add_lora(network.module, training.rank, targets=training.targets, dora=training.dora, generator=torch.Generator())
+    add_lora(
+        network.module,
+        training.rank,
+        targets=training.targets,
+        within=network.within,
+        dora=training.dora,
+        generator=torch.Generator(),
+    )
     assert model.vae is not None
     with DryRun() as prompts:
         _hold(prompts, *model.text_encoders)
