@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import torch
 from PIL import Image
 
 from benchmarks import held_out
@@ -32,6 +34,8 @@ from hollow_core.nets.network import Cut, at_cut, removed_fraction
 from hollow_core.nets.transformer import Transformer
 from hollow_core.request import Request, make_examples
 from hollow_core.training.precompute import precompute
+from hollow_core.training.steps import part_loss, read_parts
+from hollow_core.training.store import Store
 from hollow_core.training.train import train
 
 from .networks import MiddleOut, MiddleResidual, TwoPaths, WithoutResidual
@@ -153,8 +157,10 @@ def _measure(
         together=8,
         made_by="",
     )
-    result = train(at_cut(whole, way.cut, None), base.schedule, store, training, folder=folder)
-    shutil.rmtree(folder / "store")
+    hollowed = at_cut(whole, way.cut, None)
+    before = _loss(hollowed, base, store)
+    result = train(hollowed, base.schedule, store, training, folder=folder)
+    losses = {"base": before, "as trained": _loss(hollowed, base, store)}
     if result.stopped != "finished":
         raise RuntimeError(f"{folder} ended with a {result.stopped} after {result.steps} steps.")
     rows = {}
@@ -163,10 +169,23 @@ def _measure(
         if use == TWO:
             model = _on_two_paths(model, way, subject)
         load_lora_state(model.network.module, result.state, training.lora_alpha)
+        losses[use] = _loss(model.network, base, store)
         drawn = run.draw(model, run.called(subject), held_out.SCENES, options.sampling)
-        rows[use] = held_out.judged(drawn, subject)
+        rows[use] = held_out.judged(drawn, subject) | {"losses": losses}
         write_png(folder / f"{use}.png", grid.grid([grid.Row(way.name, drawn[:: held_out.SEEDS_A_SCENE])], cell=64))
+    shutil.rmtree(folder / "store")
     return rows
+
+
+@torch.no_grad()
+def _loss(network: Transformer, base: TransformerModel, store: Store) -> float:
+    """Of every fourth record: of a hollowed network with what is stored, of a whole one without."""
+    records = range(0, len(store.records), 4)
+    found = []
+    for index in records:
+        (part,) = read_parts(store, base.schedule, [(index, 1 / len(records))])
+        found.append(part_loss(network, part if network.cut else part._replace(stored={})))
+    return round(torch.stack(found).sum().item(), 4)
 
 
 def _on_two_paths(model: TransformerModel, way: Way, subject: world.Subject) -> TransformerModel:
@@ -220,7 +239,10 @@ def write(options: argparse.Namespace, subjects: Sequence[int], seeds: Sequence[
         theirs = rows[PLAIN, ONE]
         over = Figure.of({key: row["subject"] - theirs[key]["subject"] for key, row in of_way.items() if key in theirs})
         gone = "" if way.cut is None else f"{100 * removed_fraction(way.kind(network.module), way.cut):.0f} %"
+        losses = [row["losses"] for row in of_way.values() if "losses" in row]
+        learned = [mean(each[where] / each["base"] for each in losses) for where in ("as trained", use) if losses]
         cells = [_called(way, use), _out(way), plain(subject), signed(over), plain(scene), gone]
+        cells += [f"{100 * each:.0f} %" for each in learned] or ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
     write_png(options.out / "ends.png", grid.grid(sheet, cell=256))
     text = "\n".join(lines)
