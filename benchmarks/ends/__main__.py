@@ -79,7 +79,7 @@ WAYS = [
 
 BLOCKS = 12
 SPLITS = [Way(f"{n},{k - n}", (n, k - n)) for k in (4, 6) for n in range(k + 1)]
-LEARNERS = 2
+LEARNERS = (1, 2)
 """Subjects on which the splits are chosen."""
 
 
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.samples = 20 if options.quick else SAMPLES
     subjects, seeds = ([0], range(1)) if options.quick else (options.subjects, range(options.seeds))
     if options.only == "splits":
-        splits(options, [0] if options.quick else range(LEARNERS))
+        splits(options, LEARNERS[:1] if options.quick else LEARNERS)
         return
     if not options.report:
         for seed, way, number in product(seeds, [way for way in WAYS if way.name in options.ways], subjects):
