@@ -28,8 +28,8 @@ from hollow_core.lora import file as lora_file
 from hollow_core.memory.planner import GIB, STAGES, Planner
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel, outline
-from hollow_core.models.model import Model
 from hollow_core.models.layouts import LAYOUTS
+from hollow_core.models.model import Model
 from hollow_core.progress import Progress
 from hollow_core.road import Request, personalize
 from hollow_core.sampling.sample import SampleSettings, sample

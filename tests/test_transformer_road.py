@@ -71,6 +71,25 @@ def test_from_pictures_to_a_lora_stopped_or_not(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_patches_of_every_family(name: str, transformer_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Of the class, too; each is told its place."""
+    request = ask(tmp_path / "photos", name, patches=64, class_images=1)
+    done = personalize(lambda: load(transformer_folder(name)), request, tmp_path / "run")
+    assert done.file is not None
+    assert {record.kind for record in done.store.records} == {"image", "prior"}
+    for record in done.store.records:
+        latents, prompt = done.store.inputs(record.image)
+        assert latents.shape[-2:] == (8, 8)
+        assert prompt.crop is not None
+        assert (
+            prompt.crop.rows
+            == prompt.crop.columns
+            == int(128 / (64 + round(record.timestep / 1000 * 16) * 4) * 4 + 0.5)
+        )
+
+
+@pytest.mark.slow
 def test_class_pictures_are_drawn_by_the_transformer(transformer_folder: Callable[[str], Path], tmp_path: Path) -> None:
     request = ask(tmp_path / "photos", "z-image", class_images=2)
     done = personalize(lambda: load(transformer_folder("z-image")), request, tmp_path / "run")

@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import torch
 from PIL import Image
 
 from benchmarks import held_out
@@ -31,15 +33,17 @@ from hollow_core.models.transformer_model import TransformerModel
 from hollow_core.nets.network import Cut, at_cut, removed_fraction
 from hollow_core.nets.transformer import Transformer
 from hollow_core.request import Request, make_examples
-from hollow_core.sampling.prior import class_latents
-from hollow_core.training.precompute import model_id, precompute
+from hollow_core.training.precompute import precompute
+from hollow_core.training.steps import part_loss, read_parts
+from hollow_core.training.store import Store
 from hollow_core.training.train import train
 
 from .networks import MiddleOut, MiddleResidual, TwoPaths, WithoutResidual
 
 DEMO = run.TRANSFORMER_DEMO
 SAMPLING = replace(DEMO.sampling, steps=20, together=len(held_out.SCENES))
-TOLERANCE = 0.02
+SAMPLES = 160
+TRAINING = replace(DEMO.settings, steps=240, learning_rate=4e-3, save_every=0)
 
 ONE, TWO = "one path", "two paths"
 
@@ -75,7 +79,7 @@ WAYS = [
 
 BLOCKS = 12
 SPLITS = [Way(f"{n},{k - n}", (n, k - n)) for k in (4, 6) for n in range(k + 1)]
-LEARNERS = 2
+LEARNERS = (1, 2)
 """Subjects on which the splits are chosen."""
 
 
@@ -84,20 +88,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     everyone = range(len(world.HELD_OUT))
     parser.add_argument("--out", type=Path, default=Path("hollow-ends"), help="folder for the results")
     parser.add_argument("--subjects", type=int, nargs="+", default=everyone, choices=everyone, help="which to train")
+    parser.add_argument("--ways", nargs="+", default=[way.name for way in WAYS], help="which (default all)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each")
     parser.add_argument("--only", choices=("splits", "ways"), default="ways", help="the choice, or the comparison")
     parser.add_argument("--quick", action="store_true", help="one subject and seed and few steps: whether it runs")
     parser.add_argument("--report", action="store_true", help="train nothing: write what is there")
     options = parser.parse_args(arguments)
-    options.training = replace(DEMO.settings, steps=10, save_every=0) if options.quick else DEMO.settings
+    options.training = replace(TRAINING, steps=10) if options.quick else TRAINING
     options.sampling = replace(SAMPLING, steps=2) if options.quick else SAMPLING
-    options.samples, options.class_images = (20, 2) if options.quick else (run.SAMPLES, run.CLASS_IMAGES)
+    options.samples = 20 if options.quick else SAMPLES
     subjects, seeds = ([0], range(1)) if options.quick else (options.subjects, range(options.seeds))
     if options.only == "splits":
-        splits(options, [0] if options.quick else range(LEARNERS))
+        splits(options, LEARNERS[:1] if options.quick else LEARNERS)
         return
     if not options.report:
-        for seed, way, number in product(seeds, WAYS, subjects):
+        for seed, way, number in product(seeds, [way for way in WAYS if way.name in options.ways], subjects):
             measured(options, way, number, seed)
     write(options, everyone, range(options.seeds))
 
@@ -118,9 +123,7 @@ def measured(options: argparse.Namespace, way: Way, number: int, seed: int, *, j
     folder = _folder(options, way, number, seed, judged=judged)
     subject = world.HELD_OUT[number] if judged else learner(number)
     is_new, started = not (folder / "row.json").exists(), time.monotonic()
-    row: dict[str, Any] = held_out.kept(
-        folder / "row.json", partial(_measure, options, way, subject, seed, folder, folder.parent / "class")
-    )
+    row: dict[str, Any] = held_out.kept(folder / "row.json", partial(_measure, options, way, subject, seed, folder))
     if is_new:
         print(f"subject {number}, seed {seed}, {way.name}: {row} {time.monotonic() - started:.0f} s", flush=True)
     return row
@@ -138,11 +141,11 @@ def learner(number: int) -> world.Subject:
 
 
 def _measure(
-    options: argparse.Namespace, way: Way, subject: world.Subject, seed: int, folder: Path, of_class: Path
+    options: argparse.Namespace, way: Way, subject: world.Subject, seed: int, folder: Path
 ) -> dict[str, dict[str, float]]:
     base, training = run.model(DEMO), replace(options.training, save_every=0, seed=seed)
     whole = way.kind(base.network.module)
-    examples = _examples(options, base, subject, folder, of_class, seed)
+    examples = _examples(options, base, subject, folder)
     store = precompute(
         whole,
         base.schedule,
@@ -154,8 +157,10 @@ def _measure(
         together=8,
         made_by="",
     )
-    result = train(at_cut(whole, way.cut, None), base.schedule, store, training, folder=folder)
-    shutil.rmtree(folder / "store")
+    hollowed = at_cut(whole, way.cut, None)
+    before = _loss(hollowed, base, store)
+    result = train(hollowed, base.schedule, store, training, folder=folder)
+    losses = {"base": before, "as trained": _loss(hollowed, base, store)}
     if result.stopped != "finished":
         raise RuntimeError(f"{folder} ended with a {result.stopped} after {result.steps} steps.")
     rows = {}
@@ -164,10 +169,23 @@ def _measure(
         if use == TWO:
             model = _on_two_paths(model, way, subject)
         load_lora_state(model.network.module, result.state, training.lora_alpha)
+        losses[use] = _loss(model.network, base, store)
         drawn = run.draw(model, run.called(subject), held_out.SCENES, options.sampling)
-        rows[use] = held_out.judged(drawn, subject)
+        rows[use] = held_out.judged(drawn, subject) | {"losses": losses}
         write_png(folder / f"{use}.png", grid.grid([grid.Row(way.name, drawn[:: held_out.SEEDS_A_SCENE])], cell=64))
+    shutil.rmtree(folder / "store")
     return rows
+
+
+@torch.no_grad()
+def _loss(network: Transformer, base: TransformerModel, store: Store) -> float:
+    """Of every fourth record: of a hollowed network with what is stored, of a whole one without."""
+    records = range(0, len(store.records), 4)
+    found = []
+    for index in records:
+        (part,) = read_parts(store, base.schedule, [(index, 1 / len(records))])
+        found.append(part_loss(network, part if network.cut else part._replace(stored={})))
+    return round(torch.stack(found).sum().item(), 4)
 
 
 def _on_two_paths(model: TransformerModel, way: Way, subject: world.Subject) -> TransformerModel:
@@ -190,17 +208,11 @@ class _OnTwoPaths(TransformerModel):
         return self.on_two_paths
 
 
-def _examples(
-    options: argparse.Namespace, base: Any, subject: world.Subject, folder: Path, of_class: Path, seed: int
-) -> list[Any]:
+def _examples(options: argparse.Namespace, base: Any, subject: world.Subject, folder: Path) -> list[Any]:
+    """The subject's pictures alone, none of its class: a step has half of the records then."""
     images = held_out.references(folder / "references", subject)
-    request = Request(
-        images, subject.kind, run.IDENTIFIER, Setting(None, samples=options.samples, class_images=options.class_images)
-    )
-    made_by = model_id(base.network)
-    return make_examples(
-        base, request, class_latents(base, request.drawn, of_class, made_by=made_by, seed=seed, together=8)
-    )
+    request = Request(images, subject.kind, run.IDENTIFIER, Setting(None, samples=options.samples))
+    return make_examples(base, request, [])
 
 
 def write(options: argparse.Namespace, subjects: Sequence[int], seeds: Sequence[int]) -> None:
@@ -227,7 +239,10 @@ def write(options: argparse.Namespace, subjects: Sequence[int], seeds: Sequence[
         theirs = rows[PLAIN, ONE]
         over = Figure.of({key: row["subject"] - theirs[key]["subject"] for key, row in of_way.items() if key in theirs})
         gone = "" if way.cut is None else f"{100 * removed_fraction(way.kind(network.module), way.cut):.0f} %"
+        losses = [row["losses"] for row in of_way.values() if "losses" in row]
+        learned = [mean(each[where] / each["base"] for each in losses) for where in ("as trained", use) if losses]
         cells = [_called(way, use), _out(way), plain(subject), signed(over), plain(scene), gone]
+        cells += [f"{100 * each:.0f} %" for each in learned] or ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
     write_png(options.out / "ends.png", grid.grid(sheet, cell=256))
     text = "\n".join(lines)

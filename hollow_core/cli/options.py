@@ -251,10 +251,13 @@ def setting_of(
 ) -> "Setting":
     """What the options say of a network; `training` are those that `TrainSettings` calls by the same name."""
     from ..memory.setting import Setting
+    from ..nets.network import at_cut
     from ..training.settings import TrainSettings
 
+    hollowed = network.usual_cut if cut is None else cut_of(cut, network)
+    targets = at_cut(network, hollowed, None).targets
     return Setting(
-        cut=network.usual_cut if cut is None else cut_of(cut, network),
+        cut=hollowed,
         resolution=resolution,
         samples=samples,
         class_images=class_images,
@@ -266,7 +269,7 @@ def setting_of(
         timestep_sampling=None if timestep_sampling is None else timestep_sampling.value,
         patches=patches,
         training=TrainSettings(
-            targets=network.targets.attention if layers is Layers.attention else network.targets.all,
+            targets=targets.attention if layers is Layers.attention else targets.all,
             optimizer=optimizer.value,
             lora_precision=lora_precision.value,
             gradient_checkpointing=checkpointing,

@@ -179,9 +179,10 @@ def plan(
 
 
 def tables(predictions: "list[Prediction]") -> list[Table]:
-    """What each stage needs, and what the bytes of training are for."""
+    """What each stage needs on the device and in main memory, and what the bytes of training are for."""
     stages = list(predictions[0].stages)
     of_stages = Table("setting", *stages, "store, MiB", "TFLOP a step", title="peak memory, GiB")
+    main_memory = Table("setting", *stages, title="peak main memory, GiB: weights as they are loaded or away, records")
     kinds = list(predictions[0].stages["train"].bytes)
     of_training = Table("setting", *kinds, title="of which in training, GiB")
     for prediction in predictions:
@@ -191,6 +192,8 @@ def tables(predictions: "list[Prediction]") -> list[Table]:
             f"{prediction.store_bytes / 2**20:.0f}",
             f"{prediction.step_flops / 1e12:.2f}",
         )
+        beside = (prediction.stages[stage].main_memory for stage in stages)
+        main_memory.add_row(str(prediction.setting), *(f"{size / 2**30:.2f}" for size in beside))
         parts = prediction.stages["train"].bytes
         of_training.add_row(str(prediction.setting), *(f"{parts[kind] / 2**30:.2f}" for kind in kinds))
-    return [of_stages, of_training]
+    return [of_stages, main_memory, of_training]

@@ -75,7 +75,7 @@ _Z_IMAGE = family_of("ZImageTransformer2DModel")
 TRANSFORMER_DEMO = Demo(
     TRANSFORMER,
     (3, 3),  # of twelve blocks
-    replace(SETTINGS, targets=(*_Z_IMAGE.attention, *_Z_IMAGE.feed_forward)),
+    replace(SETTINGS, targets=(*_Z_IMAGE.attention, *_Z_IMAGE.feed_forward), steps=240, learning_rate=4e-3),
     SAMPLING,
     two_paths=False,
 )

@@ -211,7 +211,7 @@ def _draw(
     todo = [picture for picture in pictures if not picture[0].exists()]
     if not todo:
         return True
-    file = lora_file.load(job.folder / "lora.safetensors", model.unet)
+    file = lora_file.load(job.folder / "lora.safetensors", model.network.module)
     texts = encode(model, [prompt for _, prompt, _ in todo], protocol.sampling, lora=file, device=device)
     seeds, paths, done = [seed for *_, seed in todo], iter([path for path, *_ in todo]), len(pictures) - len(todo)
     for portion in portions(model, texts, seeds, protocol.sampling, lora=file, device=device, stop=stop):

@@ -58,7 +58,7 @@ class Lora(NamedTuple):
     @property
     def shapes(self) -> dict[str, Shape]:
         """Of the layers' first matrices, by which the network is known."""
-        return {f"{module}.lora_A": tuple(layer.down.shape) for module, layer in self.layers.items()}
+        return {f"{module}.lora_A.weight": tuple(layer.down.shape) for module, layer in self.layers.items()}
 
 
 def parse(

@@ -280,7 +280,7 @@ def config_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] |
     for config in public:
         if kind_of(config) == layout and (not shapes or dialects.fits(shapes, config)):
             return config
-    raise HollowError(f"The LoRA is for a {layout} of another size than the public one. Give its model.")
+    raise HollowError(f"The LoRA is for {layout}, but of another size than the public model. Give its own.")
 
 
 def kind_of(config: Config) -> str:

@@ -17,6 +17,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
 from ..errors import HollowError
+from ..nets.families import FAMILIES
 from ..nets.residency import weight_of
 from ..nets.unet_layers import ALL_LAYERS, ATTENTION
 
@@ -161,7 +162,7 @@ def remove_lora(unet: nn.Module) -> None:
 
 def _make_room(unet: nn.Module) -> None:
     if hasattr(unet, "peft_config"):
-        raise HollowError("This U-Net carries another LoRA. Unload it first (fuse it, if it is to have an effect).")
+        raise HollowError("This network carries another LoRA. Unload it first (fuse it, if it is to have an effect).")
     remove_lora(unet)
 
 
@@ -265,6 +266,8 @@ def layers_of_any_lora(unet: nn.Module) -> list[Any]:
 def _checked_rank(unet: nn.Module, path: str, state: Mapping[str, Tensor]) -> int:
     """The rank of the LoRA on `path`, or a HollowError saying why it does not fit there."""
     advice = "Use it with the kind of model on which it was trained."
+    family = FAMILIES.get(type(unet).__name__)
+    called = "this U-Net" if family is None else family.title
     down, up = state.get(f"{path}.lora_A.weight"), state.get(f"{path}.lora_B.weight")
     if down is None or up is None:
         raise HollowError(f"The LoRA has only one of two matrices for {path}. Get or make the file again.")
@@ -273,7 +276,7 @@ def _checked_rank(unet: nn.Module, path: str, state: Mapping[str, Tensor]) -> in
         base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
         weight: Tensor = base.weight
     except AttributeError:
-        raise HollowError(f"The LoRA changes {path}, which this U-Net has not. {advice}") from None
+        raise HollowError(f"The LoRA changes {path}, which {called} has not. {advice}") from None
     if is_dora(state) and (given := state.get(f"{path}.{MAGNITUDES}.weight", torch.empty(0))).shape != (len(up),):
         raise HollowError(
             f"The DoRA has {len(given)} magnitudes for {path}, not {len(up)}. Get or make the file again."
@@ -282,7 +285,7 @@ def _checked_rank(unet: nn.Module, path: str, state: Mapping[str, Tensor]) -> in
     expected = (rank, *weight.shape[1:]), (weight.shape[0], rank, *[1] * (weight.dim() - 2))
     if (tuple(down.shape), tuple(up.shape)) != expected:
         raise HollowError(
-            f"The LoRA for {path} has shapes {tuple(down.shape)} and {tuple(up.shape)}, but this U-Net needs "
+            f"The LoRA for {path} has shapes {tuple(down.shape)} and {tuple(up.shape)}, but {called} needs "
             f"{expected[0]} and {expected[1]}. {advice}"
         )
     return rank

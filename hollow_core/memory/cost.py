@@ -88,7 +88,9 @@ def _of_training(
 
 
 def _of(paths: Iterable[str], counts: Mapping[str, int]) -> int:
-    return sum(counts[path] for path in paths)
+    """Of modules; those of a list, which is never called itself, are its items'."""
+    items = {path: [name for name in counts if name.rpartition(".")[0] == path] for path in paths}
+    return sum(counts[path] if path in counts else sum(counts[name] for name in items[path]) for path in items)
 
 
 def _flops(network: Network, latents: Tensor, prompt: Conditioning, stored: Stored) -> dict[str, int]:

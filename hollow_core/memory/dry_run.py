@@ -41,6 +41,8 @@ class Peak:
     """The bytes at the fullest moment, by what they are for."""
 
     bytes: Mapping[str, int]
+    main_memory: int = 0
+    """Bytes of weights and records in main memory at most, beside those on the device."""
 
     @property
     def total(self) -> int:

@@ -70,6 +70,7 @@ class Prediction:
             "together": training.together,
             "bytes": self.bytes,
             "stages": {name: {"total": peak.total, **peak.bytes} for name, peak in self.stages.items()},
+            "main_memory": {name: peak.main_memory for name, peak in self.stages.items()},
             "store_bytes": self.store_bytes,
             "step_flops": self.step_flops,
         }
@@ -162,8 +163,8 @@ class Planner:
         streamed = [_but(resident[-1], fixed, streaming=True)]
         cuts = (None, *self.cuts()) if cuts is None else cuts
         for ways, cut in product((resident, streamed), cuts):
-            settings = [replace(way, cut=cut) for way in ways]
-            if not self._fits(self.eased(settings[-1], budget, fixed), budget):  # the smallest of them
+            settings = [each for way in ways if self._weights(each := replace(way, cut=cut)) <= budget]
+            if not settings or not self._fits(self.eased(settings[-1], budget, fixed), budget):  # the smallest of them
                 continue
             for tried in (self.eased(setting, budget, fixed) for setting in settings):
                 if self._fits(tried, budget):
@@ -193,7 +194,8 @@ class Planner:
         """Raises HollowError for what this model cannot do."""
         if setting.cut is not None:
             self.network.check_cut(setting.cut)
-        self._known.schedule_for(setting.timestep_sampling, self.resolution)
+        if setting.timestep_sampling is not None:
+            self._known.schedule_for(setting.timestep_sampling, self.resolution)
         size = setting.measured(self.resolution)
         for side in size:
             if side < 1 or side % self._pixels:
@@ -206,6 +208,14 @@ class Planner:
 
     def _fits(self, setting: Setting, budget: int) -> bool:
         return all(self._run(stage, setting)[0].total <= budget for stage in self.road)
+
+    def _weights(self, setting: Setting) -> int:
+        """Bytes of those that training has on the device, at least: what needs no dry run to be too much."""
+        if setting.streaming:
+            return 0
+        bits = setting.base_bits or 8 * DTYPES[setting.training.precision].itemsize
+        left = 1.0 if setting.cut is None else 1 - removed_fraction(self.network, setting.cut)
+        return round(left * sum(each.numel() for each in self.network.module.parameters()) * bits / 8)
 
     def _bytes(self, setting: Setting) -> int:
         return max(self._run(stage, setting)[0].total for stage in self.road)
@@ -227,7 +237,7 @@ class Planner:
         setting = replace(setting, own_class_images=0)
         if stage == "encode":
             setting = replace(setting, cut=None, class_images=min(setting.class_images, training.together))
-            if not setting.class_images:  # without the U-Net
+            if not setting.class_images and not self._known.large_encoders:  # nothing is quantised, then
                 setting = replace(setting, base_bits=None)
         else:  # without class pictures
             setting = replace(setting, class_images=0)
@@ -259,7 +269,7 @@ class Planner:
             low = replace(low, size=(width, height))
         peaks, flops = zip(*(self._run("train", part) for part in (low, high)), strict=True)
         both = sum(peak.bytes["optimizer"] for peak in peaks)
-        fullest = [Peak({**peak.bytes, "optimizer": both}) for peak in peaks]
+        fullest = [Peak({**peak.bytes, "optimizer": both}, peak.main_memory) for peak in peaks]
         return max(fullest, key=lambda peak: peak.total), max(flops)
 
 

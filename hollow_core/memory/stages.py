@@ -1,5 +1,6 @@
 """Each stage's real code, run once on tensors without data."""
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -18,12 +19,12 @@ from ..models.base_model import decode_images, encode_images, encode_prompt
 from ..models.model import Model
 from ..nets.conditioning import Conditioning
 from ..nets.network import at_cut
-from ..nets.residency import away
+from ..nets.residency import away, loaded_bytes
 from ..nets.schedule import NoiseSchedule
 from ..progress import Progress
 from ..sampling.sample import SampleSettings, draw, encode_guided
 from ..training.precompute import Example, run_base
-from ..training.store import Fingerprint, Record, Store
+from ..training.store import SHARD, Fingerprint, Record, Store
 from ..training.train import train
 from .dry_run import DryRun, Peak
 from .setting import Setting
@@ -42,8 +43,9 @@ def _encode(model: Model, setting: Setting) -> tuple[Peak, int]:
     with DryRun() as prompts:
         _hold(prompts, *model.text_encoders)
         encode_prompt(model, prompt, settings.size)
+    loaded = _loaded(model)
     if not setting.class_images:
-        return _in_turn(images, prompts)
+        return _in_turn(images, prompts, main_memory=loaded)
     with DryRun() as guided:
         _hold(guided, *model.text_encoders)
         text = encode_guided(model, prompt, settings)
@@ -51,7 +53,7 @@ def _encode(model: Model, setting: Setting) -> tuple[Peak, int]:
         _hold(drawing, model.network.module)
         together = setting.training.together
         draw(model, model.batch_guided([text] * together), [0] * together, settings)
-    return _in_turn(images, prompts, guided, drawing)
+    return _in_turn(images, prompts, guided, drawing, main_memory=loaded)
 
 
 def _precompute(model: Model, setting: Setting) -> tuple[Peak, int]:
@@ -65,7 +67,9 @@ def _precompute(model: Model, setting: Setting) -> tuple[Peak, int]:
             together = setting.training.together
             for _ in range(_passes(setting)):
                 run_base(base, model.schedule, [_RECORD] * together, [example] * together)
-    return run.peak(), run.flops
+    # the network as it is when the stage begins, then what is away, and two shards: one is written, one is made
+    network, held = _tensors(model.network.module), _record_bytes(model, setting) * 2 * SHARD
+    return replace(run.peak(), main_memory=sum(network.values()) + held), run.flops
 
 
 def _train(model: Model, setting: Setting) -> tuple[Peak, int]:
@@ -73,6 +77,7 @@ def _train(model: Model, setting: Setting) -> tuple[Peak, int]:
     training = setting.training
     network = at_cut(model.network, setting.cut, range(setting.samples))
     store = OneRecord(model, setting)
+    behind, records = _left(model, setting), _record_bytes(model, setting) * 2 * setting.step_records
     del model
     few = replace(training, batch=min(training.batch, 2 * training.together), save_every=0, zo_timesteps=None)
 
@@ -83,7 +88,11 @@ def _train(model: Model, setting: Setting) -> tuple[Peak, int]:
     with TemporaryDirectory() as folder, DryRun() as run, suppress(_EnoughSteps):
         _hold(run, network.module)
         train(network, store.schedule, store, few, folder=folder, progress=stop_there)
-    return run.peak(), run.flops * training.batch // (few.batch * _passes(setting))
+    lora = sum(matrix.nbytes for matrix in lora_parameters(network.module))  # copied before each step, and after
+    return (
+        replace(run.peak(), main_memory=behind + 2 * lora + records),
+        run.flops * training.batch // (few.batch * _passes(setting)),
+    )
 
 
 def _sample(model: Model, setting: Setting) -> tuple[Peak, int]:
@@ -93,8 +102,15 @@ def _sample(model: Model, setting: Setting) -> tuple[Peak, int]:
     settings = SampleSettings(steps=_passes(setting), size=(height, width))
     prompt = personal_prompt("sks", "dog")
     recipe = recipe_for(setting.cut, "sks", "dog", model.schedule.prediction.name)
-    network = at_cut(model.network, setting.cut, None)
-    add_lora(network.module, training.rank, targets=training.targets, dora=training.dora, generator=torch.Generator())
+    network, loaded = at_cut(model.network, setting.cut, None), _loaded(model)
+    add_lora(
+        network.module,
+        training.rank,
+        targets=training.targets,
+        within=network.within,
+        dora=training.dora,
+        generator=torch.Generator(),
+    )
     assert model.vae is not None
     with DryRun() as prompts:
         _hold(prompts, *model.text_encoders)
@@ -107,7 +123,7 @@ def _sample(model: Model, setting: Setting) -> tuple[Peak, int]:
     with DryRun() as picture:
         picture.hold("weights", model.vae)
         decode_images(model, [latents])
-    return _in_turn(prompts, drawing, picture)
+    return _in_turn(prompts, drawing, picture, main_memory=loaded)
 
 
 RUNS: dict[str, Callable[[Model, Setting], tuple[Peak, int]]] = {
@@ -121,9 +137,38 @@ RUNS: dict[str, Callable[[Model, Setting], tuple[Peak, int]]] = {
 STAGES = tuple(RUNS)
 
 
-def _in_turn(*runs: DryRun) -> tuple[Peak, int]:
+def _in_turn(*runs: DryRun, main_memory: int) -> tuple[Peak, int]:
     """Of what happens one after the other."""
-    return max((run.peak() for run in runs), key=lambda peak: peak.total), sum(run.flops for run in runs)
+    fullest = max((run.peak() for run in runs), key=lambda peak: peak.total)
+    return replace(fullest, main_memory=main_memory), sum(run.flops for run in runs)
+
+
+def _loaded(model: Model) -> int:
+    """Bytes of a whole model as it is loaded into main memory, from where its parts visit the device."""
+    assert model.vae is not None
+    return sum(loaded_bytes(part) for part in (model.network.module, model.vae, *model.text_encoders))
+
+
+def _left(model: Model, setting: Setting) -> int:
+    """Bytes of a network that are in main memory when training begins: what is away, and what precomputing, which had
+    the rest on the device, did not run."""
+    network = at_cut(model.network, setting.cut, range(setting.samples)).module
+    elsewhere = {id(tensor) for tensor in away(network)}
+    there = set() if setting.cut is None else _tensors(model.network.base(setting.cut).module).keys() - elsewhere
+    return sum(size for tensor, size in _tensors(network).items() if tensor not in there)
+
+
+def _tensors(module: nn.Module) -> dict[int, int]:
+    """Bytes of each parameter and buffer, by identity."""
+    return {id(tensor): tensor.nbytes for tensor in (*module.parameters(), *module.buffers())}
+
+
+def _record_bytes(model: Model, setting: Setting) -> int:
+    if setting.cut is None:
+        return 0
+    size = _inputs(model, setting)[0].shape[-2:]
+    shapes = model.network.stored_shapes(setting.cut, *size).values()
+    return sum(map(math.prod, shapes)) * (setting.store_dtype or model.network.record_dtype).itemsize
 
 
 def _hold(run: DryRun, *modules: nn.Module) -> None:

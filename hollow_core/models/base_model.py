@@ -161,7 +161,7 @@ class BaseModel:
         if self.layout != "sdxl":
             return Conditioning(embeds, None, None)
         height, width = size or (self.resolution, self.resolution)
-        return told(Conditioning(embeds, pooled[0]), (height, width, 0, 0, height, width))
+        return Conditioning(embeds, pooled[0], pooled[0].new_tensor([[height, width, 0, 0, height, width]]))
 
     @torch.no_grad()
     def encode_guided(self, prompt: str, negative: str, guidance: float) -> dict[str, Any]:
@@ -305,9 +305,9 @@ def encode_prompt(model: Model, text: str, size: tuple[int, int] | None = None) 
 
 def told(prompt: Conditioning, time_ids: Sequence[int]) -> Conditioning:
     """An encoded prompt that tells SDXL of a picture's sizes as `TrainingImage.time_ids` does; others are not told."""
-    if prompt.text_embeds is None:
+    if prompt.time_ids is None:
         return prompt
-    return prompt._replace(time_ids=prompt.text_embeds.new_tensor([list(time_ids)]))
+    return prompt._replace(time_ids=prompt.time_ids.new_tensor([list(time_ids)]))
 
 
 def placed(prompt: Conditioning, place: Place) -> Conditioning:

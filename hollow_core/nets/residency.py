@@ -86,6 +86,14 @@ def stream_middle(network: Network, cut: Cut, device: torch.device | str) -> Non
     stream(network.module, device, network.kept, network.removed(cut))
 
 
+def loaded_bytes(part: nn.Module) -> int:
+    """What a network or text encoder took as it was loaded, before it was quantised."""
+    small = [layer for layer in _frozen(part) if layer.bits]
+    codes = {id(tensor) for layer in small for tensor in layer.held}
+    others = sum(each.nbytes for each in (*part.parameters(), *part.buffers()) if id(each) not in codes)
+    return others + sum(layer.shape.numel() * layer.dtype.itemsize for layer in small)
+
+
 def away(part: nn.Module) -> list[Tensor]:
     """The tensors of a streamed network or text encoder that are in main memory, not on its device."""
     return [tensor for layer in _frozen(part) if layer.streamer for tensor in layer.held]
@@ -119,6 +127,8 @@ class _FrozenLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A copy of the whole weight, on the device, for whoever looks at it."""
+        if self.bits and self.codes.is_meta:  # in a dry run, of which looks take most of the time
+            return torch.empty(self.shape, dtype=self.dtype, device="meta")
         held = self.held if self.streamer is None else _Copy(self.held, self.streamer.device, None).tensors
         return self._whole(held, self.dtype if self.bits else self.held[0].dtype)
 

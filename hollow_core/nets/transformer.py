@@ -90,8 +90,13 @@ class Transformer:
 
     @property
     def targets(self) -> Targets:
-        """The family's."""
-        return Targets(self.family.attention, (*self.family.attention, *self.family.feed_forward))
+        """The family's, but for those that only blocks had which a cut has taken out."""
+        paths = [f".{path}" for path, module in self.module.named_modules() if isinstance(module, nn.Linear)]
+        attention, feed_forward = (
+            tuple(name for name in names if any(path.endswith(f".{name}") for path in paths))
+            for names in (self.family.attention, self.family.feed_forward)
+        )
+        return Targets(attention, (*attention, *feed_forward))
 
     @property
     def kept(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("comfy.ldm.krea2", reason="COMFYUI_DIR names no checkout of ComfyUI 0.33.0 or later")
 
 import comfy.lora
+import comfy.memory_management
 import comfy.sd
 import comfy.supported_models as supported
 import comfy.utils
@@ -110,7 +111,11 @@ def their_places(name: str, model: ModelPatcher, modules: list[str]) -> dict[str
 
 
 @pytest.mark.parametrize(("name", "dialect"), FILES)
-def test_comfyui_changes_every_weight_by_what_the_file_says(name: str, dialect: str, tmp_path: Path) -> None:
+def test_comfyui_changes_every_weight_by_what_the_file_says(
+    name: str, dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # under dynamic VRAM a layer has a weight only when a state dict gave it one, and here there is none
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", False)
     (family,) = (family for family in FAMILIES.values() if family.name == name)
     config = {**SIZES[name], **CHANGED.get(name, {}), "_class_name": family.network}
     generator = torch.Generator().manual_seed(0)

@@ -1,5 +1,8 @@
 """The embedded transformer."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import ZImagePipeline
@@ -52,3 +55,21 @@ def test_its_ends_matter(pipeline: ZImagePipeline) -> None:
     figures = gates.ends_matter(pipeline, pictures=64, levels=8)
     assert figures["zeroed_residual_raises_loss_percent"] >= 5
     assert figures["foreign_residual_raises_loss_percent"] >= 5
+
+
+@pytest.mark.slow
+def test_its_demo_goes_the_road_on_one_path(
+    pipeline: ZImagePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a fraction of everything; diffusers reads the LoRA, with nothing left over, and it changes the picture."""
+    monkeypatch.setattr(run, "SAMPLES", 16)
+    monkeypatch.setattr(run, "CLASS_IMAGES", 2)
+    demo = replace(run.DEMOS["transformer"], sampling=replace(run.SAMPLING, steps=2))
+    report = run.run(tmp_path, settings=replace(demo.settings, steps=6, save_every=3), demo=demo)
+    assert list(report["rows"]) == ["base model", "plain LoRA", "hollowed LoRA"]
+    assert report["settings"]["cut"] == (3, 3)
+    assert 40 < report["removed_percent"] < 60
+    before = gates.draw(pipeline, ["a photo of a sks cup at night"], steps=2)
+    pipeline.load_lora_weights(str(tmp_path / "lora.safetensors"))
+    assert gates.draw(pipeline, ["a photo of a sks cup at night"], steps=2)[0].tobytes() != before[0].tobytes()
+    pipeline.unload_lora_weights()

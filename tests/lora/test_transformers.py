@@ -225,6 +225,7 @@ def test_the_public_model_is_told_by_names_and_shapes(layout: str) -> None:
         file = dialects.spell(layers, {}, config, dialect, ldm=False)
         shapes = {key: tuple(tensor.shape) for key, tensor in file.items()}
         assert config_of({}, shapes) == config, dialect
+        assert config_of({}, dialects.parse(file, config).shapes) == config, dialect
     wide = dict.fromkeys(shapes, (2, 100))
-    with pytest.raises(HollowError, match="of another size than the public one"):
+    with pytest.raises(HollowError, match="of another size than the public model"):
         config_of({"modelspec.architecture": f"{family.architecture}/lora"}, wide)

@@ -198,3 +198,10 @@ def test_crops_of_other_places_do_not_pass_together():
     assert len({each.alike for each in [*places, *places, prompt]}) == 3
     with pytest.raises(HollowError, match="different places"):
         network.predict(torch.cat([noisy] * 2), T * 2, Conditioning.batch(places), {})
+
+
+def test_what_only_hollowed_blocks_had_gets_no_lora():
+    network = tiny_transformer("flux")  # two double blocks and three single ones
+    assert {"to_out.0", "add_q_proj"} <= set(network.targets.attention)
+    assert network.hollow((2, 1), T).targets.attention == ("to_q", "to_k", "to_v")
+    assert network.hollow((1, 1), T).targets == network.targets
