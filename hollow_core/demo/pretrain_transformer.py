@@ -1,8 +1,8 @@
 """Trains the embedded transformer from nothing on the CPU: `python -m hollow_core.demo.pretrain_transformer --out DIR`.
 
 It is a small Z-Image, with the embedded U-Net's text encoder and autoencoder, and the U-Net is its teacher: what that
-sees in a noisy picture is a target with far less variance than the picture's own noise, so a tenth of the U-Net's
-training is enough. Goes on from its last checkpoint; DIR is a pipeline of diffusers all the while.
+sees in a noisy picture is a target with far less variance than the picture's own noise, so that a tenth of the U-Net's
+training gives a usable one. Goes on from its last checkpoint; DIR is a pipeline of diffusers all the while.
 """
 
 import argparse
