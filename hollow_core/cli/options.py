@@ -112,7 +112,7 @@ UNLESS_CHOSEN = "off, unless chosen to fit"
 Patches = Annotated[
     int | None,
     typer.Option(
-        help="Side in pixels of square patches that are learned in place of whole pictures: faster, and for less memory. Where there is much noise a patch is the whole picture made small, where there is little a small crop at its own size, anywhere in it: so the subject may be outside. By --strategy selective, in place of the small pictures. (default: none)",
+        help="Side in pixels of square patches that are learned in place of whole pictures, or of selective's small ones: of much noise the whole made small, of little noise a small crop at its own size, which may miss the subject. (default: none)",
         rich_help_panel=PICTURES,
     ),
 ]

@@ -153,7 +153,11 @@ def write_dialect(
     if dialect == "peft":  # the small file last: where the disk is full, the old pair stays whole
         write_json(path / _PEFT_CONFIG, _PEFT_HEAD | dialects.adapter_config(lora.layers))
     again = dialects.parse(written, config, _adapters(file, told), source=str(path))
-    if again.left_out or _acting(again) != _acting(lora) or again.text.keys() != lora.text.keys():
+    lost = (lora.layers[module] for module in lora.layers.keys() - again.layers.keys())
+    more = (again.layers[module] for module in again.layers.keys() - lora.layers.keys())
+    # of layers that a file puts together, those that change nothing cannot be told from none
+    acting = any(layer.up.to(dtype).any() for each in (lost, more) for layer in each)
+    if again.left_out or acting or again.text.keys() != lora.text.keys():
         raise HollowError(f"{path} does not read back as it was written. Check the disk and save again.")
     network = dialects.called_in(config).replace("this ", "the ")
     return Written(path, dialect, len(again.layers), len(again.text), _largest_change(again), dora, network)
@@ -325,11 +329,6 @@ def _with_one_alpha(lora: Lora, dtype: torch.dtype) -> Lora:
 
 def _is_sdxl(config: Config) -> bool:
     return kind_of(config) == "sdxl"
-
-
-def _acting(lora: Lora) -> set[str]:
-    """Layers that change anything: of those that a file puts together others cannot be told from none."""
-    return {module for module, layer in lora.layers.items() if layer.up.any()}
 
 
 def _spell(lora: Lora, config: Config, dialect: str, ldm: bool, dtype: torch.dtype) -> dict[str, Tensor]:

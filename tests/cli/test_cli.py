@@ -310,6 +310,7 @@ def test_convert_says_what_the_written_file_holds(hollow: Hollow, model_folder: 
             "text_layers": 0,
             "largest": 0.25,
             "dora": False,
+            "network": "the U-Net",
         }
         done = hollow("convert", tmp_path / "peft", tmp_path / "back.safetensors", *model)
         assert "back.safetensors (kohya): 16 layers" in done.stderr
