@@ -19,11 +19,11 @@ from statistics import mean
 from typing import Any
 
 import torch
-from PIL import Image
 
 from benchmarks import held_out
 from benchmarks.paper.figures import Figure, plain, signed
 from hollow_core.data import grid
+from hollow_core.data.images import open_picture
 from hollow_core.data.prompts import generic_prompt
 from hollow_core.demo import run, world
 from hollow_core.files import read_json, write_bytes, write_png
@@ -174,7 +174,8 @@ def _measure(
         as_drawn = _loss(model.network, base, store)
         drawn = run.draw(model, run.called(subject), held_out.SCENES, options.sampling)
         rows[use] = held_out.judged(drawn, subject) | learned | {"loss as drawn": as_drawn}
-        write_png(folder / f"{use}.png", grid.grid([grid.Row(way.name, drawn[:: held_out.SEEDS_A_SCENE])], cell=64))
+        for number, picture in enumerate(drawn[:: held_out.SEEDS_A_SCENE]):
+            write_png(folder / f"{use}-{number}.png", picture)
     shutil.rmtree(folder / "store")
     return rows
 
@@ -229,8 +230,8 @@ def write(options: argparse.Namespace, subjects: Sequence[int], seeds: Sequence[
             for use, row in read_json(folder / "row.json").items():
                 rows.setdefault((way, use), {})[number, seed] = row
                 if (number, seed) == (subjects[0], seeds[0]):
-                    with Image.open(folder / f"{use}.png") as picture:
-                        sheet.append(grid.Row(_called(way, use), [picture.convert("RGB")]))
+                    drawn = [open_picture(file) for file in sorted(folder.glob(f"{use}-*.png"))]
+                    sheet.append(grid.Row(_called(way, use), drawn))
     network = run.model(DEMO).network
     head = ["way", "blocks out", "subject score", "over plain LoRA", "scene score", "parameters gone"]
     head += [f"{what}, of that before" for what in LOSSES]
@@ -244,7 +245,7 @@ def write(options: argparse.Namespace, subjects: Sequence[int], seeds: Sequence[
         cells = [_called(way, use), _out(way), plain(subject), signed(over), plain(scene), gone]
         cells += [f"{100 * mean(row[what] / row['loss before'] for row in known):.0f} %" for what in LOSSES if known]
         lines.append(f"| {' | '.join(cells)} |")
-    write_png(options.out / "ends.png", grid.grid(sheet, cell=256))
+    write_png(options.out / "ends.png", grid.grid(sheet, cell=128))
     text = "\n".join(lines)
     write_bytes(options.out / "ENDS.md", f"{text}\n".encode())
     print(text)
