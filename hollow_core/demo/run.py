@@ -74,8 +74,8 @@ UNET = Demo(MODEL, CUT, SETTINGS, SAMPLING, two_paths=True)
 _Z_IMAGE = family_of("ZImageTransformer2DModel")
 TRANSFORMER_DEMO = Demo(
     TRANSFORMER,
-    (3, 3),  # of twelve blocks
-    replace(SETTINGS, targets=(*_Z_IMAGE.attention, *_Z_IMAGE.feed_forward), steps=240, learning_rate=4e-3),
+    (0, 4),  # of twelve blocks: with class pictures, the first ones must learn to hear the identifier
+    replace(SETTINGS, targets=(*_Z_IMAGE.attention, *_Z_IMAGE.feed_forward), learning_rate=4e-3),
     SAMPLING,
     two_paths=False,
 )

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from ..errors import HollowError
 from ..nets.families import FAMILIES
 from ..nets.residency import weight_of
-from ..nets.unet_layers import ALL_LAYERS, ATTENTION
-
-__all__ = ["ALL_LAYERS", "ATTENTION"]
+from ..nets.unet_layers import ALL_LAYERS as ALL_LAYERS
+from ..nets.unet_layers import ATTENTION as ATTENTION
 
 MAGNITUDES = "lora_magnitude_vector"
 """peft's name for DoRA's magnitudes in a state."""

@@ -63,8 +63,8 @@ def test_its_demo_goes_the_road_on_one_path(
     demo = replace(run.DEMOS["transformer"], sampling=replace(run.SAMPLING, steps=2))
     report = run.run(tmp_path, settings=replace(demo.settings, steps=6, save_every=3), demo=demo)
     assert list(report["rows"]) == ["base model", "plain LoRA", "hollowed LoRA"]
-    assert report["settings"]["cut"] == (3, 3)
-    assert 40 < report["removed_percent"] < 60
+    assert report["settings"]["cut"] == (0, 4)
+    assert 30 < report["removed_percent"] < 50
     before = gates.draw(pipeline, ["a photo of a sks cup at night"], steps=2)
     pipeline.load_lora_weights(str(tmp_path / "lora.safetensors"))
     assert gates.draw(pipeline, ["a photo of a sks cup at night"], steps=2)[0].tobytes() != before[0].tobytes()
