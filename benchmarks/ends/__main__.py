@@ -43,7 +43,7 @@ from .networks import MiddleOut, MiddleResidual, TwoPaths, WithoutResidual
 DEMO = run.TRANSFORMER_DEMO
 SAMPLING = replace(DEMO.sampling, steps=20, together=len(held_out.SCENES))
 SAMPLES = 160
-TRAINING = replace(DEMO.settings, steps=240, learning_rate=4e-3, save_every=0)
+TRAINING = replace(DEMO.settings, steps=240, save_every=0)
 
 ONE, TWO = "one path", "two paths"
 LOSSES = ("loss as trained", "loss as drawn")
@@ -79,7 +79,6 @@ WAYS = [
 ]
 """The better splits are those that `--only splits` found."""
 
-BLOCKS = 12
 SPLITS = [Way(f"{n},{k - n}", (n, k - n)) for k in (4, 6) for n in range(k + 1)]
 LEARNERS = (1, 2)
 """Subjects on which the splits are chosen."""
@@ -145,7 +144,7 @@ def learner(number: int) -> world.Subject:
 def _measure(
     options: argparse.Namespace, way: Way, subject: world.Subject, seed: int, folder: Path
 ) -> dict[str, dict[str, float]]:
-    base, training = run.model(DEMO), replace(options.training, save_every=0, seed=seed)
+    base, training = run.model(DEMO), replace(options.training, seed=seed)
     whole = way.kind(base.network.module)
     examples = _examples(options, base, subject, folder)
     store = precompute(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import (
@@ -73,7 +73,7 @@ class BaseModel:
     @property
     def network(self) -> Network:
         """The U-Net, for what knows no kind of network."""
-        return cast(Network, UNet(self.unet))  # whose cuts are numbers
+        return UNet(self.unet)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -181,20 +181,6 @@ class BaseModel:
         return {
             name: None if part is None else torch.cat([text[name] for text in texts]) for name, part in texts[0].items()
         }
-
-    def to_latents(self, pixels: Tensor) -> Tensor:
-        """Scaled latents (1, channels, height / 8, width / 8) of a picture (1, 3, height, width) from -1 to 1: the
-        posterior's mean."""
-        return any_vae.to_latents(self.vae, pixels)
-
-    def to_pixels(self, latents: Tensor) -> Tensor:
-        """The inverse of `to_latents`."""
-        return any_vae.to_pixels(self.vae, latents)
-
-    def tile_vae(self) -> None:
-        """Let the VAE take pictures in overlapping tiles of half the native side. An AutoencoderTiny needs little, and
-        stays as it is."""
-        any_vae.tile(self.vae, self.resolution // 2, self.latent_side // 2)
 
     def free_encoders(self) -> None:
         """Let go of VAE and text encoders."""
@@ -338,7 +324,7 @@ def encode_images(model: Model, images: Sequence[TrainingImage]) -> list[Tensor]
             pixels = torch.frombuffer(bytearray(image.picture.tobytes()), dtype=torch.uint8)
             pixels = pixels.reshape(1, image.picture.height, image.picture.width, 3).permute(0, 3, 1, 2)
             scaled = (pixels / 127.5 - 1).to(vae.device, vae.dtype)
-            latents.append(model.to_latents(scaled).to(dtype))
+            latents.append(any_vae.to_latents(vae, scaled).to(dtype))
     return latents
 
 
@@ -353,7 +339,8 @@ def decode_images(model: Model, latents: Sequence[Tensor]) -> list[Image.Image]:
     vae, processor, pictures = model.vae, VaeImageProcessor(), []
     with _without_overflow(vae):
         for scaled in latents:
-            pictures += processor.postprocess(model.to_pixels(scaled.to(vae.device, vae.dtype)), output_type="pil")
+            pixels = any_vae.to_pixels(vae, scaled.to(vae.device, vae.dtype))
+            pictures += processor.postprocess(pixels, output_type="pil")
     return pictures
 
 
@@ -411,7 +398,7 @@ def keep_small(
 def tile_vae(model: Model) -> None:
     """Let the VAE take pictures in overlapping tiles of half the native side: a fraction of the memory, and close
     to the same. An AutoencoderTiny needs little, and stays as it is."""
-    model.tile_vae()
+    any_vae.tile(model.vae, model.resolution // 2, model.latent_side // 2)
 
 
 def free_encoders(model: Model) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..nets.conditioning import Conditioning
 from ..nets.network import Network
@@ -91,20 +91,6 @@ class Model(Protocol):
 
     def batch_guided(self, texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What `encode_guided` gives for several prompts, as one batch."""
-        ...
-
-    def to_latents(self, pixels: Tensor) -> Tensor:
-        """Scaled latents (1, channels, height, width) of a picture (1, 3, height, width) from -1 to 1, by the VAE: the
-        posterior's mean."""
-        ...
-
-    def to_pixels(self, latents: Tensor) -> Tensor:
-        """The inverse of `to_latents`."""
-        ...
-
-    def tile_vae(self) -> None:
-        """Let the VAE take pictures in overlapping tiles of half the native side: a fraction of the memory, and close
-        to the same. One that needs little, or has no tiles, stays as it is."""
         ...
 
     def free_encoders(self) -> None:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from diffusers import ConfigMixin, FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import HollowError
@@ -171,19 +171,6 @@ class TransformerModel:
     def batch_guided(self, texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One list of each."""
         return {name: [each for text in texts for each in text[name]] for name in texts[0]}
-
-    def to_latents(self, pixels: Tensor) -> Tensor:
-        """Scaled latents (1, channels, height, width) of a picture (1, 3, height, width) from -1 to 1: the posterior's
-        mean."""
-        return vae.to_latents(self.vae, pixels)
-
-    def to_pixels(self, latents: Tensor) -> Tensor:
-        """The inverse of `to_latents`."""
-        return vae.to_pixels(self.vae, latents)
-
-    def tile_vae(self) -> None:
-        """Let the VAE take pictures in overlapping tiles of half the native side; one without tiles stays as it is."""
-        vae.tile(self.vae, self.resolution // 2, self.latent_side // 2)
 
     def free_encoders(self) -> None:
         """Let go of VAE and text encoders."""

@@ -7,14 +7,14 @@ the layers that make and use them (Hollowed Net, section 4.2 and appendix B).
 
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import HollowError
 
-Config = Mapping[str, Any]
+if TYPE_CHECKING:  # it needs torch, and this file does not
+    from .network import Cut
 
-Cut = int | tuple[int, int]
-"""As `network.Cut`, which needs torch; only numbers are cuts of a U-Net."""
+Config = Mapping[str, Any]
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The paper's targets of a LoRA: the four projections of self- and cross-attention."""
@@ -48,7 +48,7 @@ def max_cut(config: Config) -> int:
     return sum(layer.side == "down" for layer in layers(config))
 
 
-def check_cut(config: Config, cut: Cut) -> int:
+def check_cut(config: Config, cut: "Cut") -> int:
     """The cut. Raises HollowError unless it is a number, and 0 <= cut <= max_cut(config)."""
     if isinstance(cut, tuple):
         raise HollowError(
@@ -60,7 +60,7 @@ def check_cut(config: Config, cut: Cut) -> int:
     return cut
 
 
-def hollowed_layers(config: Config, cut: Cut) -> list[Layer]:
+def hollowed_layers(config: Config, cut: "Cut") -> list[Layer]:
     """What cut k removes, in the order in which it runs: the last k down layers, the mid block, the first k
     up layers with a ResNet and any upsampler between or directly behind them.
 
@@ -81,13 +81,13 @@ def hollowed_layers(config: Config, cut: Cut) -> list[Layer]:
     return [*down[len(down) - cut :], *mid, *up]
 
 
-def leaves_attention(config: Config, cut: Cut) -> bool:
+def leaves_attention(config: Config, cut: "Cut") -> bool:
     """Whether a U-Net hollowed at the cut still has attention, where a LoRA usually is."""
     hollowed = hollowed_layers(config, cut)
     return any(layer.kind == "RA" and layer not in hollowed for layer in layers(config))
 
 
-def exit_shape(config: Config, cut: Cut, height: int, width: int) -> tuple[int, int, int]:
+def exit_shape(config: Config, cut: "Cut", height: int, width: int) -> tuple[int, int, int]:
     """(channels, height, width) of the exit activation for latents of height × width.
 
     It is what the last hollowed layer puts out, as large as the last skip connection that remains.

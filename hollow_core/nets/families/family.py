@@ -5,11 +5,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..unet_layers import ATTENTION
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ...data.patches import Place
     from ..conditioning import Conditioning
+
+BOTH_STREAMS = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""The projections of attention where image and text have their own."""
 
 Streams = Literal["image", "two", "image first", "text first"]
 """What passes a block: the image's tokens alone; image and text side by side; or both joined in one sequence."""
@@ -46,7 +51,7 @@ class Family:
     """Lists of blocks before all others, which go with the front: what they make is in the state that is stored."""
     kept: tuple[str, ...] = ()
     """Layers that stay as they are where others are quantised or streamed: small, and at both ends."""
-    attention: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    attention: tuple[str, ...] = ATTENTION
     """Ends of the names of the layers that usually get a LoRA."""
     feed_forward: tuple[str, ...] = ()
     """Those of the layers between."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .family import Blocks, Family, grid_ids, packed, renamed, unpacked
+from .family import BOTH_STREAMS, Blocks, Family, grid_ids, packed, renamed, unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ FLUX = Family(
     pipelines=("FluxPipeline",),
     blocks=(Blocks("transformer_blocks", "two"), Blocks("single_transformer_blocks", "two")),
     kept=("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out"),
-    attention=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    attention=BOTH_STREAMS,
     feed_forward=("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
     # ComfyUI reads diffusers' names as "transformer.…" alone, and under "diffusion_model." its own, which are fused
     dialects=("diffusers", "kohya", "peft"),

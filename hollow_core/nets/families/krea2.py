@@ -43,7 +43,6 @@ KREA2 = Family(
     pipelines=("Krea2Pipeline",),
     blocks=(Blocks("transformer_blocks", "text first"),),
     kept=("img_in", "time_embed", "txt_in", "final_layer"),
-    attention=("to_q", "to_k", "to_v", "to_out.0"),
     feed_forward=("ff.gate", "ff.up", "ff.down"),
     original=renamed("transformer_blocks", "blocks", _LAYERS),
     version="krea2",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .family import Blocks, Family, of_crop, packed, unpacked, with_method
+from .family import BOTH_STREAMS, Blocks, Family, of_crop, packed, unpacked, with_method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ QWEN_IMAGE = Family(
     pipelines=("QwenImagePipeline",),
     blocks=(Blocks("transformer_blocks", "two"),),
     kept=("img_in", "txt_in", "time_text_embed", "norm_out", "proj_out"),
-    attention=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    attention=BOTH_STREAMS,
     feed_forward=("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     dialects=("comfy", "diffusers", "peft", "kohya"),
     version="qwen_image",

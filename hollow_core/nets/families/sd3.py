@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .family import Blocks, Family, of_crop, renamed, with_method
+from .family import BOTH_STREAMS, Blocks, Family, of_crop, renamed, with_method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ SD3 = Family(
     pipelines=("StableDiffusion3Pipeline",),
     blocks=(Blocks("transformer_blocks", "two"),),
     kept=("pos_embed", "context_embedder", "time_text_embed", "norm_out", "proj_out"),
-    attention=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    attention=BOTH_STREAMS,
     feed_forward=("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     # as FLUX.1; diffusers does not read kohya's
     dialects=("diffusers", "kohya", "peft"),
