@@ -263,6 +263,7 @@ class Transformer:
             return checkpoint(block, *arguments, use_reentrant=False) if block in recomputed else block(*arguments)
 
         self.module.enable_gradient_checkpointing(call)
+        self.__dict__.pop("_called", None)  # a view of before, which would not know of it
 
     def _forward(self, noisy: Tensor, timesteps: Sequence[float], conditioning: Conditioning) -> Tensor:
         height, width = noisy.shape[-2:]
@@ -272,8 +273,15 @@ class Transformer:
         device, config, family = self._weight.device, self.config, self.family
         sigmas = send(torch.tensor(timesteps, dtype=torch.float32) / 1000, device)
         told = family.arguments(config, send(noisy, device, self.dtype), sigmas, conditioning.to(device, self.dtype))
-        out = family.called(self.module, conditioning.crop)(**told, return_dict=False)[0]
+        crop = conditioning.crop
+        called = self._called if crop is None else family.called(self.module, crop)
+        out = called(**told, return_dict=False)[0]
         return family.velocity(config, out, (height, width)).float()
+
+    @cached_property
+    def _called(self) -> Any:
+        """In the network's place for whole pictures; the same each time, as streaming knows it by its last pass."""
+        return self.family.called(self.module, None)
 
     @property
     def _weight(self) -> Tensor:
