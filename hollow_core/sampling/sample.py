@@ -185,19 +185,8 @@ def draw(
     """Scaled latents (batch, channels, height / 8, width / 8) from what `encode_guided` gives for one prompt or,
     together by the model's `batch_guided`, for several, each with its seed; by the network alone, on two paths where
     there is a recipe. Raises HollowError for what the model's kind cannot do."""
-    raise NotImplementedError(f"Nothing draws with {type(model).__name__}.")
-
-
-@draw.register
-def _(
-    model: BaseModel,
-    text: dict[str, Any],
-    seeds: Sequence[int],
-    settings: SampleSettings,
-    recipe: Recipe | None = None,
-    generic: Conditioning | None = None,
-) -> torch.Tensor:
-    """By diffusers' pipeline, with DDIM."""
+    # of Stable Diffusion, by diffusers' pipeline; a transformer's is below
+    assert isinstance(model, BaseModel)
     pipeline = replace(model, vae=None, text_encoders=()).pipeline()
     pipeline.vae_scale_factor = model.pixels_per_latent
     pipeline.set_progress_bar_config(disable=True)
