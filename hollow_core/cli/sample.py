@@ -116,9 +116,9 @@ def sample(
 
 def _check_one_path(model: Path, refresh: int, generic: str | None) -> None:
     """Raises HollowError where a transformer is to draw on two paths."""
-    from ..models.transformer_model import family_in
+    from ..models.transformer_model import family_at
 
-    family = family_in(model)
+    family = family_at(model)
     for option in ("--refresh" if refresh != 1 else None, "--generic" if generic is not None else None):
         if family is not None and option is not None:
             raise HollowError(f"{family.title} draws on one path, which has no {option}. Leave it out.")

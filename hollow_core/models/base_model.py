@@ -40,7 +40,7 @@ from ..nets.unet_layers import Config
 from . import layouts
 from . import vae as any_vae
 from .layouts import layout_name
-from .model import Model, Outlines, TimestepSampling, without_data
+from .model import Model, Outlines, TimestepSampling, maker_of, without_data
 from .single_file import (
     Pipeline,
     load_single_file,
@@ -51,7 +51,7 @@ from .single_file import (
     unloadable,
     without_extras,
 )
-from .transformer_model import family_in, load_transformer, outline_transformer
+from .transformer_model import family_at, load_transformer, outline_transformer
 
 
 @dataclass
@@ -134,8 +134,7 @@ class BaseModel:
     def outlines(self) -> Outlines:
         """What gives models of the same parts, of tensors without data; it keeps nothing of the weights."""
         assert self.vae is not None
-        makers = [partial(type(part).from_config, part.config) for part in (self.unet, self.vae)]
-        makers += [partial(type(part), part.config) for part in self.text_encoders]
+        makers = [maker_of(part) for part in (self.unet, self.vae, *self.text_encoders)]
         others = self.tokenizers, self.scheduler, self.layout, self.resolution
 
         def give(dtype: torch.dtype) -> BaseModel:
@@ -206,7 +205,7 @@ def load(
         choices = ", ".join(PREDICTIONS)
         raise HollowError(f"There is no prediction type {prediction_type!r}. Choose one of {choices}.")
     _check_path(path)
-    if path.is_dir() and (family := family_in(path)) is not None:
+    if path.is_dir() and (family := family_at(path)) is not None:
         if prediction_type:
             raise HollowError(
                 f"{family.title} learned flow matching, so it has no prediction type {prediction_type!r}. Leave "
@@ -241,7 +240,7 @@ def outline(model: str, dtype: torch.dtype = torch.float32) -> Model:
         _check_path(folder)
         if not folder.is_dir():
             folder, schedule = recognise(folder)
-    if family_in(folder) is not None:
+    if family_at(folder) is not None:
         return outline_transformer(folder, dtype)
     _check_folder(folder)
     kind = pipeline_class(folder)

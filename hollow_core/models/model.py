@@ -1,9 +1,11 @@
 """What all above asks of a base model: nothing else there knows whether it is of U-Nets or of transformers."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
+from diffusers import ConfigMixin
 from torch import nn
 
 from ..nets.conditioning import Conditioning
@@ -100,6 +102,12 @@ class Model(Protocol):
 
 Outlines = Callable[[torch.dtype], Model]
 """Gives a model of tensors without data, in a dtype."""
+
+
+def maker_of(part: Any) -> Callable[[], nn.Module]:
+    """What makes another of its kind and sizes."""
+    kind: Any = type(part)
+    return partial(kind.from_config if isinstance(part, ConfigMixin) else kind, part.config)
 
 
 def without_data(makers: Sequence[Callable[[], nn.Module]], dtype: torch.dtype) -> list[Any]:

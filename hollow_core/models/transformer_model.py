@@ -22,7 +22,7 @@ from ..nets.families import FAMILIES, Family
 from ..nets.schedule import NoiseSchedule
 from ..nets.transformer import Transformer
 from . import vae
-from .model import Outlines, TimestepSampling, without_data
+from .model import Outlines, TimestepSampling, maker_of, without_data
 from .single_file import quiet
 
 NETWORK = "transformer"
@@ -123,7 +123,7 @@ class TransformerModel:
     def outlines(self) -> Outlines:
         """What gives models of the same parts, of tensors without data; it keeps nothing of the weights."""
         assert self.vae is not None
-        makers = [_maker(part) for part in (self.module, self.vae, *self.text_encoders)]
+        makers = [maker_of(part) for part in (self.module, self.vae, *self.text_encoders)]
         others = replace(self, module=None, vae=None, encoders=dict.fromkeys(self.encoders, nn.Identity()))
 
         def give(dtype: torch.dtype) -> TransformerModel:
@@ -197,7 +197,7 @@ def outline_transformer(folder: Path, dtype: torch.dtype) -> TransformerModel:
     return _assembled(folder, partial(_outlined, folder, dtype=dtype))
 
 
-def family_in(folder: Path) -> Family | None:
+def family_at(folder: Path) -> Family | None:
     """That of the pipeline that a diffusers folder holds; None for one that is of no family."""
     name = _index(folder).get("_class_name")
     return next((family for family in FAMILIES.values() if name in family.pipelines), None)
@@ -205,7 +205,7 @@ def family_in(folder: Path) -> Family | None:
 
 def _assembled(folder: Path, part: Callable[[str, type[Any]], Any]) -> TransformerModel:
     """Of what `part` gives for a name in the pipeline and its class."""
-    index, family = _index(folder), family_in(folder)
+    index, family = _index(folder), family_at(folder)
     assert family is not None
     kinds = {name: _kind(folder, *entry[:2]) for name, entry in index.items() if _names_part(entry) and entry[0]}
     missing = [name for name in (NETWORK, "vae", *family.text_encoders[:1], *family.tokenizers) if name not in kinds]
@@ -284,12 +284,6 @@ def _outlined(folder: Path, name: str, kind: Any, *, dtype: torch.dtype) -> nn.M
 def _largest(scheduler: FlowMatchEulerDiscreteScheduler, pixels_per_latent: int) -> int:
     """Side of the largest picture, in patches of 2×2 latents, for which a scheduler is made."""
     return math.isqrt(scheduler.config.max_image_seq_len) * 2 * pixels_per_latent
-
-
-def _maker(part: Any) -> Callable[[], nn.Module]:
-    """What makes another of its kind and sizes."""
-    kind: Any = type(part)
-    return partial(kind.from_config if isinstance(part, ConfigMixin) else kind, part.config)
 
 
 def _scheduler(folder: Path, family: Family) -> FlowMatchEulerDiscreteScheduler:

@@ -136,6 +136,14 @@ def encoded_by_pipeline(
     return Conditioning((prompt if mask is None else prompt[mask[0].bool()])[None], found.get("pooled"))
 
 
+def told_guidance(config: Mapping[str, Any], sigmas: "Tensor", prompt: "Conditioning") -> "Tensor | None":
+    """What a network distilled for guidance is told, (batch,): 1, where the prompt says nothing. None for others,
+    which are told nothing."""
+    if not config["guidance_embeds"]:
+        return None
+    return sigmas.new_ones(len(sigmas)) if prompt.guidance is None else prompt.guidance
+
+
 def packed(latents: "Tensor") -> "Tensor":
     """(batch, channels, height, width) → (batch, height/2 · width/2, channels · 4): patches of 2×2, as FLUX has."""
     return latents.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)

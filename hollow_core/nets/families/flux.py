@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .family import BOTH_STREAMS, Blocks, Family, grid_ids, packed, renamed, unpacked
+from .family import BOTH_STREAMS, Blocks, Family, grid_ids, packed, renamed, told_guidance, unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 def _arguments(
     config: Mapping[str, Any], latents: "Tensor", sigmas: "Tensor", prompt: "Conditioning"
 ) -> dict[str, Any]:
-    told = sigmas.new_ones(len(sigmas)) if prompt.guidance is None else prompt.guidance
     return {
         "hidden_states": packed(latents),
         "encoder_hidden_states": prompt.encoder_hidden_states,
@@ -22,7 +21,7 @@ def _arguments(
         "timestep": sigmas,
         "img_ids": grid_ids(latents, prompt.crop),
         "txt_ids": sigmas.new_zeros(prompt.encoder_hidden_states.shape[1], 3),
-        "guidance": told if config["guidance_embeds"] else None,
+        "guidance": told_guidance(config, sigmas, prompt),
     }
 
 

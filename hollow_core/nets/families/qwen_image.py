@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .family import BOTH_STREAMS, Blocks, Family, of_crop, packed, unpacked, with_method
+from .family import BOTH_STREAMS, Blocks, Family, of_crop, packed, told_guidance, unpacked, with_method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,13 +28,12 @@ def _arguments(
     config: Mapping[str, Any], latents: "Tensor", sigmas: "Tensor", prompt: "Conditioning"
 ) -> dict[str, Any]:
     height, width = latents.shape[-2:]
-    told = sigmas.new_ones(len(sigmas)) if prompt.guidance is None else prompt.guidance
     return {
         "hidden_states": packed(latents),
         "encoder_hidden_states": prompt.encoder_hidden_states,
         "timestep": sigmas,
         "img_shapes": [[(1, height // 2, width // 2)]] * len(latents),
-        "guidance": told if config["guidance_embeds"] else None,
+        "guidance": told_guidance(config, sigmas, prompt),
     }
 
 
