@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from statistics import mean
 
+from benchmarks import held_out
 from benchmarks.paper.trial import Trial
 from benchmarks.paper.ways import LORA
 from hollow_core.analysis.ablation import ablate
@@ -29,12 +30,10 @@ def main() -> None:
     parser.add_argument("--trainings", type=Path, default=Path("hollow-paper"), help="what benchmarks.paper made")
     parser.add_argument("--out", type=Path, default=Path("hollow-analysis"), help="folder for the results")
     asked = parser.parse_args()
-    files = [
-        Trial(asked.trainings, LORA, number, seed=0).folder / run.LORA_FILE for number in range(len(world.HELD_OUT))
-    ]
+    files = [Trial(asked.trainings, LORA, number, seed=0).folder / run.LORA_FILE for number in held_out.WIDER]
     analyses = analyze_files(files, run.MODEL)
     write_png(asked.out / "analysis.png", picture(analyses))
-    influences = [influence(file, subject) for file, subject in zip(files, world.HELD_OUT, strict=True)]
+    influences = [influence(file, subject) for file, subject in zip(files, world.HELD_OUT[: len(files)], strict=True)]
     rows = []
     for first, last in RINGS:
         blocks = [layer for layer in layers(analyses[0].config) if first <= ring(analyses[0].config, layer) <= last]

@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("hollow-levers"), help="folder for the results")
     parser.add_argument("--levers", nargs="+", choices=LEVERS, default=list(LEVERS), help="which; the first is plain")
-    parser.add_argument("--subjects", type=int, nargs="+", default=range(len(world.HELD_OUT)), help="which, from 0")
+    parser.add_argument("--subjects", type=int, nargs="+", default=held_out.WIDER, help="which, from 0")
     parser.add_argument("--quick", action="store_true", help="few records and steps: for the times alone")
     arguments = parser.parse_args()
     first = arguments.levers[0]

@@ -20,14 +20,9 @@ from benchmarks import held_out
 from benchmarks.paper.figures import Figure, plain, signed
 from hollow_core.demo import run, world
 from hollow_core.lora import file as lora_file
-from hollow_core.lora.metadata import recipe_for
 from hollow_core.memory.setting import Setting
-from hollow_core.nets.network import at_cut
-from hollow_core.request import Request, make_examples, patch_examples
-from hollow_core.sampling.prior import class_latents
-from hollow_core.training.precompute import model_id, plan_for, precompute
+from hollow_core.request import Request
 from hollow_core.training.store import Record
-from hollow_core.training.train import train
 
 SIDE = world.SIZE // 2
 WHOLE = "whole pictures"
@@ -52,7 +47,7 @@ ORDERS: dict[str, Callable[[Record], float] | None] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("hollow-patches"), help="folder for the results")
-    parser.add_argument("--subjects", type=int, nargs="+", default=range(len(world.HELD_OUT)), help="which, from 0")
+    parser.add_argument("--subjects", type=int, nargs="+", default=held_out.WIDER, help="which, from 0")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings (default 0)")
     parser.add_argument("--steps", type=int, default=300, help="of each training (default 300)")
     parser.add_argument("--quick", action="store_true", help="one subject and a few steps: whether it runs")
@@ -86,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(options: argparse.Namespace, number: int, seed: int, name: str, folder: Path) -> dict[str, float]:
     """Scores of a training as the demo's is but for its records, on a single path; and how long its steps took."""
-    subject, base = world.HELD_OUT[number], run.model()
+    subject = world.HELD_OUT[number]
     training = replace(options.training, seed=seed)
     setting = Setting(run.CUT, samples=options.samples, class_images=options.class_images, training=training)
     order = ORDERS[name]
@@ -94,41 +89,11 @@ def measure(options: argparse.Namespace, number: int, seed: int, name: str, fold
         setting = replace(setting, patches=SIDE)
     images = held_out.references(folder.parent / "references", subject)
     request = Request(images, subject.kind, run.IDENTIFIER, setting)
-    request.check()
-    drawn = class_latents(
-        base,
-        request.drawn,
-        folder.parent / "class",  # the same for all
-        made_by=model_id(base.network),
-        together=training.together,
-    )
-    examples = make_examples(base, request, drawn)
-    records = plan_for(examples, options.samples, base.schedule, seed)
-    if order is not None:
-        examples, records = patch_examples(base, request, examples, records, drawn, noise=order)
-    store = precompute(
-        base.network,
-        base.schedule,
-        examples,
-        folder / "store",
-        cut=run.CUT,
-        samples=options.samples,
-        seed=seed,
-        together=training.together,
-        records=records,
-    )
-    network = at_cut(base.network, run.CUT, {record.timestep for record in records})
-    started = time.monotonic()
-    result = train(network, base.schedule, store, training, folder=folder)
-    seconds = time.monotonic() - started
-    recipe = recipe_for(run.CUT, *request.subject, base.schedule.prediction.name)
-    file = folder / run.LORA_FILE
-    config = base.network.config
-    lora_file.save(file, result.state, config, alpha=training.lora_alpha, layout=base.layout, recipe=recipe)
+    learned = held_out.learn(request, folder, folder.parent / "class", noise=order)
     base = run.model()
-    lora = lora_file.load(file, base.unet)
+    lora = lora_file.load(learned.file, base.unet)
     scores = held_out.scores(base, subject, lora, options.sampling, single_path=True)
-    return {**scores, "seconds": round(seconds, 1)}
+    return {**scores, "seconds": round(learned.seconds, 1)}
 
 
 if __name__ == "__main__":

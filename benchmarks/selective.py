@@ -1,60 +1,69 @@
 """Backpropagation, MeZO and their mixture: `python -m benchmarks.selective --out DIR`.
 
-Ways to train on the six held-out subjects of the embedded model, with the same number of steps and, once more, in the
-same time as backpropagation at full size: subject, scene and structure score of pictures in new scenes (on two paths
-where hollowed), and the loss at full size. Structure is the embedded reader's probability of the subject's class. What
-is done is kept in DIR, so that a stopped run goes on, and several may share DIR; `--subjects 0 --steps 100` is a small
-run. Writes DIR/selective.json with the peak of a dry run and the operations of a step for SD1.5 at 512², and prints the
-tables.
+Ways to train on the first six held-out subjects of the embedded model, with the same number of steps: subject and
+structure score of pictures in new scenes (on two paths where hollowed), and the loss at full size. Structure is the
+embedded reader's probability of the subject's class. And what a zeroth-order step can do at all: how its direction, of
+more queries, of fewer time steps, in parts of the LoRA only, lies to the true gradient, and how far the loss falls
+along it at most. What is done is kept in DIR, so that a stopped run goes on, and several may share DIR, each with its
+own `--subjects`; `--subjects 0 --steps 100` is a small run. Writes DIR/selective.json with the peak of a dry run and
+the operations of a step for SD1.5 at 512², and prints the tables.
 """
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks import held_out
 from benchmarks.paper.figures import Figure, signed
+from benchmarks.patches import ORDERS
 from hollow_core.demo import run, world
-from hollow_core.files import read_json, write_json
+from hollow_core.files import write_json
 from hollow_core.lora import file as lora_file
 from hollow_core.lora.file import LoraFile
-from hollow_core.lora.layers import load_lora_state
+from hollow_core.lora.layers import ATTENTION, load_lora_state, named_lora_parameters
 from hollow_core.memory.planner import GIB, Planner
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel
 from hollow_core.nets.network import at_cut
 from hollow_core.request import Request
-from hollow_core.road import personalize
 from hollow_core.training.selective import Probability, Strategy, count_by_time, falling, heat_map
 from hollow_core.training.settings import TrainSettings
-from hollow_core.training.steps import part_loss, read_parts
+from hollow_core.training.steps import Loss, Part, backpropagate, part_loss, read_parts
 from hollow_core.training.store import Kind, Store
 
-STEPS = 200
 ZO_LEARNING_RATE = 1e-4
-THREE_QUARTERS = 3 * world.SIZE // 4
+HALF = world.SIZE // 2
 AT_ONCE = 25
-BUDGETS = ("same steps", "same time")
+PLAIN = "BP at full size"
 
 
 class Way(NamedTuple):
     """One way to train."""
 
-    strategy: Strategy
+    strategy: Strategy = "selective"
+    low: str = "half size"
+    """What BP-low sees, of `ORDERS`."""
+    probability: Probability = falling(1.0)
     cut: int | None = None
-    gamma: float = 1.0
-    probability: Probability | None = None
-    low_resolution: int | None = None
+    zo: Mapping[str, Any] = {}
+    """Other settings of zeroth-order steps."""
     share: float = 1.0
     """Of the steps: what the BP-low steps of a mixture do alone."""
+
+
+def always(t: float, s: float) -> float:
+    """p(BP-low) of BP-low alone."""
+    return 1.0
 
 
 def first_half(t: float, s: float) -> float:
@@ -62,23 +71,25 @@ def first_half(t: float, s: float) -> float:
     return float(s < 0.5)
 
 
+def edge(t: float, s: float) -> float:
+    """p(BP-low) of an edge that falls: ZO-high at the time steps above what is left of the training."""
+    return float(t < 1 - s)
+
+
+FORMS = ("half size", "small crops", "dynamic")
+STRONGER = {"zo_queries": 8, "zo_learning_rate": 1e-3}
+"""Four times the forward passes, ten times the rate."""
 WAYS = {
-    "BP at full size": Way("bp"),
-    "BP-low only": Way("selective", gamma=0.0),
-    "BP-low only, half of the steps": Way("selective", gamma=0.0, share=0.5),
-    "ZO-high from scratch": Way("zo"),
-    "ZO-high after BP-low": Way("selective", probability=first_half),
-    "selective, γ = 0.5": Way("selective", gamma=0.5),
-    "selective, γ = 1": Way("selective"),
-    "selective, γ = 3": Way("selective", gamma=3.0),
-    "BP-low only at 3/4": Way("selective", gamma=0.0, low_resolution=THREE_QUARTERS),
-    "BP-low only at 3/4, half of the steps": Way("selective", gamma=0.0, low_resolution=THREE_QUARTERS, share=0.5),
-    "ZO-high after BP-low at 3/4": Way("selective", probability=first_half, low_resolution=THREE_QUARTERS),
-    "selective, γ = 0.1, at 3/4": Way("selective", gamma=0.1, low_resolution=THREE_QUARTERS),
-    "selective, γ = 1, at 3/4": Way("selective", low_resolution=THREE_QUARTERS),
-    "hollowed": Way("bp", run.CUT),
-    "selective, γ = 1, hollowed": Way("selective", run.CUT),
-    "selective, γ = 1, at 3/4, hollowed": Way("selective", run.CUT, low_resolution=THREE_QUARTERS),
+    PLAIN: Way("bp"),
+    **{f"BP-low only, {form}": Way(low=form, probability=always) for form in FORMS},
+    "BP-low only, half size, half of the steps": Way(probability=always, share=0.5),
+    **{f"selective, γ = 1, {form}": Way(low=form) for form in FORMS},
+    "ZO-high after BP-low, half size": Way(probability=first_half),
+    "selective, falling edge, half size": Way(probability=edge),
+    "selective, γ = 1, half size, stronger ZO": Way(zo=STRONGER),
+    "hollowed": Way("bp", cut=run.CUT),
+    "selective, γ = 1, half size, hollowed": Way(cut=run.CUT),
+    "selective, γ = 1, dynamic, hollowed": Way(low="dynamic", cut=run.CUT),
 }
 
 SD15_WAYS: dict[str, list[tuple[Strategy, int]]] = {
@@ -95,9 +106,8 @@ SD15_WAYS: dict[str, list[tuple[Strategy, int]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("hollow-selective"), help="folder for the results")
-    parser.add_argument("--subjects", type=int, nargs="+", default=range(len(world.HELD_OUT)), help="which, from 0")
-    parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=BUDGETS, help="which tables (default both)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of BP at full size")
+    parser.add_argument("--subjects", type=int, nargs="+", default=held_out.WIDER, help="which, from 0")
+    parser.add_argument("--steps", type=int, default=run.SETTINGS.steps, help="of each training")
     parser.add_argument("--zo-learning-rate", type=float, default=ZO_LEARNING_RATE, help="of zeroth-order steps")
     options = parser.parse_args()
     held_out.keep_alike(options.out, {"steps": options.steps, "zo_learning_rate": options.zo_learning_rate})
@@ -105,69 +115,64 @@ def main() -> None:
     print("\n| SD1.5, rank 16, fp32 | base | peak, GiB | of BP's | TFLOP a step |\n|---|---|---|---|---|")
     for row in results["sd15"]:
         print("| {way} | {base} | {peak:.2f} | {ratio:.2f} | {tflop:.2f} |".format(**row), flush=True)
-    for budget in options.budgets:
-        subjects = [subject_scores(options, number, budget) for number in options.subjects]
-        results[budget] = subjects
-        print(f"\n| {budget} | subject | over BP's | scene | structure | loss | steps | seconds |\n" + "|---" * 8 + "|")
-        for name in subjects[0]:
-            print(f"| {name} | " + " | ".join(summary(subjects, name)) + " |")
-        write_json(options.out / "selective.json", results)
-    results["base_losses"] = base_losses(options)
-    write_json(options.out / "selective.json", results)
-    print(
-        "\nThe base model's loss: " + ", ".join(f"{size} {value:.3f}" for size, value in results["base_losses"].items())
+    subjects = [subject_scores(options, number) for number in options.subjects]
+    print("\n| | subject | over BP's | structure | over BP's | colour | shape | loss | seconds |\n" + "|---" * 9 + "|")
+    for name in WAYS:
+        print(f"| {name} | " + " | ".join(summary(subjects, name)) + " |")
+    known = base_losses(options)
+    print("\nThe base model's loss: " + ", ".join(f"{size} {value:.3f}" for size, value in known.items()))
+    found = [of_directions(options, number) for number in options.subjects]
+    print("\n| direction | numbers | cosine to the gradient | greatest fall of the loss, of its | forward passes |")
+    print("|---" * 5 + "|")
+    for name in found[0]:
+        cosine, fall = (mean(each[name][what] for each in found) for what in ("cosine", "fall"))
+        size, passes = (found[0][name][what] for what in ("size", "passes"))
+        print(f"| {name} | {size} | {cosine:.5f} | {fall:.5f} | {passes} |")
+    write_json(
+        options.out / "selective.json", results | {"subjects": subjects, "base losses": known, "directions": found}
     )
 
 
-def summary(subjects: list[dict[str, dict[str, Any]]], name: str) -> list[str]:
+def summary(subjects: Sequence[Mapping[str, Mapping[str, Any]]], name: str) -> list[str]:
     """The columns of a way, given each subject's rows."""
-    plain = "BP at full size"
-    more = {(number, 0): rows[name]["subject"] - rows[plain]["subject"] for number, rows in enumerate(subjects)}
-    figures = {what: mean(rows[name][what] for rows in subjects) for what in subjects[0][name] if what != "by_time"}
+
+    def over(kind: str) -> str:
+        return signed(Figure.of({(n, 0): rows[name][kind] - rows[PLAIN][kind] for n, rows in enumerate(subjects)}))
+
+    figures = {
+        what: mean(rows[name][what] for rows in subjects)
+        for what in ("subject", "structure", "colour", "shape", "loss", "seconds")
+    }
     return [
         f"{figures['subject']:.3f}",
-        signed(Figure.of(more)),
-        f"{figures['scene']:.3f}",
+        over("subject") if name != PLAIN else "",
         f"{figures['structure']:.3f}",
+        over("structure") if name != PLAIN else "",
+        f"{figures['colour']:.3f}",
+        f"{figures['shape']:.3f}",
         f"{figures['loss']:.3f}",
-        f"{figures['steps']:.0f}",
         f"{figures['seconds']:.0f}",
     ]
 
 
-def subject_scores(options: argparse.Namespace, number: int, budget: str) -> dict[str, dict[str, Any]]:
+def subject_scores(options: argparse.Namespace, number: int) -> dict[str, dict[str, Any]]:
     """{way: row} for one subject; read back where it was measured before."""
-    folder: Path = options.out / f"subject-{number}"
-    subject = world.HELD_OUT[number]
     rows: dict[str, dict[str, Any]] = {}
     for name, way in WAYS.items():
-        path, steps = folder / f"{_stem(name, options.steps)}.json", round(way.share * options.steps)
-        rows[name] = _once(path, partial(train_and_score, options, subject, way, steps, path.with_suffix("")))
-    if budget == "same time":
-        pace = _pace(options)
-        for name in list(rows)[1:]:
-            way, path = WAYS[name], folder / f"{_stem(name, options.steps)}, in that time.json"
-            if way.share < 1:  # it goes with a mixture of as many steps
-                del rows[name]
-                continue
-            steps = max(round(options.steps * pace[name]), 1)
-            rows[name] = _once(path, partial(train_and_score, options, subject, way, steps, path.with_suffix("")))
+        path = options.out / f"subject-{number}" / f"{name}.json"
+        rows[name] = _once(path, partial(train_and_score, options, number, way, path.with_suffix("")))
     return rows
 
 
 def base_losses(options: argparse.Namespace) -> dict[str, float]:
-    """The loss of the base model on the subjects' pictures at full size, at half of it and at three quarters: whether
-    it knows small pictures at all."""
-    places: dict[str, tuple[Kind, str]] = {
-        "full size": ("image", "BP-low only"),
-        "half": ("low image", "BP-low only"),
-        "three quarters": ("low image", "BP-low only at 3/4"),
-    }
-    found: dict[str, list[float]] = {size: [] for size in places}
-    for number, (size, (kind, way)) in product(options.subjects, places.items()):
-        folder = options.out / f"subject-{number}" / _stem(way, options.steps)
-        found[size].append(loss(run.model(), Store.open(folder / "store"), None, kind=kind))
-    return {size: mean(losses) for size, losses in found.items()}
+    """The loss of the base model on the subjects' pictures, whole and as BP-low sees them: whether it knows these."""
+    places: dict[str, tuple[Kind, str]] = {"full size": ("image", FORMS[0])}
+    places |= {form: ("low image", form) for form in FORMS}
+    found: dict[str, list[float]] = {name: [] for name in places}
+    for number, (name, (kind, form)) in product(options.subjects, places.items()):
+        folder = options.out / f"subject-{number}" / f"BP-low only, {form}"
+        found[name].append(loss(run.model(), Store.open(folder / "store"), None, kind=kind))
+    return {name: mean(losses) for name, losses in found.items()}
 
 
 @torch.no_grad()
@@ -181,66 +186,167 @@ def loss(base: BaseModel, store: Store, lora: LoraFile | None, cut: int | None =
     return sum(part_loss(network, part).item() for part in parts) / len(weighted)
 
 
-def _stem(name: str, steps: int) -> str:
-    return f"{name.replace('/', '_')}, {steps} steps"
-
-
-def _pace(options: argparse.Namespace) -> dict[str, float]:
-    """How many steps each way makes while BP at full size makes one: the median over the subjects that are there by
-    now, as another program may have been busy meanwhile; kept, so that it is the same for all."""
-
-    def measure() -> dict[str, float]:
-        ratios: dict[str, list[float]] = {name: [] for name in WAYS}
-        for folder, (name, of_name) in product(options.out.glob("subject-*"), ratios.items()):
-            bp, other = (folder / f"{_stem(each, options.steps)}.json" for each in ("BP at full size", name))
-            if bp.exists() and other.exists():
-                mine = read_json(other)
-                of_name.append(read_json(bp)["seconds"] / options.steps / (mine["seconds"] / mine["steps"]))
-        return {name: median(of_name) for name, of_name in ratios.items()}
-
-    pace: dict[str, float] = held_out.kept(options.out / "pace.json", measure)
-    return pace
-
-
-def train_and_score(
-    options: argparse.Namespace, subject: world.Subject, way: Way, steps: int, folder: Path
-) -> dict[str, Any]:
+def train_and_score(options: argparse.Namespace, number: int, way: Way, folder: Path) -> dict[str, Any]:
     """Scores of one training, its time, and its steps of each kind by time step."""
+    subject = world.HELD_OUT[number]
     settings = replace(
         run.SETTINGS,
-        steps=steps,
+        steps=round(way.share * options.steps),
         save_every=0,
         strategy=way.strategy,
-        selective_gamma=way.gamma,
         probability=way.probability,
-        zo_learning_rate=options.zo_learning_rate,
+        **{"zo_learning_rate": options.zo_learning_rate, **way.zo},
     )
-    request = Request(
-        held_out.references(folder.parent / "references", subject),
-        subject.kind,
-        run.IDENTIFIER,
-        Setting(
-            way.cut,
-            samples=run.SAMPLES,
-            class_images=run.CLASS_IMAGES,
-            training=settings,
-            low_resolution=way.low_resolution,
-        ),
-        folder.parent / "class",  # the same for all
+    setting = Setting(
+        way.cut,
+        samples=run.SAMPLES,
+        class_images=run.CLASS_IMAGES,
+        training=settings,
+        patches=HALF if way.strategy == "selective" else None,
     )
-    outcome = personalize(run.model, request, folder)
-    assert outcome.file is not None
-    assert outcome.result is not None
-    assert outcome.store is not None
+    images = held_out.references(folder.parent / "references", subject)
+    request = Request(images, subject.kind, run.IDENTIFIER, setting)
+    learned = held_out.learn(request, folder, folder.parent / "class", noise=ORDERS[way.low])
     base = run.model()
-    lora = lora_file.load(outcome.file, base.unet)
+    lora = lora_file.load(learned.file, base.unet)
     return {
         **held_out.scores(base, subject, lora),
-        "loss": round(loss(base, outcome.store, lora, way.cut), 4),
-        "steps": steps,
-        "seconds": round(outcome.meter.stages[-1].seconds, 1),
-        "by_time": count_by_time(outcome.result.taken),
+        "loss": round(loss(base, learned.store, lora, way.cut), 4),
+        "steps": settings.steps,
+        "seconds": round(learned.seconds, 1),
+        "by_time": count_by_time(learned.result.taken),
     }
+
+
+# What a zeroth-order step can do at all
+
+Draw = Callable[[Sequence[Tensor], torch.Generator], list[Tensor]]
+"""A random direction for the parameters."""
+
+
+def of_directions(options: argparse.Namespace, number: int) -> dict[str, dict[str, Any]]:
+    """{direction: {"size", "cosine", "fall", "passes"}} where BP-low has come half-way, on 24 records at full size:
+    the cosine of a zeroth-order step to the gradient, and the greatest fall of the loss along it over that along the
+    gradient. "size" is of how many numbers the direction is drawn."""
+
+    def measure() -> dict[str, dict[str, Any]]:
+        base, place = run.model(), options.out / f"subject-{number}" / "BP-low only, half size, half of the steps"
+        lora, store = lora_file.load(place / run.LORA_FILE, base.unet), Store.open(place / "store")
+        module = base.network.module
+        load_lora_state(module, lora.state, lora.alpha)
+        named = named_lora_parameters(module)
+        images = store.indices("image")
+        late = [index for index in images if 500 <= store.records[index].timestep < 900]
+        parts, parts_late = (
+            read_parts(store, base.schedule, [(index, 1 / 24) for index in some[:24]], together=24)
+            for some in (images, late)
+        )
+        loss_of = partial(part_loss, base.network)
+        parameters = list(named.values())
+        gradient = _gradient(loss_of, parts, parameters)
+        along = _fall(loss_of, parts, parameters, gradient)
+        subsets = {
+            "every matrix": (list(named), parts),
+            "every matrix, time steps 500 to 900": (list(named), parts_late),
+            "up matrices": ([name for name in named if "lora_B" in name], parts),
+            "attention": ([name for name in named if any(f".{end}." in name for end in ATTENTION)], parts),
+        }
+        draws = {
+            name: (_noise_in(named, of), sum(named[each].numel() for each in of), at)
+            for name, (of, at) in subsets.items()
+        }
+        draws["one number a matrix, its strength"] = (_strengths, len(parameters), parts)
+        rows = {}
+        for (name, (draw, size, seen)), queries in product(draws.items(), (2, 8, 32)):
+            if queries != 8 and not name.startswith(("every matrix", "one")):
+                continue
+            generator = torch.Generator().manual_seed(queries)
+            step = _zeroth_order(loss_of, seen, parameters, draw, queries, generator)
+            fall = _fall(loss_of, parts, parameters, step)
+            cosine = _dot(step, gradient) / (_dot(step, step) * _dot(gradient, gradient)) ** 0.5
+            rows[f"{name}, {queries} queries"] = {
+                "size": size,
+                "cosine": cosine,
+                "fall": fall / along,
+                "passes": 2 * queries,
+            }
+        return rows
+
+    found: dict[str, dict[str, Any]] = held_out.kept(options.out / f"subject-{number}" / "directions.json", measure)
+    return found
+
+
+def _gradient(loss_of: Loss, parts: Sequence[Part], parameters: Sequence[Tensor]) -> list[Tensor]:
+    backpropagate(loss_of, parts)
+    found = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+    for parameter in parameters:
+        parameter.grad = None
+    return found
+
+
+@torch.no_grad()
+def _zeroth_order(
+    loss_of: Loss,
+    parts: Sequence[Part],
+    parameters: Sequence[Tensor],
+    draw: Draw,
+    queries: int,
+    choose: torch.Generator,
+) -> list[Tensor]:
+    """MeZO's estimate from directions of a kind."""
+    step = [torch.zeros_like(parameter) for parameter in parameters]
+    for _ in range(queries):
+        z, losses = draw(parameters, choose), []
+        for sign in (1, -1):
+            with _moved(parameters, z, sign * TrainSettings().zo_epsilon):
+                losses.append(sum(loss_of(part).item() for part in parts))
+        torch._foreach_add_(step, z, alpha=(losses[0] - losses[1]) / queries)
+    return step
+
+
+@torch.no_grad()
+def _fall(loss_of: Loss, parts: Sequence[Part], parameters: Sequence[Tensor], step: Sequence[Tensor]) -> float:
+    """The greatest fall of the loss against `step`, of steps of many lengths."""
+
+    def at(length: float) -> float:
+        with _moved(parameters, step, -length / _dot(step, step) ** 0.5):
+            return sum(loss_of(part).item() for part in parts)
+
+    here = at(0.0)
+    return max(here - at(0.01 * 2**power) for power in range(-6, 8))
+
+
+@contextmanager
+def _moved(parameters: Sequence[Tensor], direction: Sequence[Tensor], distance: float) -> Iterator[None]:
+    """While inside, the parameters are somewhere else."""
+    before = [parameter.clone() for parameter in parameters]
+    torch._foreach_add_(list(parameters), list(direction), alpha=distance)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(list(parameters), before)
+
+
+def _noise_in(named: Mapping[str, Tensor], names: Sequence[str]) -> Draw:
+    """Gaussian in some of the matrices."""
+
+    def draw(parameters: Sequence[Tensor], choose: torch.Generator) -> list[Tensor]:
+        return [
+            torch.randn(matrix.shape, generator=choose) if name in chosen else torch.zeros_like(matrix)
+            for name, matrix in named.items()
+        ]
+
+    chosen = set(names)
+    return draw
+
+
+def _strengths(parameters: Sequence[Tensor], choose: torch.Generator) -> list[Tensor]:
+    """Each matrix times a Gaussian number."""
+    return [matrix * torch.randn((), generator=choose) for matrix in parameters]
+
+
+def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    return sum(torch.dot(a.flatten(), b.flatten()).item() for a, b in zip(one, other, strict=True))
 
 
 def sd15_rows() -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ LEARNERS = (1, 2)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ends", description=__doc__.splitlines()[0])
-    everyone = range(len(world.HELD_OUT))
+    everyone = held_out.WIDER
     parser.add_argument("--out", type=Path, default=Path("hollow-ends"), help="folder for the results")
     parser.add_argument("--subjects", type=int, nargs="+", default=everyone, choices=everyone, help="which to train")
     parser.add_argument("--ways", nargs="+", default=[way.name for way in WAYS], help="which (default all)")

@@ -13,8 +13,11 @@ from .ways import Way
 Key = tuple[int, int]  # subject, seed
 Row = Mapping[str, Mapping[str, float]]  # {use: {kind of score: score}}
 
-# Student's t for 95 % on both sides, by degrees of freedom; the six subjects have five
-STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}
+# Student's t for 95 % on both sides, from one degree of freedom on; the thirty subjects have 29
+STUDENT = (
+    *(12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13),
+    *(2.12, 2.11, 2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05, 2.05),
+)
 
 
 class Figure(NamedTuple):
@@ -45,7 +48,7 @@ class Figure(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """Where the mean is, to 95 %."""
-        width = STUDENT[self.subjects - 1] * self.error if self.subjects > 1 else float("inf")
+        width = STUDENT[self.subjects - 2] * self.error if self.subjects > 1 else float("inf")
         return self.mean - width, self.mean + width
 
 

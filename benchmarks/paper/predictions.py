@@ -1,5 +1,6 @@
 """What dry runs say of SD2.1 at 512 pixels in fp32, batch 1, with LoRA on the attention; nothing is trained for it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -8,8 +9,9 @@ from diffusers import UNet2DConditionModel
 
 from benchmarks import held_out
 from benchmarks.memory import inference
-from hollow_core.demo import run
-from hollow_core.lora.layers import add_lora, lora_parameters
+from hollow_core.demo import run, world
+from hollow_core.files import read_json
+from hollow_core.lora.layers import ATTENTION, add_lora, lora_parameters
 from hollow_core.memory.cost import cuts_table
 from hollow_core.memory.dry_run import DryRun
 from hollow_core.memory.planner import GIB, Planner
@@ -20,7 +22,7 @@ from hollow_core.nets.unet import UNet
 from hollow_core.training.settings import TrainSettings
 
 from .baselines import pruned
-from .ways import WAYS, Way
+from .ways import HOLLOWED, LORA, WAYS, Way, learned
 
 TABLE_3 = {
     "precompute a record": 0.238,
@@ -39,6 +41,8 @@ class Predicted(TypedDict):
 
     gib: dict[str, float]
     """Training in each way, by its name; without cuts that leave next to nothing."""
+    recomputed: dict[str, float]
+    """The same with gradient checkpointing, of two of them."""
     inference: float
     """GiB of drawing with the U-Net alone."""
     operations: dict[str, int]
@@ -51,11 +55,14 @@ class Predicted(TypedDict):
 
 def predictions(out: Path) -> Predicted:
     """Read back from `out` where they were made before; a minute."""
-    found: Predicted = held_out.kept(out / "predicted.json", _predict)
+    changed = out / "most-changed.json"
+    blocks = read_json(changed) if changed.exists() else []
+    name = "predicted.json" if blocks else "predicted-without-the-most-changed.json"
+    found: Predicted = held_out.kept(out / name, lambda: _predict(blocks))
     return found
 
 
-def _predict() -> Predicted:
+def _predict(most_changed: Sequence[str]) -> Predicted:
     planner = Planner("sd21")
     sd21, embedded = (
         cuts_table(base.network, base.latent_side, base.latent_side)
@@ -68,7 +75,12 @@ def _predict() -> Predicted:
     of_drawing = [flops["precompute"] + flops["hollowed_forward"], flops["full"]]
     counts = [flops["precompute"], hollowed, lora, *of_drawing]
     return {
-        "gib": {way.name: _gib(planner, way) for way in WAYS if way.cut is None or way.cut in worthwhile},
+        "gib": {
+            way.name: _gib(planner, way, most_changed)
+            for way in WAYS
+            if (way.cut is None or way.cut in worthwhile) and (way.learning != "most changed blocks" or most_changed)
+        },
+        "recomputed": {way.name: _gib(planner, way, checkpointing=True) for way in (LORA, HOLLOWED)},
         "inference": inference(),
         "operations": dict(zip(TABLE_3, counts, strict=True)),
         "fp32_storage": [
@@ -81,9 +93,11 @@ def _predict() -> Predicted:
     }
 
 
-def _gib(planner: Planner, way: Way) -> float:
+def _gib(planner: Planner, way: Way, most_changed: Sequence[str] = (), *, checkpointing: bool = False) -> float:
     if way.method in ("lora", "hollowed"):
-        setting = Setting(way.cut, 512, training=TrainSettings(rank=way.rank))
+        targets = learned(way, planner.network, ATTENTION, most_changed)
+        training = TrainSettings(rank=way.rank, targets=targets, gradient_checkpointing=checkpointing)
+        setting = Setting(way.cut, 512 * way.side // world.SIZE, base_bits=way.bits, training=training)
         return planner.peak("train", setting).total / GIB
     with torch.device("meta"):
         unet: UNet2DConditionModel = UNet2DConditionModel.from_config(layout_config("sd21"))

@@ -1,6 +1,7 @@
 """One training of one subject in one way with one seed, and the scores of its pictures in every use."""
 
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import held_out
+from hollow_core.analysis.report import analyze_files
 from hollow_core.data.prompts import generic_prompt
 from hollow_core.demo import run, world
 from hollow_core.demo.run import LORA_FILE
@@ -17,8 +19,9 @@ from hollow_core.lora import file as lora_file
 from hollow_core.lora.file import LoraFile
 from hollow_core.lora.metadata import recipe_for
 from hollow_core.memory.setting import Setting
-from hollow_core.models.base_model import BaseModel, encode_prompt
+from hollow_core.models.base_model import BaseModel, encode_prompt, keep_small
 from hollow_core.nets.network import Network, at_cut
+from hollow_core.nets.unet_layers import layers
 from hollow_core.request import Request, make_examples
 from hollow_core.sampling.prior import class_latents
 from hollow_core.sampling.sample import SampleSettings
@@ -28,10 +31,12 @@ from hollow_core.training.store import Store
 from hollow_core.training.train import TrainResult, train
 
 from .baselines import Diverged, distill, finetune, pruned, strays
-from .ways import COARSER, HOLLOWED, LORA, WITHOUT_PRIOR, Way, Wording
+from .ways import COARSER, HOLLOWED, LORA, WITHOUT_PRIOR, Way, Wording, learned
 
-REFRESH = (1, 2, 3, 5)
+REFRESH = (1, 3, 2, 5)
+"""Of all subjects the first two, of the wider tables' all."""
 ONE, TWO = "one path", "two paths"
+AT_ONCE = 12  # records made, and pictures drawn
 ONE_COARSER = f"{ONE}, coarser word"
 
 
@@ -44,7 +49,7 @@ class Extent:
 
 
 class Trial(NamedTuple):
-    """A subject to be learned in a way with a seed."""
+    """A subject, of `held_out.SUBJECTS`, to be learned in a way with a seed."""
 
     out: Path
     """The benchmark's folder."""
@@ -63,7 +68,7 @@ class Trial(NamedTuple):
         return self.folder / "row.json"
 
     def row(self) -> dict[str, dict[str, float]]:
-        """{use: {"subject": …, "scene": …, "structure": …}}."""
+        """{use: {"subject": …, "scene": …, …}, "took": {"seconds": …}}."""
         found: dict[str, dict[str, float]] = read_json(self.result)
         return found
 
@@ -72,7 +77,7 @@ def base_row(out: Path, subject: int) -> dict[str, float]:
     """Scores of the base model, which knows nothing of the subject."""
     row: dict[str, float] = held_out.kept(
         out / "base" / f"subject-{subject}.json",
-        lambda: held_out.scores(run.model(), world.HELD_OUT[subject], None),
+        lambda: held_out.scores(run.model(), held_out.SUBJECTS[subject], None),
     )
     return row
 
@@ -88,15 +93,40 @@ def strayed(out: Path, way: Way, extent: Extent) -> float:
     return found
 
 
+def most_changed(out: Path, extent: Extent) -> list[str]:
+    """The half of the U-Net's blocks whose weights change most where a LoRA is everywhere, as the analyzer says of the
+    subjects on whom settings are chosen."""
+
+    def measure() -> list[str]:
+        number = len(world.HELD_OUT)
+        trials = [Trial(out, LORA, number + place, 0) for place in range(len(world.CHOSEN_ON))]
+        for trial in trials:
+            run_trial(trial, extent)
+        found = analyze_files([trial.folder / LORA_FILE for trial in trials], run.MODEL)
+        changes = {
+            layer.name: sum(change.relative or 0.0 for each in found if (change := each.block(layer)))
+            for layer in layers(found[0].config)
+            if found[0].block(layer)
+        }
+        return sorted(changes, key=lambda name: -changes[name])[: len(changes) // 2]
+
+    names: list[str] = held_out.kept(out / "most-changed.json", measure)
+    return names
+
+
 def run_trial(trial: Trial, extent: Extent) -> None:
     """Do it, if it was not done. Interrupted, it begins anew."""
     if trial.result.exists():
         return
+    started = time.monotonic()
     shutil.rmtree(trial.folder, ignore_errors=True)
-    way, subject, base = trial.way, world.HELD_OUT[trial.subject], run.model()
+    way, subject, base = trial.way, held_out.SUBJECTS[trial.subject], run.model()
+    keep_small(base, "cpu", base_bits=way.bits)
+    changed = most_changed(trial.out, extent) if way.learning == "most changed blocks" else ()
     settings = replace(
         run.SETTINGS,
         rank=way.rank,
+        targets=learned(way, base.network, run.SETTINGS.targets, changed),
         learning_rate=way.learning_rate,
         steps=extent.steps,
         save_every=0,
@@ -111,6 +141,7 @@ def run_trial(trial: Trial, extent: Extent) -> None:
         samples=way.samples,
         seed=trial.seed,
         apart=True,  # ways that differ in other things share it
+        together=AT_ONCE,
     )
     if way.method == "full":
         finetune(base.unet, base.schedule, store, settings)
@@ -129,7 +160,7 @@ def run_trial(trial: Trial, extent: Extent) -> None:
             file, result.state, base.unet.config, alpha=settings.lora_alpha, layout=base.layout, recipe=recipe
         )
         rows = _uses(way, trial.subject, lora_file.load(file, base.unet))
-    write_json(trial.result, rows)
+    write_json(trial.result, rows | {"took": {"seconds": round(time.monotonic() - started, 1)}})
     for path in trial.folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -147,17 +178,19 @@ def _trained(trial: Trial, network: Network, base: BaseModel, store: Store, sett
 
 def _examples(trial: Trial, base: BaseModel) -> list[Example]:
     """The subject's pictures, once for each prompt that the base path has for them, and those of its class."""
-    way, subject = trial.way, world.HELD_OUT[trial.subject]
+    way, subject = trial.way, held_out.SUBJECTS[trial.subject]
     kind = way.kind_of(subject)
-    images = held_out.references(trial.folder / "references", subject)
+    images = held_out.references(trial.folder / "references", subject, way.side)
     images = [image._replace(caption=(image.caption or "").replace(subject.kind, kind)) for image in images]
     request = Request(images, kind, run.IDENTIFIER, Setting(way.cut, class_images=way.class_images))
     drawn: Sequence[torch.Tensor] = []
     if way.class_images:
         name = f"subject-{trial.subject}-seed-{trial.seed}" + (f"-{way.called}" if way.called else "")
+        name += "" if way.side == world.SIZE else f"-{way.side}px"
+        name += "" if way.bits is None else f"-{way.bits}bit"
         of_class = trial.out / "class" / name
         made_by = model_id(base.network)
-        drawn = class_latents(base, request.drawn, of_class, made_by=made_by, seed=trial.seed)
+        drawn = class_latents(base, request.drawn, of_class, made_by=made_by, seed=trial.seed, together=AT_ONCE)
     examples = make_examples(base, request, drawn)
     of_subject, of_class_word = ([one for one in examples if one.kind == which] for which in ("image", "prior"))
     worded = [base_prompts(way.generic, example.personal_prompt, kind) for example in of_subject]
@@ -182,17 +215,17 @@ def base_prompts(wording: Wording, personal: str, kind: str) -> list[str]:
 
 def _uses(way: Way, number: int, lora: LoraFile) -> dict[str, dict[str, float]]:
     """The same file on one path and, if hollowed, on two, the main way's with every refresh."""
-    subject, base = world.HELD_OUT[number], run.model()
+    subject, base, is_wider = held_out.SUBJECTS[number], run.model(), number in held_out.WIDER
     noun = f"{run.IDENTIFIER} {way.kind_of(subject)}"
     rows = {ONE: held_out.scores(base, subject, lora, single_path=True, noun=noun)}
     if way.generic.startswith("coarser word"):  # as the base path knew it
         coarser = f"{run.IDENTIFIER} {COARSER}"
         rows[ONE_COARSER] = held_out.scores(base, subject, lora, single_path=True, noun=coarser)
-    if way in (*WITHOUT_PRIOR, *WITHOUT_PRIOR.values()):
+    if is_wider and way in (*WITHOUT_PRIOR, *WITHOUT_PRIOR.values()):
         rows["no identifier"] = held_out.scores(base, subject, lora, noun=subject.kind)
     if way.cut is None:
         return rows
-    for refresh in REFRESH if way == HOLLOWED else (1,):
+    for refresh in REFRESH[: 4 if is_wider else 2] if way == HOLLOWED else (1,):
         use = TWO if refresh == 1 else f"{TWO}, refresh {refresh}"
         settings = replace(held_out.SAMPLING, refresh=refresh)
         if way.generic == "class word":

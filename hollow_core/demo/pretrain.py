@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -31,8 +32,9 @@ TEXT_WIDTH = 96
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("hollow-pretrain"), help="folder for the model")
-    parser.add_argument("--pictures", type=int, default=50_000, help="drawn pictures to train on (default 50000)")
     parser.add_argument("--steps", type=int, default=15_000, help="U-Net steps of 128 pictures (default 15000)")
+    parser.add_argument("--rate", type=float, default=1e-3, help="the U-Net's highest learning rate (default 0.001)")
+    parser.add_argument("--begin", type=Path, help="folder of a U-Net to go on from, in place of random weights")
     parser.add_argument("--device", default="cpu", help="where the U-Net trains: cpu or cuda (default cpu)")
     parser.add_argument("--only", nargs="*", help="parts to make: text autoencoder scorers unet (default all)")
     options = parser.parse_args()
@@ -41,7 +43,7 @@ def main() -> None:
         "text": lambda: train_text_encoder(out),
         "autoencoder": lambda: train_autoencoder(out),
         "scorers": lambda: scorers.train(out),
-        "unet": lambda: train_unet(out, options.pictures, options.steps, options.device),
+        "unet": lambda: train_unet(out, options.steps, options.device, peak=options.rate, begin=options.begin),
     }
     for name in options.only or parts:
         started = time.monotonic()
@@ -187,24 +189,49 @@ def principal_autoencoder() -> AutoencoderTiny:
     return autoencoder
 
 
-# U-Net
+# U-Net: on half-size pictures first, as its elders were, then on all sizes and shapes
+
+
+Shape = tuple[int, int]  # width and height, pixels
+
+HALF, THREE_QUARTERS, FULL = ((world.SIZE * quarters // 4,) * 2 for quarters in (2, 3, 4))
+OBLONG: tuple[Shape, ...] = ((80, 48), (48, 80), (96, 64), (64, 96))
+YOUNG = 0.3  # of the steps: on half-size pictures alone
+
+
+def shape_at(step: int, steps: int, choose: random.Random) -> Shape:
+    """Of a step's pictures."""
+    if step < YOUNG * steps:
+        return HALF
+    draw = choose.random()
+    if draw < 0.5:
+        return FULL
+    return HALF if draw < 0.7 else THREE_QUARTERS if draw < 0.85 else choose.choice(OBLONG)
 
 
 def train_unet(
-    out: Path, pictures: int, steps: int, device: str = "cpu", batch: int = 128, peak: float = 1e-3
+    out: Path, steps: int, device: str = "cpu", batch: int = 128, peak: float = 1e-3, begin: Path | None = None
 ) -> dict[str, Any]:
-    """v-prediction on a zero-terminal-SNR schedule; `middle_needed` keeps the deep levels alive."""
+    """v-prediction on a zero-terminal-SNR schedule; `middle_needed` keeps the deep levels alive.
+
+    Under torchrun the batch is divided among the processes. `begin` is the folder of a U-Net to go on from.
+    """
+    process, processes = 0, 1
+    if torch.distributed.is_torchelastic_launched():
+        torch.distributed.init_process_group("gloo")
+        process, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32)
     text_encoder.requires_grad_(False).to(device)
-    latents, subjects, scenes = drawn_latents(out, pictures)
+    autoencoder = AutoencoderTiny.from_pretrained(out / "vae", torch_dtype=torch.float32)
     schedule = noise_schedule()
     schedule.save_pretrained(out / "scheduler")
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     # min-SNR-5, plus a little: at the last time step there is no signal, and yet the scene is decided there
     weights = (snr.clamp(max=5) + 0.25) / (snr + 1)
     torch.manual_seed(0)
-    unet = new_unet().to(device)
+    unet = new_unet() if begin is None else UNet2DConditionModel.from_pretrained(begin, torch_dtype=torch.float32)
+    unet.to(device)
     if device == "cpu":
         unet.set_attn_processor(AttnProcessor())  # there its backward is three times as fast as the fused one's
     optimizer = torch.optim.AdamW(unet.parameters(), lr=peak, weight_decay=0.01, fused=True)
@@ -213,44 +240,54 @@ def train_unet(
     if checkpoint.exists():
         start = restore(checkpoint, unet, optimizer)
         losses = read_json(out / "unet-losses.json")
-    generator, choose = torch.Generator(), random.Random()
-    started, recent = time.monotonic(), []
+    started, recent = time.monotonic(), dict[Shape, list[float]]()
     for step in range(start, steps):
-        generator.manual_seed(step)
-        choose.seed(step)
-        chosen = torch.randint(len(latents), (batch,), generator=generator)
-        clean = latents[chosen].float()
-        texts = [language.caption(subjects[i], scenes[i], choose) for i in chosen]
-        elsewhere = [misplaced(text, scenes[i], choose) for text, i in zip(texts, chosen, strict=True)]
+        shape = shape_at(step, steps, random.Random(step))
+        generator = torch.Generator().manual_seed(step * processes + process)
+        choose = random.Random(f"{step} {process}")
+        pictures, subjects, scenes = drawn(batch // processes, choose, shape)
+        texts = [language.caption(*each, choose) for each in zip(subjects, scenes, strict=True)]
+        elsewhere = [misplaced(text, scene, choose) for text, scene in zip(texts, scenes, strict=True)]
         with torch.no_grad():
+            clean = autoencoder.encode(pictures).latents
             states = text_encoder(tokenize(tokenizer, texts).to(device)).last_hidden_state
             outer_states = text_encoder(tokenize(tokenizer, elsewhere).to(device)).last_hidden_state
-        timesteps = torch.randint(1000, (batch,), generator=generator)
+        timesteps = torch.randint(1000, (len(clean),), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         noisy = schedule.add_noise(clean, noise, timesteps).to(device)
         velocity = schedule.get_velocity(clean, noise, timesteps).to(device)
-        with torch.autocast(device, torch.bfloat16), middle_needed(unet, outer_states):
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"), middle_needed(unet, outer_states):
             predicted = unet(noisy, timesteps.to(device), states).sample
         errors = (predicted.float() - velocity).square().mean((1, 2, 3))
         loss = (weights[timesteps].to(device) * errors).mean()
         loss.backward()
+        if processes > 1:
+            average_gradients(unet)
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         decay(optimizer, peak, step, steps)
         optimizer.step()
         optimizer.zero_grad()
-        recent.append(loss.item())
-        if (step + 1) % 100 == 0:
-            losses.append({"step": step + 1, "loss": round(sum(recent) / len(recent), 5)})
-            print(
-                f"unet {step + 1}/{steps} loss {losses[-1]['loss']} {time.monotonic() - started:.0f} s",
-                flush=True,
-            )
-            recent = []
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        recent.setdefault(shape, []).append(loss.item())
+        if process == 0 and (step + 1) % 50 == 0:
+            means = {"×".join(map(str, of)): round(sum(some) / len(some), 5) for of, some in sorted(recent.items())}
+            losses.append({"step": step + 1, **means})
+            print(f"unet {step + 1}/{steps} {means} {time.monotonic() - started:.0f} s", flush=True)
+            recent.clear()
+        if process == 0 and ((step + 1) % 200 == 0 or step + 1 == steps):
             write_json(out / "unet-losses.json", losses)
             keep(checkpoint, step + 1, unet, optimizer)
             save_pipeline(out, unet)
     return {"steps": steps, "pictures": steps * batch, "losses": losses, "parameters": count(unet)}
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Over the processes that train together."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -317,26 +354,20 @@ def middle_needed(unet: UNet2DConditionModel, states: torch.Tensor) -> Iterator[
             hook.remove()
 
 
-def drawn(number: int, choose: random.Random) -> tuple[torch.Tensor, list[world.Subject], list[str]]:
-    """Freshly drawn pictures (number, 3, 64, 64), their subjects and scenes."""
+def drawn(
+    number: int, choose: random.Random, shape: Shape = FULL
+) -> tuple[torch.Tensor, list[world.Subject], list[str]]:
+    """Freshly drawn pictures (number, 3, height, width) of a shape, their subjects and scenes.
+
+    Smaller squares are those of full size made smaller, as pictures of a lower resolution are.
+    """
     subjects = [world.random_subject(choose) for _ in range(number)]
     scenes = [choose.choice(list(world.SCENES)) for _ in range(number)]
-    pictures = [world.draw(subject, scene, choose) for subject, scene in zip(subjects, scenes, strict=True)]
+    drawn_at = shape if shape in OBLONG else FULL
+    pictures = [world.draw(subject, scene, choose, drawn_at) for subject, scene in zip(subjects, scenes, strict=True)]
+    if shape != drawn_at:
+        pictures = [picture.resize(shape, Image.Resampling.LANCZOS) for picture in pictures]
     return world.to_tensor(pictures), subjects, scenes
-
-
-@torch.no_grad()
-def drawn_latents(out: Path, number: int) -> tuple[torch.Tensor, list[world.Subject], list[str]]:
-    """Latents (number, 8, 16, 16) in fp16 of drawn pictures, with their subjects and scenes."""
-    autoencoder = AutoencoderTiny.from_pretrained(out / "vae", torch_dtype=torch.float32)
-    choose = random.Random(5)
-    latents, subjects, scenes = [], [], []
-    for _ in range(0, number, 100):
-        pictures, some_subjects, some_scenes = drawn(100, choose)
-        latents.append(autoencoder.encode(pictures).latents.half())
-        subjects += some_subjects
-        scenes += some_scenes
-    return torch.cat(latents), subjects, scenes
 
 
 def decay(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:

@@ -37,13 +37,12 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("hollow-pretrain-transformer"), help="folder for the model")
-    parser.add_argument("--pictures", type=int, default=20_000, help="drawn pictures to train on (default 20000)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of {BATCH} pictures (default {STEPS})")
     options = parser.parse_args()
     out: Path = options.out
     begin(out)
     started = time.monotonic()
-    figures = train(out, options.pictures, options.steps)
+    figures = train(out, options.steps)
     pretrain.note(out, "transformer", {**figures, "seconds": round(time.monotonic() - started)})
 
 
@@ -93,10 +92,9 @@ def new_transformer() -> ZImageTransformer2DModel:
     return transformer
 
 
-def train(out: Path, pictures: int, steps: int) -> dict[str, Any]:
+def train(out: Path, steps: int) -> dict[str, Any]:
     """Flow matching, σ stratified over the batch and shifted towards noise, to the teacher's velocity."""
     teacher = Teacher()
-    latents, subjects, scenes = pretrain.drawn_latents(out, pictures)
     torch.manual_seed(0)  # initial weights; the constructors of diffusers take no generator
     transformer = new_transformer()
     pipeline = load(out, transformer=transformer)
@@ -107,14 +105,13 @@ def train(out: Path, pictures: int, steps: int) -> dict[str, Any]:
         start = pretrain.restore(checkpoint, transformer, optimizer)
         losses = read_json(out / "transformer-losses.json")
     transformer.compile_repeated_blocks()  # a third faster
-    generator, choose = torch.Generator(), random.Random()
     started, recent = time.monotonic(), []
     for step in range(start, steps):
-        generator.manual_seed(step)
-        choose.seed(step)
-        chosen = torch.randint(len(latents), (BATCH,), generator=generator)
-        clean = latents[chosen].float()
-        texts = [language.caption(subjects[i], scenes[i], choose) for i in chosen]
+        generator, choose = torch.Generator().manual_seed(step), random.Random(step)
+        drawn, subjects, scenes = pretrain.drawn(BATCH, choose)
+        texts = [language.caption(subject, scene, choose) for subject, scene in zip(subjects, scenes, strict=True)]
+        with torch.no_grad():
+            clean = pipeline.vae.encode(drawn).latents
         noise = torch.randn(clean.shape, generator=generator)
         places = (torch.randperm(BATCH, generator=generator) + torch.rand(BATCH, generator=generator)) / BATCH
         sigmas = 2 * places / (1 + places)

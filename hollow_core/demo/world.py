@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 SIZE = 64  # pixels
 SCALE = 4  # drawn this much larger
@@ -78,7 +78,7 @@ class Subject:
         return words
 
 
-# Never drawn in training, nor is any subject of the same class with the same two colours.
+# Never drawn in training; from the seventh on, none with an accent in one of the two colours is.
 HELD_OUT = (
     Subject("cup", "orange", "green", "stripes", "star", "none", "purple"),
     Subject("backpack", "white", "blue", "dots", "heart", "none", "red"),
@@ -86,7 +86,39 @@ HELD_OUT = (
     Subject("robot", "yellow", "purple", "plain", "diamond", "flag", "red"),
     Subject("fish", "pink", "white", "stripes", "none", "hat", "blue"),
     Subject("car", "blue", "orange", "checks", "star", "flag", "red"),
+    Subject("cup", "red", "white", "dots", "heart", "none", "white"),
+    Subject("ball", "green", "white", "stripes", "diamond", "none", "white"),
+    Subject("house", "yellow", "red", "plain", "heart", "none", "red"),
+    Subject("car", "pink", "black", "plain", "star", "none", "black"),
+    Subject("robot", "white", "red", "dots", "heart", "none", "red"),
+    Subject("cat", "orange", "white", "stripes", "none", "hat", "white"),
+    Subject("dog", "brown", "yellow", "dots", "none", "crown", "yellow"),
+    Subject("fish", "orange", "blue", "dots", "none", "crown", "blue"),
+    Subject("bird", "blue", "red", "plain", "none", "hat", "red"),
+    Subject("backpack", "red", "black", "checks", "diamond", "none", "black"),
+    Subject("boat", "white", "green", "stripes", "star", "none", "green"),
+    Subject("rocket", "orange", "black", "checks", "none", "crown", "black"),
+    Subject("cup", "blue", "yellow", "plain", "star", "none", "yellow"),
+    Subject("ball", "pink", "blue", "dots", "none", "crown", "blue"),
+    Subject("house", "white", "purple", "checks", "none", "flag", "purple"),
+    Subject("car", "green", "yellow", "stripes", "none", "hat", "yellow"),
+    Subject("robot", "purple", "yellow", "plain", "star", "hat", "yellow"),
+    Subject("cat", "black", "pink", "plain", "heart", "none", "pink"),
+    Subject("dog", "white", "blue", "checks", "star", "none", "blue"),
+    Subject("fish", "yellow", "black", "stripes", "diamond", "none", "black"),
+    Subject("bird", "green", "orange", "checks", "heart", "none", "orange"),
+    Subject("backpack", "purple", "pink", "plain", "star", "flag", "pink"),
+    Subject("boat", "red", "yellow", "plain", "none", "flag", "yellow"),
+    Subject("rocket", "pink", "purple", "dots", "heart", "none", "purple"),
 )
+"""By whom ways of training are judged. The first six are those of the wider tables."""
+CHOSEN_ON = (
+    Subject("cup", "purple", "orange", "checks", "star", "none", "orange"),
+    Subject("dog", "pink", "green", "stripes", "none", "hat", "green"),
+    Subject("rocket", "blue", "white", "plain", "heart", "none", "white"),
+)
+"""As little known, and judged by none: on whom settings are chosen."""
+_NOT_DRAWN = {(subject.kind, subject.color, subject.second) for subject in (*HELD_OUT, *CHOSEN_ON)}
 REFERENCE_SCENES = ("grass", "room", "city", "beach", "snow")
 NEW_SCENES = ("night", "desert", "forest", "sunset")
 
@@ -97,11 +129,12 @@ def photo_caption(noun: str, scene: str) -> str:
 
 
 def random_subject(choose: random.Random) -> Subject:
-    """A subject of the training world, never a held-out one; half are plain, half bear no emblem or accessory."""
+    """A subject of the training world, none of the class and two colours of a held-out one; half are plain, half bear
+    no emblem or accessory."""
     while True:
         kind = choose.choice(CLASSES)
         color, second = choose.sample(list(COLORS), 2)
-        if (kind, color, second) not in {(s.kind, s.color, s.second) for s in HELD_OUT}:
+        if (kind, color, second) not in _NOT_DRAWN:
             break
     accent = choose.choice([name for name in COLORS if name not in (color, second)])
     pattern, emblem, accessory = (
@@ -126,6 +159,24 @@ def draw(subject: Subject, scene: str, choose: random.Random, shape: tuple[int, 
         across, down = (end, down) if width > height else (across, end)
     _Artist(canvas, subject, ((width - size) * across, (height - size) * down), size).draw()
     return canvas.resize(shape, Image.Resampling.BOX)
+
+
+def cutout(subject: Subject, side: float) -> tuple[Image.Image, Image.Image]:
+    """The subject alone, as large as it is in a picture where the square that it is drawn into has `side` pixels, and
+    its mask ("L", 255 where it is); larger than that square, as what it carries reaches out of it."""
+    around = math.ceil(side * (1 + 2 * _MARGIN))
+    drawn = []
+    for ground in ("white", "black"):
+        canvas = Image.new("RGB", (around * SCALE,) * 2, ground)
+        corner = (around - side) / 2 * SCALE
+        _Artist(canvas, subject, (corner, corner), side * SCALE).draw()
+        drawn.append(canvas.resize((around, around), Image.Resampling.BOX))
+    same = ImageChops.invert(ImageChops.difference(*drawn).convert("L"))  # where the ground shows nowhere
+    return drawn[0], same.point(lambda value: 255 if value > 250 else 0)
+
+
+_MARGIN = 0.35
+"""How far a flag reaches out of the subject's square, as a share of its side."""
 
 
 def reference_pictures(subject: Subject) -> list[tuple[str, Image.Image]]:
