@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
-from torch import get_num_threads
+from torch import Tensor, get_num_threads
 
 from benchmarks.independent import likeness
 from hollow_core.data.images import TrainingImage, load_images
@@ -99,10 +99,14 @@ class Learned(NamedTuple):
 
 
 def learn(
-    request: Request, folder: Path, class_folder: Path, noise: Callable[[Record], float] | None = None
+    request: Request,
+    folder: Path,
+    class_folder: Path,
+    noise: Callable[[Record], float] | None = None,
+    saved: Callable[[int, dict[str, Tensor]], object] | None = None,
 ) -> Learned:
     """A training of the embedded model into `folder`; drawn class pictures are shared by way of `class_folder`. With
-    patches, `noise` says how much there is for them, from 0 to 1: see `patch_examples`."""
+    patches, `noise` says how much there is for them, from 0 to 1: see `patch_examples`; `saved` is as for `train`."""
     request.check()
     base, setting = run.model(), request.setting
     settings = setting.training
@@ -125,7 +129,7 @@ def learn(
     )
     network = at_cut(base.network, setting.cut, {record.timestep for record in records})
     started = time.monotonic()
-    result = train(network, base.schedule, store, settings, folder=folder)
+    result = train(network, base.schedule, store, settings, folder=folder, saved=saved)
     seconds = time.monotonic() - started
     recipe = recipe_for(setting.cut, *request.subject, base.schedule.prediction.name)
     file = folder / run.LORA_FILE

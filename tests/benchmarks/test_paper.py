@@ -1,6 +1,7 @@
 """The benchmark of the paper's tables: its baselines against diffusers, and that tables say what was measured."""
 
 import re
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -16,9 +17,25 @@ from benchmarks.paper.baselines import finetune, pruned
 from benchmarks.paper.figures import Figure, Measured, short
 from benchmarks.paper.predictions import TABLE_3, TABLE_6, Predicted
 from benchmarks.paper.trial import Extent, Trial, base_prompts
-from benchmarks.paper.ways import CALMER, CUTS, FRESH, HOLLOWED, LORA, PRUNED, SAMPLES, WAYS, Wording
+from benchmarks.paper.ways import (
+    CALMER,
+    CUTS,
+    FRESH,
+    GIVING_UP,
+    HOLLOWED,
+    LEARNING,
+    LORA,
+    MAIN,
+    PRUNED,
+    SAMPLES,
+    WAYS,
+    Wording,
+    learned,
+)
+from hollow_core.demo import run
 from hollow_core.errors import HollowError
 from hollow_core.files import write_json
+from hollow_core.lora.layers import ATTENTION
 from hollow_core.nets.unet import UNet
 from hollow_core.nets.unet_layers import max_cut
 from hollow_core.training.precompute import precompute
@@ -64,6 +81,7 @@ def test_full_finetuning_trains_all_weights_and_its_loss_falls(tmp_path: Path) -
 
 PREDICTED: Predicted = {
     "gib": {way.name: 3.25 for way in WAYS if way.cut is None or way.cut < 7},
+    "recomputed": {LORA.name: 2.0, HOLLOWED.name: 1.5},
     "inference": 3.5,
     "operations": dict.fromkeys(TABLE_3, 10**12),
     "fp32_storage": [[cut, samples, 10**9] for cut, samples in TABLE_6],
@@ -72,7 +90,7 @@ PREDICTED: Predicted = {
 
 
 def row(subject: float) -> dict[str, float]:
-    return {"subject": subject, "scene": 1.0, "structure": 0.5}
+    return {"subject": subject, "scene": 1.0, "structure": 0.5, "colour": subject / 2, "shape": 1 - subject}
 
 
 def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> None:
@@ -114,6 +132,56 @@ def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> No
     assert all((tmp_path / picture).exists() for picture in ("cuts.png", "records.png"))
     assert len({way.name for way in WAYS}) == len(WAYS)
     assert list(CUTS) == list(range(9))  # the embedded U-Net has attention two levels deep
+
+
+def test_the_main_comparisons_are_paired_with_plain_lora_and_between_judges(tmp_path: Path) -> None:
+    """Two judges of three see the same: a colour that is half of the score, and a shape that is its opposite."""
+    lora = {0: 0.8, 1: 0.6, 2: 0.75}
+    for subject, way in product(lora, {*MAIN, *GIVING_UP}):
+        less = 0.0 if way == LORA else 0.1 * (1 + len(way.name) % 3) + 0.01 * subject
+        score = row(lora[subject] - less)
+        uses = dict.fromkeys(("one path", "two paths", "two paths, refresh 3"), score)
+        write_json(Trial(tmp_path, way, subject, 0).result, uses | {"took": {"seconds": 36.0}})
+        write_json(tmp_path / "base" / f"subject-{subject}.json", row(0.02))
+    keep_alike(tmp_path, {})
+    measured = Measured.read(tmp_path, WAYS, range(3), range(1))
+    predicted: Predicted = {**PREDICTED, "gib": {**PREDICTED["gib"], HOLLOWED.name: 2.5}}
+    text = results.write(tmp_path, measured, Extent(), predicted).read_text()
+    assert "3 trainings in each row, of 3 subjects." in text
+    assert "| plain LoRA | .717 ± .085 | .358 ± .042 | .283 ± .085 |  |  |  | 1.000 ± .000 | 3.25 |" in text
+    less = 0.1 * (1 + len(HOLLOWED.name) % 3) + 0.01
+    found = re.search(
+        r"\| hollowed at k=3 \| \S+ ± \S+ \| .*? \| .*? \| (\S+) ± \.006 \| (\S+) ± \.003 \| (\S+) ±", text
+    )
+    assert found is not None
+    assert [float(number) for number in found.groups()] == pytest.approx([-less, -less / 2, less], abs=1e-3)
+    judged = dict(re.findall(r"\| (colour|shape) \| (-?[\d.]+) \|", text))
+    assert judged == {"colour": "1.000", "shape": "-1.000"}
+    assert f"{len({*MAIN, *GIVING_UP}) * 3} trainings with their" in text.replace("\n", " ")
+    assert f"{len({*MAIN, *GIVING_UP}) * 3 / 100:.1f} hours" in text
+    assert "| hollowed, k=3, checkpointing | 1.50 | .46 |".replace(".46", "0.46") in text
+    assert (tmp_path / "giving-up.png").exists()
+
+
+def test_ways_learn_what_they_say() -> None:
+    network = UNet(make_tiny_unet("sd15"))
+    up, outside, changed = (
+        learned(LEARNING[which], network, ATTENTION, ["1-1"])
+        for which in ("up half", "outside the hollow", "most changed blocks")
+    )
+    assert up
+    assert all(path.startswith("up_blocks.") for path in up)
+    gone = tuple(f"{path}." for path in network.removed(run.CUT))
+    everything = [
+        path
+        for path, module in network.module.named_modules()
+        if isinstance(module, torch.nn.Linear) and path.endswith(ATTENTION)
+    ]
+    assert set(outside) == {path for path in everything if not path.startswith(gone)}
+    assert 0 < len(outside) < len(everything)
+    assert changed
+    assert all(path.startswith("down_blocks.0.attentions.0.") for path in changed)
+    assert learned(LORA, network, ATTENTION) == ATTENTION
 
 
 def test_the_base_path_has_its_prompt_in_each_wording() -> None:

@@ -33,8 +33,10 @@ def test_the_model_is_small_and_loads_as_any_other() -> None:
 def test_held_out_subjects_are_never_drawn_in_training() -> None:
     choose = random.Random(0)
     drawn = {(s.kind, s.color, s.second) for s in (world.random_subject(choose) for _ in range(20_000))}
-    assert len(world.HELD_OUT) >= 6
-    assert not drawn & {(s.kind, s.color, s.second) for s in world.HELD_OUT}
+    assert len(set(world.HELD_OUT)) == 30
+    assert {subject.kind for subject in world.HELD_OUT} == set(world.CLASSES)
+    assert not drawn & {(s.kind, s.color, s.second) for s in (*world.HELD_OUT, *world.CHOSEN_ON)}
+    assert not set(world.HELD_OUT) & set(world.CHOSEN_ON)
     assert {kind for kind, _, _ in drawn} == set(world.CLASSES)
 
 
@@ -83,6 +85,16 @@ def test_the_middle_of_the_model_matters() -> None:
     figures = gates.middle_matters(load(run.MODEL), pictures=128, batch=32)
     assert figures["zeroed_exit_raises_loss_percent"] >= 5
     assert figures["foreign_exit_raises_loss_percent"] >= 5
+
+
+@pytest.mark.slow
+def test_the_model_knows_half_size_pictures_and_other_shapes(tmp_path: Path) -> None:
+    """As Stable Diffusion does, which saw 256 pixels before 512."""
+    base = load(run.MODEL)
+    assert gates.sizes_known(base, pictures=128, batch=32)["half_over_full_loss"] <= 1.3
+    figures = gates.shapes_obey(base, scorers.load(), tmp_path)
+    assert min(figures[f"{shape}_scene_score"] for shape in ("half", "wide", "tall")) > 0.9
+    assert figures["half_class_score"] > 0.8
 
 
 @pytest.mark.slow
