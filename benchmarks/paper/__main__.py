@@ -10,6 +10,7 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from .baselines import Diverged
 from .figures import Measured
 from .predictions import predictions
 from .trial import Extent, Trial, most_changed, run_trial
-from .ways import GIVING_UP, LEARNING, MAIN, QUICK, WAYS, Way
+from .ways import GIVING_UP, LEARNING, LORA, MAIN, QUICK, WAYS, Way
 
 EVERYONE = range(len(world.HELD_OUT))
 PARTS: dict[str, tuple[Sequence[Way], range]] = {
@@ -58,10 +59,11 @@ def main() -> None:
     held_out.keep_alike(options.out, asdict(extent))
     if not options.report:
         units = [Unit(QUICK, 0, 0)] if options.quick else list(planned(options))
-        if any(LEARNING["most changed blocks"] in unit.ways for unit in units):
-            most_changed(options.out, extent)  # once, before many would
         workers = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
         with workers as pool, tqdm(total=sum(len(unit.ways) for unit in units)) as bar:
+            if any(LEARNING["most changed blocks"] in unit.ways for unit in units):
+                _ = [*pool.map(partial(run_unit, options.out, extent=extent), CHOSEN_ON)]
+                most_changed(options.out, extent)  # once, before many would
             for done in as_completed([pool.submit(run_unit, options.out, unit, extent) for unit in units]):
                 bar.update(done.result())
     everything = Measured.read(options.out, WAYS, EVERYONE, range(options.seeds))
@@ -75,6 +77,10 @@ def planned(options: argparse.Namespace) -> Iterator[Unit]:
             of_part, subjects = PARTS[part]
             ways = [way for way in of_part if way.name in options.ways]
             yield from (Unit(ways, subject, seed) for subject in subjects if subject in options.subjects)
+
+
+CHOSEN_ON = [Unit([LORA], len(EVERYONE) + place, 0) for place in range(len(world.CHOSEN_ON))]
+"""Of whom `most_changed` asks."""
 
 
 def run_unit(out: Path, unit: Unit, extent: Extent) -> int:

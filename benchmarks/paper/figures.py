@@ -10,6 +10,8 @@ from typing import NamedTuple
 from .trial import Trial
 from .ways import Way
 
+NOT_MEASURED = "–"
+
 Key = tuple[int, int]  # subject, seed
 Row = Mapping[str, Mapping[str, float]]  # {use: {kind of score: score}}
 
@@ -107,13 +109,13 @@ class Measured:
 
 def plain(figure: Figure | None) -> str:
     """ ".786 ± .082"."""
-    return "–" if figure is None else f"{short(figure.mean)} ± {short(figure.spread)}"
+    return NOT_MEASURED if figure is None else f"{short(figure.mean)} ± {short(figure.spread)}"
 
 
 def signed(figure: Figure | None) -> str:
     """ "-.015 ± .021", the standard error."""
     if figure is None:
-        return "–"
+        return NOT_MEASURED
     error = "" if figure.subjects == 1 else f" ± {short(figure.error)}"
     return f"{'-' if figure.mean < 0 else '+'}{short(abs(figure.mean))}{error}"
 

@@ -12,7 +12,7 @@ from .baselines import FULL_LEARNING_RATE
 from .figures import Figure, Measured, plain, short, signed
 from .plots import Point, plot
 from .predictions import TABLE_3, TABLE_6, Predicted
-from .tables import table, trainings
+from .tables import compares, table, trainings
 from .trial import ONE, ONE_COARSER, REFRESH, TWO, Extent, base_row, strayed
 from .ways import (
     CALLED_COARSER,
@@ -49,8 +49,7 @@ DINO = {
 
 def write(out: Path, measured: Measured, extent: Extent, predicted: Predicted) -> Path:
     """RESULTS.md and its plots in `out`, of whatever is measured."""
-    parts = [
-        _head(out, measured, extent),
+    sections = [
         comparisons.thirty(measured, predicted),
         comparisons.judges(measured),
         comparisons.giving_up(out, measured, predicted),
@@ -71,6 +70,7 @@ def write(out: Path, measured: Measured, extent: Extent, predicted: Predicted) -
         _each(measured),
     ]
     path = out / "RESULTS.md"
+    parts = [_head(out, measured, extent), *filter(compares, sections)]
     write_bytes(path, ("\n\n".join(parts) + "\n").encode())
     return path
 
@@ -429,7 +429,7 @@ def _prior(measured: Measured) -> str:
 def _each(measured: Measured) -> str:
     measured = measured.shared([LORA, HOLLOWED])
     subjects, seeds = ({key[place] for key in measured.keys} for place in (0, 1))
-    parts = {world.HELD_OUT[subject].kind: measured.part(subject=subject) for subject in sorted(subjects)}
+    parts = {world.HELD_OUT[subject].describe(): measured.part(subject=subject) for subject in sorted(subjects)}
     parts |= {f"seed {seed}": measured.part(seed=seed) for seed in sorted(seeds)}
     rows = [
         [name, *(plain(part.figure(way, use_of(way))) for way in (LORA, HOLLOWED)), str(len(part.keys))]

@@ -117,7 +117,7 @@ def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> No
     assert (
         "| A pruned net, re-trained, is worse than hollowed | -.031 | -.300 ± .000 | +.000 ± .000 | 2 | yes |" in text
     )
-    assert "| Full fine-tuning is hardly better than LoRA (rank 128) | +.005 | – | – | – | not measured |" in text
+    assert "Full fine-tuning is hardly better" not in text  # it is not measured
     assert "| the same, re-trained | .290 ± .110 | 1.000 ± .000 | .500 ± .000 | .006 |" in text
     assert "| Hollowed is as good as LoRA (rank 128) | +.002 | -.100 |" in text  # at the lower learning rate
     assert "| the same file on a single path | .605 ± .105 | 1.000 ± .000 |  | 3.25 |" in text
