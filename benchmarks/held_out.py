@@ -35,7 +35,7 @@ WIDER = range(6)
 """Of the wider tables, which would take too long on all."""
 SEEDS_A_SCENE = 3
 SCENES = [scene for scene in world.NEW_SCENES for _ in range(SEEDS_A_SCENE)]
-SAMPLING = replace(run.SAMPLING, together=len(SCENES))
+SAMPLING = replace(run.SAMPLING, steps=20, together=len(SCENES))
 
 
 def references(folder: Path, subject: world.Subject, side: int = world.SIZE) -> list[TrainingImage]:

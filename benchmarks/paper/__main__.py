@@ -50,12 +50,15 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which (default all)")
     parser.add_argument("--subjects", type=int, nargs="+", default=EVERYONE, choices=EVERYONE, help="which to train")
     parser.add_argument("--ways", nargs="+", default=[way.name for way in WAYS], help="which, such as lora-r16-s300")
+    parser.add_argument(
+        "--steps", type=int, default=Extent().steps, help="of each training (default half of the demo's)"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each in the wider tables")
     parser.add_argument("--jobs", type=int, default=1, help="processes that train at once")
     parser.add_argument("--quick", action="store_true", help="one subject and seed, some of the ways, few steps")
     parser.add_argument("--report", action="store_true", help="train nothing: write what is there")
     options = parser.parse_args()
-    extent = Extent(steps=60, distill_steps=20) if options.quick else Extent()
+    extent = Extent(steps=60, distill_steps=20) if options.quick else Extent(steps=options.steps)
     held_out.keep_alike(options.out, asdict(extent))
     if not options.report:
         units = [Unit(QUICK, 0, 0)] if options.quick else list(planned(options))

@@ -12,7 +12,7 @@ from .plots import Price, plot_prices
 from .predictions import Predicted
 from .tables import table, trainings
 from .trial import ONE, TWO
-from .ways import CUTS, EIGHT_BITS, FULL, GIVING_UP, HOLLOWED, LEARNING, LORA, LORA_RANKS, MAIN, SAMPLES, SMALLER, Way
+from .ways import CUTS, EIGHT_BITS, FULL, GIVING_UP, HOLLOWED, LEARNING, LORA, LORA_RANKS, SAMPLES, SMALLER, Way
 
 JUDGES = ("subject", "colour", "shape")
 
@@ -52,20 +52,23 @@ NAMES = {
 
 def thirty(measured: Measured, predicted: Predicted) -> str:
     """Every main way against plain LoRA."""
-    measured = measured.shared(MAIN)
-    rows = []
+    measured, rows = measured.part(seed=0), []
     for name, (way, use) in THIRTY.items():
+        n = len(measured.values(way, use))
         over = ["" if way == LORA else signed(measured.difference(way, use, LORA, ONE, kind)) for kind in JUDGES]
         scene = plain(measured.figure(way, use, "scene"))
         gib = f"{predicted['gib'][way.name]:.2f}"
-        rows.append([name, *(plain(measured.figure(way, use, kind)) for kind in JUDGES), *over, scene, gib])
-    head = ["", *JUDGES, *(f"{kind}, over plain LoRA" for kind in JUDGES), "scene", "SD2.1, GiB"]
-    return f"## The main comparisons\n\n{trainings(measured)} Rank {run.SETTINGS.rank}.\n\n" + table(head, rows)
+        rows.append([name, *(plain(measured.figure(way, use, kind)) for kind in JUDGES), *over, scene, gib, str(n)])
+    head = ["", *JUDGES, *(f"{kind}, over plain LoRA" for kind in JUDGES), "scene", "SD2.1, GiB", "subjects"]
+    return (
+        f"## The main comparisons\n\nOne training of each subject in each row, rank {run.SETTINGS.rank}; differences "
+        "are of the same subjects.\n\n"
+    ) + table(head, rows)
 
 
 def judges(measured: Measured) -> str:
     """Whether the trained judge and the one that nobody trained agree."""
-    measured = measured.shared(MAIN)
+    measured = measured.part(seed=0)
     uses = [each for each in THIRTY.values() if each.way != LORA]
     rows = []
     for kind in JUDGES[1:]:

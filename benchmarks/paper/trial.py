@@ -44,7 +44,7 @@ ONE_COARSER = f"{ONE}, coarser word"
 class Extent:
     """How much of it all."""
 
-    steps: int = run.SETTINGS.steps
+    steps: int = run.SETTINGS.steps // 2
     distill_steps: int = 500
 
 
@@ -217,7 +217,9 @@ def _uses(way: Way, number: int, lora: LoraFile) -> dict[str, dict[str, float]]:
     """The same file on one path and, if hollowed, on two, the main way's with every refresh."""
     subject, base, is_wider = held_out.SUBJECTS[number], run.model(), number in held_out.WIDER
     noun = f"{run.IDENTIFIER} {way.kind_of(subject)}"
-    rows = {ONE: held_out.scores(base, subject, lora, single_path=True, noun=noun)}
+    rows = {}
+    if way.cut is None or way == HOLLOWED or is_wider:
+        rows[ONE] = held_out.scores(base, subject, lora, single_path=True, noun=noun)
     if way.generic.startswith("coarser word"):  # as the base path knew it
         coarser = f"{run.IDENTIFIER} {COARSER}"
         rows[ONE_COARSER] = held_out.scores(base, subject, lora, single_path=True, noun=coarser)

@@ -86,7 +86,7 @@ EIGHT_BITS = {way: replace(way, bits=8) for way in (LORA, HOLLOWED)}
 LEARNING = {learning: Way("lora", learning=learning) for learning in get_args(Learning)[1:]}
 SMALLER = {side: Way("lora", side=side) for side in (3 * world.SIZE // 4, world.SIZE // 2)}
 
-MAIN = [LORA, HOLLOWED, CUTS[1], CUTS[6], FULL, EIGHT_BITS[HOLLOWED], SAMPLES[200], SAMPLES[1000]]
+MAIN = [LORA, HOLLOWED, CUTS[6], FULL, CUTS[1], SAMPLES[200], EIGHT_BITS[HOLLOWED], SAMPLES[1000]]
 """Those that all held-out subjects are trained in."""
 GIVING_UP = [
     LORA,

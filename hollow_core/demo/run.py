@@ -43,7 +43,7 @@ LORA_FILE = "lora.safetensors"
 SETTINGS = TrainSettings(
     rank=16,
     targets=ALL_LAYERS,
-    steps=400,
+    steps=200,
     batch=2,
     together=4,  # with those of the class
     learning_rate=2e-3,
@@ -75,7 +75,7 @@ _Z_IMAGE = family_of("ZImageTransformer2DModel")
 TRANSFORMER_DEMO = Demo(
     TRANSFORMER,
     (0, 4),  # of twelve blocks: with class pictures, the first ones must learn to hear the identifier
-    replace(SETTINGS, targets=(*_Z_IMAGE.attention, *_Z_IMAGE.feed_forward), learning_rate=4e-3),
+    replace(SETTINGS, targets=(*_Z_IMAGE.attention, *_Z_IMAGE.feed_forward), learning_rate=4e-3, steps=400),
     SAMPLING,
     two_paths=False,
 )
