@@ -12,7 +12,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -21,10 +20,10 @@ from benchmarks import held_out
 from hollow_core.demo import world
 
 from . import results
-from .baselines import Diverged
 from .figures import Measured
 from .predictions import predictions
-from .trial import Extent, Trial, most_changed, run_trial
+from .trial import Extent, most_changed
+from .units import Unit, run_unit
 from .ways import GIVING_UP, LEARNING, LORA, MAIN, QUICK, WAYS, Way
 
 EVERYONE = range(len(world.HELD_OUT))
@@ -34,14 +33,6 @@ PARTS: dict[str, tuple[Sequence[Way], range]] = {
     "wider": (WAYS, held_out.WIDER),
 }
 """Which ways, and on which subjects. Those of the wider tables alone have more than one seed."""
-
-
-class Unit(NamedTuple):
-    """What one process does at a time: trainings of a subject, which share its class pictures and records."""
-
-    ways: Sequence[Way]
-    subject: int
-    seed: int
 
 
 def main() -> None:
@@ -84,16 +75,6 @@ def planned(options: argparse.Namespace) -> Iterator[Unit]:
 
 CHOSEN_ON = [Unit([LORA], len(EVERYONE) + place, 0) for place in range(len(world.CHOSEN_ON))]
 """Of whom `most_changed` asks."""
-
-
-def run_unit(out: Path, unit: Unit, extent: Extent) -> int:
-    """How many ways it has."""
-    for way in unit.ways:
-        try:
-            run_trial(Trial(out, way, unit.subject, unit.seed), extent)
-        except Diverged as error:
-            tqdm.write(f"Without a row: {error}")
-    return len(unit.ways)
 
 
 if __name__ == "__main__":
