@@ -33,6 +33,8 @@ SUBJECTS = (*world.HELD_OUT, *world.CHOSEN_ON)
 """Those who judge, and behind them those on whom settings are chosen."""
 WIDER = range(6)
 """Of the wider tables, which would take too long on all."""
+STEPS = run.SETTINGS.steps // 2
+"""Of a training: half of the demo's, so that many are done in hours."""
 SEEDS_A_SCENE = 3
 SCENES = [scene for scene in world.NEW_SCENES for _ in range(SEEDS_A_SCENE)]
 SAMPLING = replace(run.SAMPLING, steps=20, together=len(SCENES))

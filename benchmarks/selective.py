@@ -57,8 +57,6 @@ class Way(NamedTuple):
     cut: int | None = None
     zo: Mapping[str, Any] = {}
     """Other settings of zeroth-order steps."""
-    share: float = 1.0
-    """Of the steps: what the BP-low steps of a mixture do alone."""
 
 
 def always(t: float, s: float) -> float:
@@ -82,14 +80,12 @@ STRONGER = {"zo_queries": 8, "zo_learning_rate": 1e-3}
 WAYS = {
     PLAIN: Way("bp"),
     **{f"BP-low only, {form}": Way(low=form, probability=always) for form in FORMS},
-    "BP-low only, half size, half of the steps": Way(probability=always, share=0.5),
     **{f"selective, γ = 1, {form}": Way(low=form) for form in FORMS},
     "ZO-high after BP-low, half size": Way(probability=first_half),
     "selective, falling edge, half size": Way(probability=edge),
     "selective, γ = 1, half size, stronger ZO": Way(zo=STRONGER),
     "hollowed": Way("bp", cut=run.CUT),
     "selective, γ = 1, half size, hollowed": Way(cut=run.CUT),
-    "selective, γ = 1, dynamic, hollowed": Way(low="dynamic", cut=run.CUT),
 }
 
 SD15_WAYS: dict[str, list[tuple[Strategy, int]]] = {
@@ -107,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("hollow-selective"), help="folder for the results")
     parser.add_argument("--subjects", type=int, nargs="+", default=held_out.WIDER, help="which, from 0")
-    parser.add_argument("--steps", type=int, default=run.SETTINGS.steps, help="of each training")
+    parser.add_argument("--steps", type=int, default=held_out.STEPS, help="of each training")
     parser.add_argument("--zo-learning-rate", type=float, default=ZO_LEARNING_RATE, help="of zeroth-order steps")
     options = parser.parse_args()
     held_out.keep_alike(options.out, {"steps": options.steps, "zo_learning_rate": options.zo_learning_rate})
@@ -191,7 +187,7 @@ def train_and_score(options: argparse.Namespace, number: int, way: Way, folder: 
     subject = world.HELD_OUT[number]
     settings = replace(
         run.SETTINGS,
-        steps=round(way.share * options.steps),
+        steps=options.steps,
         save_every=0,
         strategy=way.strategy,
         probability=way.probability,
@@ -225,12 +221,12 @@ Draw = Callable[[Sequence[Tensor], torch.Generator], list[Tensor]]
 
 
 def of_directions(options: argparse.Namespace, number: int) -> dict[str, dict[str, Any]]:
-    """{direction: {"size", "cosine", "fall", "passes"}} where BP-low has come half-way, on 24 records at full size:
+    """{direction: {"size", "cosine", "fall", "passes"}} where BP-low has come to, on 24 records at full size:
     the cosine of a zeroth-order step to the gradient, and the greatest fall of the loss along it over that along the
     gradient. "size" is of how many numbers the direction is drawn."""
 
     def measure() -> dict[str, dict[str, Any]]:
-        base, place = run.model(), options.out / f"subject-{number}" / "BP-low only, half size, half of the steps"
+        base, place = run.model(), options.out / f"subject-{number}" / f"BP-low only, {FORMS[0]}"
         lora, store = lora_file.load(place / run.LORA_FILE, base.unet), Store.open(place / "store")
         module = base.network.module
         load_lora_state(module, lora.state, lora.alpha)

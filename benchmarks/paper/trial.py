@@ -44,7 +44,7 @@ ONE_COARSER = f"{ONE}, coarser word"
 class Extent:
     """How much of it all."""
 
-    steps: int = run.SETTINGS.steps // 2
+    steps: int = held_out.STEPS
     distill_steps: int = 500
 
 

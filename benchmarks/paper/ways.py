@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from benchmarks import held_out
 from hollow_core.demo import pretrain, run, world
 from hollow_core.demo.world import Subject
 from hollow_core.nets.network import Network, at_cut
@@ -74,7 +75,7 @@ HOLLOWED_RANKS = {rank: Way("hollowed", run.CUT, rank=rank) for rank in RANKS}
 CALMER = {way: replace(way, learning_rate=2.5e-4) for way in (LORA_RANKS[128], HOLLOWED_RANKS[128])}
 """The demo's learning rate is meant for rank 16; of eight times the rank, an eighth of it."""
 _CONFIG = pretrain.new_unet().config
-FRESH = Way("lora", samples=2 * run.SETTINGS.steps * run.SETTINGS.batch)
+FRESH = Way("lora", samples=2 * held_out.STEPS * run.SETTINGS.batch)
 """A record of its own for each picture in each step, as a trainer without a store has it."""
 CUTS = {cut: Way("hollowed", cut) for cut in range(max_cut(_CONFIG) + 1) if leaves_attention(_CONFIG, cut)}
 SAMPLES = {samples: Way("hollowed", run.CUT, samples=samples) for samples in (50, 100, 200, 500, 1000)}

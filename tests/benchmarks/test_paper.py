@@ -125,7 +125,7 @@ def test_results_tell_means_spreads_and_paired_differences(tmp_path: Path) -> No
     assert "| LoRA, rank 16 | .800 ± .000 |" in text  # of the one subject that all ranks have
     assert "1 training in each row, of 1 subject." in text
     assert "| k=6, 48.0 % | .500 ± .000 | 1.000 ± .000 | .500 ± .000 | -.300 | -.100 |" in text  # over LoRA, one path
-    assert "| 1600 | .700 ± .100 | 1.000 ± .000 | .500 ± .000 | +.000 ± .000 |" in text
+    assert "| 400 | .700 ± .100 | 1.000 ± .000 | .500 ± .000 | +.000 ± .000 |" in text
     assert "| hollowed, rank 16 | .590 ± .110 | .605 ± .105 | +.015 ± .005 | 2 |" in text
     assert "| base model | .020 ± .000 |" in text
     assert re.findall(r"\((\w+\.png)\)", text) == ["cuts.png", "records.png"]

@@ -60,4 +60,4 @@ def test_strengths_scale_each_matrix(parameters: Matrices) -> None:
 def test_ways_differ_in_when_and_on_what_they_go_back() -> None:
     assert [edge(t, s) for t, s in ((0.9, 0.0), (0.9, 0.2), (0.1, 0.8), (0.1, 1.0))] == [1, 0, 1, 0]
     assert WAYS["selective, γ = 1, half size"].probability(0.5, 1.0) == falling(1.0)(0.5, 1.0)
-    assert len({(w.strategy, w.low, w.probability, w.cut, str(w.zo), w.share) for w in WAYS.values()}) == len(WAYS)
+    assert len({(w.strategy, w.low, w.probability, w.cut, str(w.zo)) for w in WAYS.values()}) == len(WAYS)
