@@ -109,10 +109,10 @@ def sizes_known(base: BaseModel, pictures: int = 512, batch: int = 64) -> dict[s
     return {f"{name}_over_full_loss": round(losses[name] / losses["full"], 3) for name in sizes if name != "full"}
 
 
-def shapes_obey(base: BaseModel, judge: scorers.Scorers, out: Path) -> dict[str, float]:
+def shapes_obey(base: BaseModel, judge: scorers.Scorers, out: Path, every: int = 1) -> dict[str, float]:
     """Gate (d), second half: every class on every background at half size, and in shapes that are no squares, as the
-    reader sees them at its own size."""
-    asked = [(kind, scene) for scene in world.SCENES for kind in world.CLASSES]
+    reader sees them at its own size; `every` n-th of these pictures only."""
+    asked = [(kind, scene) for scene in world.SCENES for kind in world.CLASSES][::every]
     prompts = [world.photo_caption(kind, scene) for kind, scene in asked]
     figures = {}
     out.mkdir(parents=True, exist_ok=True)
