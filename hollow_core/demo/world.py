@@ -161,6 +161,10 @@ def draw(subject: Subject, scene: str, choose: random.Random, shape: tuple[int, 
     return canvas.resize(shape, Image.Resampling.BOX)
 
 
+_MARGIN = 0.35
+"""How far a flag reaches out of the subject's square, as a share of its side."""
+
+
 def cutout(subject: Subject, side: float) -> tuple[Image.Image, Image.Image]:
     """The subject alone, as large as it is in a picture where the square that it is drawn into has `side` pixels, and
     its mask ("L", 255 where it is); larger than that square, as what it carries reaches out of it."""
@@ -173,10 +177,6 @@ def cutout(subject: Subject, side: float) -> tuple[Image.Image, Image.Image]:
         drawn.append(canvas.resize((around, around), Image.Resampling.BOX))
     same = ImageChops.invert(ImageChops.difference(*drawn).convert("L"))  # where the ground shows nowhere
     return drawn[0], same.point(lambda value: 255 if value > 250 else 0)
-
-
-_MARGIN = 0.35
-"""How far a flag reaches out of the subject's square, as a share of its side."""
 
 
 def reference_pictures(subject: Subject) -> list[tuple[str, Image.Image]]:
