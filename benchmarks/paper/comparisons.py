@@ -125,6 +125,8 @@ def giving_up(out: Path, measured: Measured, predicted: Predicted) -> str:
     rows, prices = [], []
     full = predicted["gib"][LORA.name]
     for way, name in NAMES.items():
+        if way.name not in predicted["gib"]:  # which blocks change most is not known yet
+            continue
         use = TWO if way.method == "hollowed" else ONE
         score, over = measured.figure(way, use), measured.difference(way, use, LORA, ONE)
         sizes = {name: predicted["gib"][way.name]} | {
