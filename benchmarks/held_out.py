@@ -43,7 +43,7 @@ SAMPLING = replace(run.SAMPLING, steps=20, together=len(SCENES))
 def references(folder: Path, subject: world.Subject, side: int = world.SIZE) -> list[TrainingImage]:
     """The subject's five captioned pictures, `side` pixels large, by way of `folder`."""
     run.write_references(folder, subject)
-    return load_images(folder, side)
+    return load_images(folder, side, square=True)
 
 
 def keep_alike(out: Path, settings: dict[str, Any]) -> None:
