@@ -10,6 +10,7 @@ the operations of a step for SD1.5 at 512², and prints the tables.
 """
 
 import argparse
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,12 +22,13 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from benchmarks import held_out
 from benchmarks.paper.figures import Figure, signed
 from benchmarks.patches import ORDERS
-from hollow_core.demo import run, world
+from hollow_core.demo import run, scorers, world
 from hollow_core.files import write_json
 from hollow_core.lora import file as lora_file
 from hollow_core.lora.file import LoraFile
@@ -117,6 +119,11 @@ def main() -> None:
         print(f"| {name} | " + " | ".join(summary(subjects, name)) + " |")
     known = base_losses(options)
     print("\nThe base model's loss: " + ", ".join(f"{size} {value:.3f}" for size, value in known.items()))
+    small = [of_half_size(options, number) for number in options.subjects]
+    print(
+        "\nSubject score of pictures drawn at half size: "
+        + ", ".join(f"{name} {mean(each[name] for each in small):.3f}" for name in small[0])
+    )
     found = [of_directions(options, number) for number in options.subjects]
     print("\n| direction | numbers | cosine to the gradient | greatest fall of the loss, of its | forward passes |")
     print("|---" * 5 + "|")
@@ -125,7 +132,8 @@ def main() -> None:
         size, passes = (found[0][name][what] for what in ("size", "passes"))
         print(f"| {name} | {size} | {cosine:.5f} | {fall:.5f} | {passes} |")
     write_json(
-        options.out / "selective.json", results | {"subjects": subjects, "base losses": known, "directions": found}
+        options.out / "selective.json",
+        results | {"subjects": subjects, "base losses": known, "half size": small, "directions": found},
     )
 
 
@@ -212,6 +220,31 @@ def train_and_score(options: argparse.Namespace, number: int, way: Way, folder: 
         "seconds": round(learned.seconds, 1),
         "by_time": count_by_time(learned.result.taken),
     }
+
+
+def of_half_size(options: argparse.Namespace, number: int) -> dict[str, float]:
+    """The subject score of pictures drawn at half size, where BP-low learns, of a LoRA that learned there, and of one
+    that did not; and of real pictures of that size."""
+
+    def measure() -> dict[str, float]:
+        subject, judge = world.HELD_OUT[number], scorers.load()
+
+        def seen(pictures: Sequence[Image.Image]) -> list[Image.Image]:
+            small = [picture.resize((HALF, HALF), Image.Resampling.LANCZOS) for picture in pictures]
+            return [picture.resize((world.SIZE, world.SIZE), Image.Resampling.BICUBIC) for picture in small]
+
+        references = seen([picture for _, picture in world.reference_pictures(subject)])
+        real = [world.draw(subject, scene, random.Random(place)) for place, scene in enumerate(held_out.SCENES)]
+        found = {"real pictures": judge.subject_score(seen(real), references)}
+        for name in (f"BP-low only, {FORMS[0]}", PLAIN):
+            base, settings = run.model(), replace(held_out.SAMPLING, size=(HALF, HALF))
+            lora = lora_file.load(options.out / f"subject-{number}" / name / run.LORA_FILE, base.unet)
+            drawn = run.draw(base, run.called(subject), held_out.SCENES, settings, lora=lora)
+            found[name] = judge.subject_score(seen(drawn), references)
+        return found
+
+    scores: dict[str, float] = held_out.kept(options.out / f"subject-{number}" / "half.json", measure)
+    return scores
 
 
 # What a zeroth-order step can do at all
