@@ -77,6 +77,13 @@ class Measured:
         keys = set[Key].intersection(*(set(of_way) for of_way in rows.values())) if rows else set()
         return Measured({way: {key: of_way[key] for key in sorted(keys)} for way, of_way in rows.items()})
 
+    def having(self, way: Way, use: str) -> "Measured":
+        """The trials of subjects and seeds of which a way is measured in a use that not all have."""
+        there = self.values(way, use)
+        return Measured(
+            {way: {key: row for key, row in rows.items() if key in there} for way, rows in self._rows.items()}
+        )
+
     @property
     def keys(self) -> list[Key]:
         """The subjects and seeds that any way has."""

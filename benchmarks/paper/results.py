@@ -400,10 +400,11 @@ def _wordings(measured: Measured) -> str:
 
 
 def _refresh(measured: Measured, predicted: Predicted) -> str:
-    rows, flops, measured = [], predicted["operations"], measured.shared([HOLLOWED])
+    rows, flops = [], predicted["operations"]
+    measured = measured.shared([HOLLOWED]).having(HOLLOWED, f"{TWO}, refresh {REFRESH[-1]}")
     full = flops["drawing step on one path"]
     base = flops["precompute a record"]
-    for every in REFRESH:
+    for every in sorted(REFRESH):
         use = TWO if every == 1 else f"{TWO}, refresh {every}"
         ratio = (base / every + flops["drawing step on two paths"] - base) / full
         difference = signed(measured.difference(HOLLOWED, use, HOLLOWED, TWO))
@@ -414,7 +415,7 @@ def _refresh(measured: Measured, predicted: Predicted) -> str:
 
 
 def _prior(measured: Measured) -> str:
-    rows, measured = [], measured.shared([*WITHOUT_PRIOR, *WITHOUT_PRIOR.values()])
+    rows, measured = [], measured.shared([*WITHOUT_PRIOR, *WITHOUT_PRIOR.values()]).having(LORA, "no identifier")
     for name, way in (("LoRA", LORA), ("hollowed", HOLLOWED)):
         for words, which in (("with class pictures", way), ("without", WITHOUT_PRIOR[way])):
             difference = "" if which == way else signed(measured.difference(which, use_of(way), way))
