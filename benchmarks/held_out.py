@@ -37,7 +37,9 @@ STEPS = run.SETTINGS.steps // 2
 """Of a training: half of the demo's, so that many are done in hours."""
 SEEDS_A_SCENE = 3
 SCENES = [scene for scene in world.NEW_SCENES for _ in range(SEEDS_A_SCENE)]
-SAMPLING = replace(run.SAMPLING, steps=20, together=len(SCENES))
+AT_ONCE = len(SCENES)
+"""Records that are made, and pictures that are drawn."""
+SAMPLING = replace(run.SAMPLING, steps=20, together=AT_ONCE)
 
 
 def references(folder: Path, subject: world.Subject, side: int = world.SIZE) -> list[TrainingImage]:
@@ -113,7 +115,7 @@ def learn(
     base, setting = run.model(), request.setting
     settings = setting.training
     made_by = model_id(base.network)
-    drawn = class_latents(base, request.drawn, class_folder, made_by=made_by, together=len(SCENES))
+    drawn = class_latents(base, request.drawn, class_folder, made_by=made_by, together=AT_ONCE)
     examples = make_examples(base, request, drawn)
     records = plan_for(examples, setting.samples, base.schedule, settings.seed)
     if setting.patches is not None:
@@ -126,7 +128,7 @@ def learn(
         cut=setting.cut,
         samples=setting.samples,
         seed=settings.seed,
-        together=len(SCENES),
+        together=AT_ONCE,
         records=records,
     )
     network = at_cut(base.network, setting.cut, {record.timestep for record in records})

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks import held_out
 from benchmarks.paper.figures import Figure, signed
-from benchmarks.patches import ORDERS
+from benchmarks.patches import ORDERS, SIDE
 from hollow_core.demo import run, scorers, world
 from hollow_core.files import write_json
 from hollow_core.lora import file as lora_file
@@ -44,7 +44,6 @@ from hollow_core.training.steps import Loss, Part, backpropagate, part_loss, rea
 from hollow_core.training.store import Kind, Store
 
 ZO_LEARNING_RATE = 1e-4
-HALF = world.SIZE // 2
 AT_ONCE = 25
 PLAIN = "BP at full size"
 
@@ -206,7 +205,7 @@ def train_and_score(options: argparse.Namespace, number: int, way: Way, folder: 
         samples=run.SAMPLES,
         class_images=run.CLASS_IMAGES,
         training=settings,
-        patches=HALF if way.strategy == "selective" else None,
+        patches=SIDE if way.strategy == "selective" else None,
     )
     images = held_out.references(folder.parent / "references", subject)
     request = Request(images, subject.kind, run.IDENTIFIER, setting)
@@ -230,14 +229,14 @@ def of_half_size(options: argparse.Namespace, number: int) -> dict[str, float]:
         subject, judge = world.HELD_OUT[number], scorers.load()
 
         def seen(pictures: Sequence[Image.Image]) -> list[Image.Image]:
-            small = [picture.resize((HALF, HALF), Image.Resampling.LANCZOS) for picture in pictures]
+            small = [picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for picture in pictures]
             return [picture.resize((world.SIZE, world.SIZE), Image.Resampling.BICUBIC) for picture in small]
 
         references = seen([picture for _, picture in world.reference_pictures(subject)])
         real = [world.draw(subject, scene, random.Random(place)) for place, scene in enumerate(held_out.SCENES)]
         found = {"real pictures": judge.subject_score(seen(real), references)}
         for name in (f"BP-low only, {FORMS[0]}", PLAIN):
-            base, settings = run.model(), replace(held_out.SAMPLING, size=(HALF, HALF))
+            base, settings = run.model(), replace(held_out.SAMPLING, size=(SIDE, SIDE))
             lora = lora_file.load(options.out / f"subject-{number}" / name / run.LORA_FILE, base.unet)
             drawn = run.draw(base, run.called(subject), held_out.SCENES, settings, lora=lora)
             found[name] = judge.subject_score(seen(drawn), references)

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from hollow_core.demo import run
 
-from .figures import Figure, Measured, plain, short, signed
+from .figures import NOT_MEASURED, Figure, Measured, plain, short, signed
 from .plots import Price, plot_prices
 from .predictions import Predicted
 from .tables import table, trainings
-from .trial import ONE, TWO
+from .trial import ONE, TWO, use_of
 from .ways import CUTS, EIGHT_BITS, FULL, GIVING_UP, HOLLOWED, LEARNING, LORA, LORA_RANKS, SAMPLES, SMALLER, Way
 
 JUDGES = ("subject", "colour", "shape")
@@ -116,7 +116,7 @@ def _sign(figure: Figure) -> int:
 
 
 def _correlation(pairs: Sequence[tuple[float, float]]) -> str:
-    return short(correlation(*zip(*pairs, strict=True))) if len(pairs) > 2 else "–"
+    return short(correlation(*zip(*pairs, strict=True))) if len(pairs) > 2 else NOT_MEASURED
 
 
 def giving_up(out: Path, measured: Measured, predicted: Predicted) -> str:
@@ -127,7 +127,7 @@ def giving_up(out: Path, measured: Measured, predicted: Predicted) -> str:
     for way, name in NAMES.items():
         if way.name not in predicted["gib"]:  # which blocks change most is not known yet
             continue
-        use = TWO if way.method == "hollowed" else ONE
+        use = use_of(way)
         score, over = measured.figure(way, use), measured.difference(way, use, LORA, ONE)
         sizes = {name: predicted["gib"][way.name]} | {
             f"{name}, checkpointing": gib for of, gib in predicted["recomputed"].items() if of == way.name

@@ -9,11 +9,11 @@ from hollow_core.files import read_json, write_bytes
 
 from . import comparisons
 from .baselines import FULL_LEARNING_RATE
-from .figures import Figure, Measured, plain, short, signed
+from .figures import NOT_MEASURED, Figure, Measured, plain, short, signed
 from .plots import Point, plot
 from .predictions import TABLE_3, TABLE_6, Predicted
 from .tables import compares, table, trainings
-from .trial import ONE, ONE_COARSER, REFRESH, TWO, Extent, base_row, strayed
+from .trial import ONE, ONE_COARSER, REFRESH, TWO, Extent, base_row, strayed, use_of
 from .ways import (
     CALLED_COARSER,
     CALMER,
@@ -73,11 +73,6 @@ def write(out: Path, measured: Measured, extent: Extent, predicted: Predicted) -
     parts = [_head(out, measured, extent), *filter(compares, sections)]
     write_bytes(path, ("\n\n".join(parts) + "\n").encode())
     return path
-
-
-def use_of(way: Way) -> str:
-    """How a way's LoRA is meant to be used."""
-    return TWO if way.method == "hollowed" else ONE
 
 
 def _head(out: Path, measured: Measured, extent: Extent) -> str:
@@ -162,7 +157,7 @@ def _claims(measured: Measured) -> str:
         subject, scene = (
             measured.difference(way, use_of(way), other, use_of(other), kind) for kind in ("subject", "scene")
         )
-        n = "–" if subject is None else str(subject.n)
+        n = NOT_MEASURED if subject is None else str(subject.n)
         rows.append([text, published, signed(subject), signed(scene), n, _verdict(subject, expected)])
     return (
         "## What the paper says, and what is so here\n\nThe paper has one learning rate for all ranks. Here rank 128 "

@@ -36,7 +36,6 @@ from .ways import COARSER, HOLLOWED, LORA, WITHOUT_PRIOR, Way, Wording, learned
 REFRESH = (1, 3, 2, 5)
 """Of all subjects the first two, of the wider tables' all."""
 ONE, TWO = "one path", "two paths"
-AT_ONCE = 12  # records made, and pictures drawn
 ONE_COARSER = f"{ONE}, coarser word"
 
 
@@ -71,6 +70,11 @@ class Trial(NamedTuple):
         """{use: {"subject": …, "scene": …, …}, "took": {"seconds": …}}."""
         found: dict[str, dict[str, float]] = read_json(self.result)
         return found
+
+
+def use_of(way: Way) -> str:
+    """How a way's LoRA is meant to be used."""
+    return TWO if way.method == "hollowed" else ONE
 
 
 def base_row(out: Path, subject: int) -> dict[str, float]:
@@ -141,7 +145,7 @@ def run_trial(trial: Trial, extent: Extent) -> None:
         samples=way.samples,
         seed=trial.seed,
         apart=True,  # ways that differ in other things share it
-        together=AT_ONCE,
+        together=held_out.AT_ONCE,
     )
     if way.method == "full":
         finetune(base.unet, base.schedule, store, settings)
@@ -190,7 +194,9 @@ def _examples(trial: Trial, base: BaseModel) -> list[Example]:
         name += "" if way.bits is None else f"-{way.bits}bit"
         of_class = trial.out / "class" / name
         made_by = model_id(base.network)
-        drawn = class_latents(base, request.drawn, of_class, made_by=made_by, seed=trial.seed, together=AT_ONCE)
+        drawn = class_latents(
+            base, request.drawn, of_class, made_by=made_by, seed=trial.seed, together=held_out.AT_ONCE
+        )
     examples = make_examples(base, request, drawn)
     of_subject, of_class_word = ([one for one in examples if one.kind == which] for which in ("image", "prior"))
     worded = [base_prompts(way.generic, example.personal_prompt, kind) for example in of_subject]
@@ -227,7 +233,7 @@ def _uses(way: Way, number: int, lora: LoraFile) -> dict[str, dict[str, float]]:
         rows["no identifier"] = held_out.scores(base, subject, lora, noun=subject.kind)
     if way.cut is None:
         return rows
-    for refresh in REFRESH[: 4 if is_wider else 2] if way == HOLLOWED else (1,):
+    for refresh in (REFRESH if is_wider else REFRESH[:2]) if way == HOLLOWED else (1,):
         use = TWO if refresh == 1 else f"{TWO}, refresh {refresh}"
         settings = replace(held_out.SAMPLING, refresh=refresh)
         if way.generic == "class word":

@@ -35,6 +35,9 @@ from . import language, pretrain, pretrain_transformer, run, scorers, world
 Draw = Callable[[list[str]], list[Image.Image]]
 """A picture a prompt."""
 
+EVERYTHING = [(kind, scene) for scene in world.SCENES for kind in world.CLASSES]
+"""Every class on every background."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -69,10 +72,7 @@ def middle_matters(base: BaseModel, pictures: int = 512, batch: int = 64) -> dic
     totals = {"true": 0.0, "zeroed": 0.0, "foreign": 0.0}
     batches = pictures // batch
     for number in range(batches):
-        drawn, subjects, scenes = pretrain.drawn(batch, choose)
-        clean = base.vae.encode(drawn).latents if base.vae is not None else drawn
-        texts = [world.photo_caption(s.describe(), scene) for s, scene in zip(subjects, scenes, strict=True)]
-        states = torch.cat([encode_prompt(base, text).encoder_hidden_states for text in texts])
+        clean, states = _fresh(base, batch, choose)
         # one time step for a whole batch, so that a neighbour's activation is of the same noise level
         timestep = torch.tensor([(2 * number + 1) * 500 // batches]).expand(batch)
         noise = torch.randn(clean.shape, generator=generator)
@@ -97,10 +97,7 @@ def sizes_known(base: BaseModel, pictures: int = 512, batch: int = 64) -> dict[s
     losses = dict.fromkeys(sizes, 0.0)
     batches = pictures // batch
     for (name, shape), number in product(sizes.items(), range(batches)):
-        drawn, subjects, scenes = pretrain.drawn(batch, random.Random(number), shape)
-        clean = base.vae.encode(drawn).latents if base.vae is not None else drawn
-        texts = [world.photo_caption(s.describe(), scene) for s, scene in zip(subjects, scenes, strict=True)]
-        states = torch.cat([encode_prompt(base, text).encoder_hidden_states for text in texts])
+        clean, states = _fresh(base, batch, random.Random(number), shape)
         timesteps = (torch.arange(batch) * batches + number) * 1000 // pictures  # all of them, evenly
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(number))
         noisy = base.scheduler.add_noise(clean, noise, timesteps)
@@ -109,10 +106,20 @@ def sizes_known(base: BaseModel, pictures: int = 512, batch: int = 64) -> dict[s
     return {f"{name}_over_full_loss": round(losses[name] / losses["full"], 3) for name in sizes if name != "full"}
 
 
+def _fresh(
+    base: BaseModel, number: int, choose: random.Random, shape: pretrain.Shape = pretrain.FULL
+) -> tuple[Tensor, Tensor]:
+    """Latents of freshly drawn pictures, and their embedded captions (number, 24, 96)."""
+    drawn, subjects, scenes = pretrain.drawn(number, choose, shape)
+    clean = base.vae.encode(drawn).latents if base.vae is not None else drawn
+    texts = [world.photo_caption(s.describe(), scene) for s, scene in zip(subjects, scenes, strict=True)]
+    return clean, torch.cat([encode_prompt(base, text).encoder_hidden_states for text in texts])
+
+
 def shapes_obey(base: BaseModel, judge: scorers.Scorers, out: Path, every: int = 1) -> dict[str, float]:
     """Gate (d), second half: every class on every background at half size, and in shapes that are no squares, as the
     reader sees them at its own size; `every` n-th of these pictures only."""
-    asked = [(kind, scene) for scene in world.SCENES for kind in world.CLASSES][::every]
+    asked = EVERYTHING[::every]
     prompts = [world.photo_caption(kind, scene) for kind, scene in asked]
     figures = {}
     out.mkdir(parents=True, exist_ok=True)
@@ -179,7 +186,7 @@ def draw(pipeline: ZImagePipeline, prompts: list[str], steps: int = 30, guidance
 
 def base_obeys(draw: Draw, judge: scorers.Scorers, out: Path) -> dict[str, float]:
     """Gate (c), first half: every class on every background, by class word; scene and class as the reader sees them."""
-    asked = [(kind, scene) for scene in world.SCENES for kind in world.CLASSES]
+    asked = EVERYTHING
     prompts = [world.photo_caption(kind, scene) for kind, scene in asked]
     drawn = draw(prompts)
     described = [world.random_subject(random.Random(seed)) for seed in range(24)]
