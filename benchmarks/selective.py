@@ -40,7 +40,7 @@ from hollow_core.nets.network import at_cut
 from hollow_core.request import Request
 from hollow_core.training.selective import Probability, Strategy, count_by_time, falling, heat_map
 from hollow_core.training.settings import TrainSettings
-from hollow_core.training.steps import Loss, Part, backpropagate, part_loss, read_parts
+from hollow_core.training.steps import Loss, Part, Step, ZerothOrder, backpropagate, part_loss, read_parts
 from hollow_core.training.store import Kind, Store
 
 ZO_LEARNING_RATE = 1e-4
@@ -76,6 +76,8 @@ def edge(t: float, s: float) -> float:
 
 
 FORMS = ("half size", "small crops", "dynamic")
+STRENGTHS = {"zo_strengths": True, "zo_queries": 8, "zo_learning_rate": 1e-3}
+"""One number a matrix, which eight queries tell something of."""
 STRONGER = {"zo_queries": 8, "zo_learning_rate": 1e-3}
 """Four times the forward passes, ten times the rate."""
 WAYS = {
@@ -85,6 +87,8 @@ WAYS = {
     "ZO-high after BP-low, half size": Way(probability=first_half),
     "selective, falling edge, half size": Way(probability=edge),
     "selective, γ = 1, half size, stronger ZO": Way(zo=STRONGER),
+    "ZO-high after BP-low, half size, in strengths": Way(probability=first_half, zo=STRENGTHS),
+    "selective, γ = 1, half size, in strengths": Way(zo=STRENGTHS),
     "hollowed": Way("bp", cut=run.CUT),
     "selective, γ = 1, half size, hollowed": Way(cut=run.CUT),
 }
@@ -108,7 +112,7 @@ def main() -> None:
     parser.add_argument("--zo-learning-rate", type=float, default=ZO_LEARNING_RATE, help="of zeroth-order steps")
     options = parser.parse_args()
     held_out.keep_alike(options.out, {"steps": options.steps, "zo_learning_rate": options.zo_learning_rate})
-    results: dict[str, Any] = {"sd15": sd15_rows()}
+    results: dict[str, Any] = {"sd15": held_out.kept(options.out / "sd15.json", sd15_rows)}
     print("\n| SD1.5, rank 16, fp32 | base | peak, GiB | of BP's | TFLOP a step |\n|---|---|---|---|---|")
     for row in results["sd15"]:
         print("| {way} | {base} | {peak:.2f} | {ratio:.2f} | {tflop:.2f} |".format(**row), flush=True)
@@ -248,9 +252,6 @@ def of_half_size(options: argparse.Namespace, number: int) -> dict[str, float]:
 
 # What a zeroth-order step can do at all
 
-Draw = Callable[[Sequence[Tensor], torch.Generator], list[Tensor]]
-"""A random direction for the parameters."""
-
 
 def of_directions(options: argparse.Namespace, number: int) -> dict[str, dict[str, Any]]:
     """{direction: {"size", "cosine", "fall", "passes"}} where BP-low has come to, on 24 records at full size:
@@ -271,7 +272,7 @@ def of_directions(options: argparse.Namespace, number: int) -> dict[str, dict[st
         )
         loss_of = partial(part_loss, base.network)
         parameters = list(named.values())
-        gradient = _gradient(loss_of, parts, parameters)
+        gradient = _gradient(backpropagate, loss_of, parts, parameters)
         along = _fall(loss_of, parts, parameters, gradient)
         subsets = {
             "every matrix": (list(named), parts),
@@ -279,17 +280,16 @@ def of_directions(options: argparse.Namespace, number: int) -> dict[str, dict[st
             "up matrices": ([name for name in named if "lora_B" in name], parts),
             "attention": ([name for name in named if any(f".{end}." in name for end in ATTENTION)], parts),
         }
-        draws = {
-            name: (_noise_in(named, of), sum(named[each].numel() for each in of), at)
-            for name, (of, at) in subsets.items()
-        }
-        draws["one number a matrix, its strength"] = (_strengths, len(parameters), parts)
+        strengths = "one number a matrix, its strength"
+        subsets[strengths] = (list(named), parts)
         rows = {}
-        for (name, (draw, size, seen)), queries in product(draws.items(), (2, 8, 32)):
-            if queries != 8 and not name.startswith(("every matrix", "one")):
+        for (name, (of, seen)), queries in product(subsets.items(), (2, 8, 32)):
+            if queries != 8 and len(of) < len(named):
                 continue
-            generator = torch.Generator().manual_seed(queries)
-            step = _zeroth_order(loss_of, seen, parameters, draw, queries, generator)
+            drawn = [named[each] for each in of]
+            size = len(drawn) if name == strengths else sum(each.numel() for each in drawn)
+            estimate = ZerothOrder(drawn, seed=1000 * queries, queries=queries, strengths=name == strengths)
+            step = _gradient(estimate, loss_of, seen, parameters)
             fall = _fall(loss_of, parts, parameters, step)
             cosine = _dot(step, gradient) / (_dot(step, step) * _dot(gradient, gradient)) ** 0.5
             rows[f"{name}, {queries} queries"] = {
@@ -304,32 +304,13 @@ def of_directions(options: argparse.Namespace, number: int) -> dict[str, dict[st
     return found
 
 
-def _gradient(loss_of: Loss, parts: Sequence[Part], parameters: Sequence[Tensor]) -> list[Tensor]:
-    backpropagate(loss_of, parts)
-    found = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+def _gradient(step: Step, loss_of: Loss, parts: Sequence[Part], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """What a step finds, 0 where it does not look."""
+    step(loss_of, parts)
+    found = [torch.zeros_like(each) if each.grad is None else each.grad.clone() for each in parameters]
     for parameter in parameters:
         parameter.grad = None
     return found
-
-
-@torch.no_grad()
-def _zeroth_order(
-    loss_of: Loss,
-    parts: Sequence[Part],
-    parameters: Sequence[Tensor],
-    draw: Draw,
-    queries: int,
-    choose: torch.Generator,
-) -> list[Tensor]:
-    """MeZO's estimate from directions of a kind."""
-    step = [torch.zeros_like(parameter) for parameter in parameters]
-    for _ in range(queries):
-        z, losses = draw(parameters, choose), []
-        for sign in (1, -1):
-            with _moved(parameters, z, sign * TrainSettings().zo_epsilon):
-                losses.append(sum(loss_of(part).item() for part in parts))
-        torch._foreach_add_(step, z, alpha=(losses[0] - losses[1]) / queries)
-    return step
 
 
 @torch.no_grad()
@@ -353,24 +334,6 @@ def _moved(parameters: Sequence[Tensor], direction: Sequence[Tensor], distance: 
         yield
     finally:
         torch._foreach_copy_(list(parameters), before)
-
-
-def _noise_in(named: Mapping[str, Tensor], names: Sequence[str]) -> Draw:
-    """Gaussian in some of the matrices."""
-
-    def draw(parameters: Sequence[Tensor], choose: torch.Generator) -> list[Tensor]:
-        return [
-            torch.randn(matrix.shape, generator=choose) if name in chosen else torch.zeros_like(matrix)
-            for name, matrix in named.items()
-        ]
-
-    chosen = set(names)
-    return draw
-
-
-def _strengths(parameters: Sequence[Tensor], choose: torch.Generator) -> list[Tensor]:
-    """Each matrix times a Gaussian number."""
-    return [matrix * torch.randn((), generator=choose) for matrix in parameters]
 
 
 def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:

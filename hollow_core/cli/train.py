@@ -124,6 +124,7 @@ def train(
     zo_learning_rate: Annotated[float | None, typer.Option(help="The optimizer's at zo steps. (default: the learning rate)", rich_help_panel=ZEROTH_ORDER)] = None,
     zo_epsilon: Annotated[float, typer.Option(help="How far a zo step moves the LoRA to look at the loss.", rich_help_panel=ZEROTH_ORDER)] = 1e-3,
     zo_queries: Annotated[int, typer.Option(help="Directions a zo step looks in, two forward passes each.", rich_help_panel=ZEROTH_ORDER)] = 2,
+    zo_strengths: Annotated[bool, typer.Option("--zo-strengths", help="selective: a zo step looks for one number a matrix, its strength, in place of all of its numbers.", rich_help_panel=ZEROTH_ORDER)] = False,
     zo_timesteps: Annotated[tuple[int, int] | None, typer.Option(help="zo steps draw from these time steps only, such as 500 900. (default: all)", rich_help_panel=ZEROTH_ORDER)] = None,
     # files
     out: Annotated[Path, typer.Option(help="Folder for NAME.safetensors, for run.toml with every option, and for the work that lets a stopped run go on.", is_eager=True, callback=run_file.go_on, rich_help_panel=FILES)] = Path("hollow-lora"),
@@ -189,6 +190,7 @@ def train(
         zo_learning_rate=zo_learning_rate,
         zo_epsilon=zo_epsilon,
         zo_queries=zo_queries,
+        zo_strengths=zo_strengths,
         zo_timesteps=zo_timesteps,
     )
     to = device_of(device)

@@ -14,7 +14,7 @@ from .rates import LRSchedule
 from .selective import Probability, Strategy, falling, heat_map
 
 Precision = Literal["fp32", "bf16", "fp16"]
-LATER = ("dora", "lr_schedule", "warmup", "ema")
+LATER = ("dora", "lr_schedule", "warmup", "ema", "zo_strengths")
 """Settings that older checkpoints do not name; so nor does `TrainSettings.fixed` where they are as usual."""
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -91,6 +91,9 @@ class TrainSettings:
     """ε of `ZerothOrder`, as MeZO and ZOODiP have it."""
     zo_queries: int = 2
     """Directions that a zeroth-order step averages, as ZOODiP does; two forward passes each."""
+    zo_strengths: bool = False
+    """A zeroth-order step looks for how strong each matrix should be, one number a matrix; where steps were taken back
+    before, as with "selective": see `ZerothOrder`."""
     zo_timesteps: tuple[int, int] | None = None
     """Zeroth-order steps draw from these time steps only, the end excluded: ZOODiP's are (500, 900). None: all."""
 
@@ -115,7 +118,7 @@ class TrainSettings:
             if self.lr_schedule == "constant":  # the others know it, too
                 free.add("steps")
         if self.strategy == "bp":
-            free |= {"zo_learning_rate", "zo_epsilon", "zo_queries", "zo_timesteps"}
+            free |= {"zo_learning_rate", "zo_epsilon", "zo_queries", "zo_strengths", "zo_timesteps"}
         free |= {each.name for each in fields(self) if each.name in LATER and getattr(self, each.name) == each.default}
         fixed = {name: value for name, value in asdict(self).items() if name not in free} | {"learning_rate": self.rate}
         if "probability" in fixed and self.probability is not None:
@@ -168,6 +171,11 @@ class TrainSettings:
         ]:
             if not possible:
                 raise HollowError(f"{name} is {getattr(self, name)!r}. {advice}")
+        if self.zo_strengths and self.strategy == "zo":
+            raise HollowError(
+                "zo_strengths does not go with strategy zo: a LoRA begins with matrices of zeros, which no strength "
+                "changes. Choose selective, or leave it out."
+            )
         if self.dora and self.lora_precision != "fp32":
             raise HollowError(
                 f"dora does not go with lora_precision {self.lora_precision}, which rounds what magnitudes learn away. "

@@ -109,6 +109,9 @@ class ZerothOrder:
     """ε: how far along z the loss is looked at. MeZO's and ZOODiP's; 1e-4 and 1e-2 are worse (ZOODiP, CVPR 2025)."""
     queries: int = 2
     """Directions z that are averaged, two forward passes each; two are ZOODiP's."""
+    strengths: bool = False
+    """z is each matrix times one number from N(0, 1): it is found how strong a matrix should be, of some hundred
+    numbers in place of a million, for equal passes. A matrix of zeros stays one, so backpropagation has to begin."""
 
     @torch.no_grad()
     def __call__(self, loss: Loss, parts: Sequence[Part], scale: float = 1.0) -> Tensor:
@@ -119,7 +122,7 @@ class ZerothOrder:
         torch._foreach_copy_(before, parameters)
 
         def loss_at(query: int, distance: float) -> Tensor:
-            self._draw(flat, query)
+            self._draw(flat, z, before, query)
             torch._foreach_copy_(parameters, before)
             torch._foreach_add_(parameters, z, alpha=distance)
             return torch.stack([loss(part) for part in parts]).sum()
@@ -132,16 +135,22 @@ class ZerothOrder:
         gradient.zero_()
         for query, (above, below) in enumerate(losses):
             projected = (above - below) * (scale / (2 * self.epsilon * self.queries))
-            gradient.addcmul_(self._draw(flat, query), projected.to(flat.dtype))
+            self._draw(flat, z, before, query)
+            gradient.addcmul_(flat, projected.to(flat.dtype))
         for parameter, mine in zip(parameters, gradients, strict=True):
             parameter.grad = mine if parameter.grad is None else parameter.grad.add_(mine)
         return torch.stack([part for pair in losses for part in pair]).mean()
 
-    def _draw(self, flat: Tensor, query: int) -> Tensor:
-        """z of a query, drawn where the parameters are."""
+    def _draw(self, flat: Tensor, z: Sequence[Tensor], before: Sequence[Tensor], query: int) -> None:
+        """z of a query, drawn where the parameters are, into its room."""
         # a dry run, on "meta", draws nothing
         generator = None if flat.is_meta else torch.Generator(flat.device).manual_seed(self.seed + query)
-        return flat.normal_(generator=generator)
+        if not self.strengths:
+            flat.normal_(generator=generator)
+            return
+        numbers = flat.new_empty(len(z)).normal_(generator=generator)
+        torch._foreach_copy_(list(z), list(before))
+        torch._foreach_mul_(list(z), list(numbers.unbind()))
 
 
 def part_loss(network: Network, part: Part) -> Tensor:

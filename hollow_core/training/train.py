@@ -162,7 +162,9 @@ def train(
 
         # the gradient, a part of the records at a time, backwards or from forwards alone
         forward_only = choice.kind == "zo-high"
-        zeroth_order = ZerothOrder(parameters, choice.seed, settings.zo_epsilon, settings.zo_queries)
+        zeroth_order = ZerothOrder(
+            parameters, choice.seed, settings.zo_epsilon, settings.zo_queries, settings.zo_strengths
+        )
         step: Step = zeroth_order if forward_only else backpropagate
         optimizer = optimizers["forward" if forward_only else "backward"]
         optimizer.set_rate(factor_of_rate(len(losses)))

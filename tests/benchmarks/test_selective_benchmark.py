@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.selective import WAYS, _dot, _fall, _gradient, _noise_in, _strengths, _zeroth_order, edge, falling
+from benchmarks.selective import WAYS, _dot, _fall, _gradient, edge, falling
+from hollow_core.training.steps import ZerothOrder, backpropagate
 
 Matrices = list[torch.Tensor]
 
@@ -24,7 +25,7 @@ def bowl(of: Matrices) -> Any:
 
 
 def test_the_gradient_leads_to_the_ground(parameters: Matrices) -> None:
-    gradient = _gradient(bowl(parameters), [None], parameters)  # type: ignore[list-item]
+    gradient = _gradient(backpropagate, bowl(parameters), [None], parameters)  # type: ignore[list-item]
     assert all(torch.equal(mine, place) for mine, place in zip(gradient, parameters, strict=True))
     assert _fall(bowl(parameters), [None], parameters, gradient) == pytest.approx(0.08**2 / 2)  # type: ignore[list-item]
     assert all(parameter.grad is None for parameter in parameters)
@@ -32,29 +33,20 @@ def test_the_gradient_leads_to_the_ground(parameters: Matrices) -> None:
 
 def test_many_queries_find_the_gradient_and_few_a_share_of_it(parameters: Matrices) -> None:
     """The squared cosine of q queries in d dimensions is about q / d."""
-    named = {str(number): each for number, each in enumerate(parameters)}
-    gradient = _gradient(bowl(parameters), [None], parameters)  # type: ignore[list-item]
+    gradient = _gradient(backpropagate, bowl(parameters), [None], parameters)  # type: ignore[list-item]
     before = [parameter.detach().clone() for parameter in parameters]
 
-    def squared_cosine(queries: int, names: list[str], seed: int = 0) -> float:
-        generator = torch.Generator().manual_seed(seed)
-        draw = _noise_in(named, names)
-        step = _zeroth_order(bowl(parameters), [None], parameters, draw, queries, generator)  # type: ignore[list-item]
+    def squared_cosine(queries: int, drawn: Matrices, seed: int = 0) -> float:
+        estimate = ZerothOrder(drawn, seed=1000 * seed, queries=queries)
+        step = _gradient(estimate, bowl(parameters), [None], parameters)  # type: ignore[list-item]
         return _dot(step, gradient) ** 2 / (_dot(step, step) * _dot(gradient, gradient))
 
-    assert squared_cosine(3000, ["0", "1"]) > 0.95
-    few = [squared_cosine(1, ["0", "1"], seed) for seed in range(300)]
+    assert squared_cosine(3000, parameters) > 0.95
+    few = [squared_cosine(1, parameters, seed) for seed in range(300)]
     assert sum(few) / 300 == pytest.approx(1 / 10, rel=0.25)
     inside = before[0].square().sum() / 0.08**2  # what of the gradient the first matrix holds
-    assert squared_cosine(3000, ["0"]) == pytest.approx(inside.item(), rel=0.05)
+    assert squared_cosine(3000, parameters[:1]) == pytest.approx(inside.item(), rel=0.05)
     assert all(torch.allclose(now, then) for now, then in zip(parameters, before, strict=True))
-
-
-def test_strengths_scale_each_matrix(parameters: Matrices) -> None:
-    drawn = _strengths(parameters, torch.Generator().manual_seed(0))
-    for matrix, direction in zip(parameters, drawn, strict=True):
-        ratio = direction / matrix
-        assert torch.allclose(ratio, ratio.flatten()[0])
 
 
 def test_ways_differ_in_when_and_on_what_they_go_back() -> None:

@@ -174,6 +174,7 @@ BRIEF = replace(FEW, steps=4, selective_gamma=6.0, zo_queries=1, targets=("attn2
         replace(BRIEF, strategy="zo"),
         replace(BRIEF, strategy="selective"),
         replace(BRIEF, strategy="selective", zo_timesteps=(300, 900), batch=2),
+        replace(BRIEF, strategy="selective", zo_strengths=True),
     ],
 )
 def test_stopped_at_any_step_and_gone_on_gives_the_same_lora(begin, tmp_path, settings):
@@ -239,6 +240,7 @@ def test_the_heat_map_is_p():
         ({"zo_queries": 0}, r"zo_queries is 0\. It must be at least 1"),
         ({"zo_learning_rate": 0.0}, r"zo_learning_rate is 0\.0\. It must be above 0"),
         ({"zo_timesteps": (900, 500)}, r"zo_timesteps is \(900, 500\)\. Give the first .* such as \(500, 900\)"),
+        ({"strategy": "zo", "zo_strengths": True}, r"zo_strengths does not go with strategy zo: .* Choose selective"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(change, said):
@@ -339,6 +341,6 @@ def test_settings_that_a_strategy_does_not_read_may_change_when_a_run_goes_on():
     def fixed(**changes):
         return TrainSettings(**changes).fixed
 
-    assert fixed(selective_gamma=2.0, zo_queries=3, steps=5) == fixed()
+    assert fixed(selective_gamma=2.0, zo_queries=3, zo_strengths=True, steps=5) == fixed()
     assert fixed(strategy="zo", selective_gamma=2.0) == fixed(strategy="zo") != fixed(strategy="zo", zo_queries=3)
     assert fixed(strategy="selective", selective_gamma=2.0) != fixed(strategy="selective")

@@ -86,6 +86,20 @@ def test_projected_gradient_is_the_directional_derivative_by_autograd(problem):
     assert told.item() == pytest.approx(loss.item(), rel=1e-2)
 
 
+def test_in_strengths_it_is_found_how_much_each_matrix_should_be_scaled(problem):
+    """z is each matrix times a number: against the derivative along the matrices themselves, by autograd."""
+    parameters, loss_of = problem
+    backpropagate(loss_of, [[(0, 1.0)]])
+    along = torch.stack([(each.grad * each).sum() for each in parameters])  # d loss / d log strength
+    for each in parameters:
+        each.grad = None
+    ZerothOrder(parameters, seed=5, epsilon=1e-2, queries=1, strengths=True)(loss_of, [[(0, 1.0)]])
+    numbers = torch.randn(len(parameters), generator=seeded(5))
+    for number, each in zip(numbers, parameters, strict=True):
+        expected = (along.detach() @ numbers) * number * each.detach()
+        torch.testing.assert_close(each.grad, expected, rtol=2e-2, atol=1e-5)
+
+
 def test_gradients_add_up_as_backpropagations_do(problem):
     parameters, loss_of = problem
     step = ZerothOrder(parameters, seed=5)
