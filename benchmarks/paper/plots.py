@@ -19,6 +19,7 @@ class Point(NamedTuple):
     two: float
     """On two paths."""
     one: float
+    """On a single path; NaN, and not drawn, where that was not measured on all of them."""
     error: float
     """The standard error of the difference to what the plot compares with."""
 

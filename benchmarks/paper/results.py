@@ -1,5 +1,6 @@
 """RESULTS.md: every table and figure, beside the paper's."""
 
+from math import nan
 from pathlib import Path
 
 from benchmarks import held_out
@@ -278,7 +279,7 @@ def _cuts(out: Path, measured: Measured, predicted: Predicted) -> str:
         over = measured.difference(way, TWO, LORA, ONE)
         removed = embedded[cut]
         if two and one and over:
-            points.append(Point(removed, two.mean, one.mean, over.error))
+            points.append(_point(removed, two, one, over))
         gib = f"{sd21[cut]} %, {_gib(predicted, way)}" if way.name in predicted["gib"] else ""
         published = next((f"{gib}" for k, rank, gib in PUBLISHED.values() if (k, rank) == (cut, 128)), "")
         gap = signed(measured.difference(way, ONE, way, TWO))
@@ -295,6 +296,10 @@ def _cuts(out: Path, measured: Measured, predicted: Predicted) -> str:
     return text + table(head, rows)
 
 
+def _point(place: float, two: Figure, one: Figure, over: Figure) -> Point:
+    return Point(place, two.mean, one.mean if one.n == two.n else nan, over.error)
+
+
 def _records(out: Path, measured: Measured) -> str:
     ways = dict(sorted({**SAMPLES, run.SAMPLES: HOLLOWED}.items()))
     most = SAMPLES[1000]
@@ -303,7 +308,7 @@ def _records(out: Path, measured: Measured) -> str:
     for samples, way in ways.items():
         two, one, over = measured.figure(way, TWO), measured.figure(way, ONE), measured.difference(way, TWO, most)
         if two and one and over:
-            points.append(Point(samples, two.mean, one.mean, over.error))
+            points.append(_point(samples, two, one, over))
         rows.append([str(samples), *_scores(measured, way), signed(over)])
     text = f"## Figure 8: records\n\n{trainings(measured)} The paper finds minimal loss at 200.\n\n"
     if len(points) >= FEWEST:
