@@ -14,7 +14,7 @@ from rich.text import Text
 from ..errors import HollowError
 from ..progress import Progress
 from .app import app, console
-from .options import Json, Precision, device_of, load_model
+from .options import Json, Precision, UnetOnly, device_of, load_model
 from .watch import quiet, watching
 
 
@@ -26,6 +26,7 @@ def analyze(
     share: Annotated[float, typer.Option(help="How much of the change a recommended cut may leave out, from 0 to 1.")] = 0.1,
     ablate: Annotated[Path | None, typer.Option(help="Draw --prompt with each block switched off in turn into this .png; needs --model and one file.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Of --ablate, with the identifier.")] = None,
+    unet_only: UnetOnly = False,
     seed: Annotated[int, typer.Option(help="Of --ablate.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps of --ablate.")] = 30,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance of --ablate.")] = 7.5,
@@ -53,7 +54,9 @@ def analyze(
         write_png(out, picture(analyses, share))
         result["chart"] = str(out)
     if ablate is not None and model is not None and prompt is not None:
-        result["influence"] = _ablate(files[0], model, prompt, seed, steps, guidance, precision, device, ablate)
+        result["influence"] = _ablate(
+            files[0], model, prompt, unet_only, seed, steps, guidance, precision, device, ablate
+        )
     if as_json:
         print(json.dumps(result, indent=1))
         return
@@ -76,6 +79,7 @@ def _ablate(
     file: Path,
     model: Path,
     prompt: str,
+    unet_only: bool,
     seed: int,
     steps: int,
     guidance: float,
@@ -90,7 +94,7 @@ def _ablate(
     from ..sampling.sample import SampleSettings
 
     base = load_model(model, precision, None)
-    lora = lora_file.load(file, base.network.module)
+    lora = lora_file.load(file, base.network.module, unet_only=unet_only)
     with watching() as watch:
         done = ablate(
             base,

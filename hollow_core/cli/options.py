@@ -208,6 +208,9 @@ Together = Annotated[
         rich_help_panel=MEMORY,
     ),
 ]
+UnetOnly = Annotated[
+    bool, typer.Option(help="Leave out what the file has for text encoders, and embeddings.", show_default="off")
+]
 PredictionType = Annotated[
     Prediction | None,
     typer.Option(

@@ -45,6 +45,7 @@ def sample(
     refresh: Annotated[int, typer.Option(help="Run the base path every n-th step only: faster, and a little less exact.", rich_help_panel=LORA)] = 1,
     generic: Annotated[str | None, typer.Option(help="The prompt of the base path. (default: the prompt without the identifier)", rich_help_panel=LORA)] = None,
     single_path: Annotated[bool, typer.Option(help="Use the file as an ordinary LoRA, as other tools do.", rich_help_panel=LORA)] = False,
+    unet_only: Annotated[bool, typer.Option(help="Leave out what the file has for text encoders, and embeddings.", show_default="off", rich_help_panel=LORA)] = False,
     # pictures
     negative: Annotated[str, typer.Option(help="The negative prompt.", show_default="none", rich_help_panel=PICTURES)] = "",
     images: Annotated[int, typer.Option(help="Pictures a prompt.", rich_help_panel=PICTURES)] = 1,
@@ -82,7 +83,7 @@ def sample(
     size = (height or base.resolution, width or base.resolution)
     settings = SampleSettings(steps, guidance, negative, strength, refresh, size, together)
     loras = {
-        name: lora_file.load(file, base.network.module) for name, file in named.items()
+        name: lora_file.load(file, base.network.module, unet_only=unet_only) for name, file in named.items()
     }  # refuses before any is drawn
     keep_small(base, to, base_bits=bits_of(base_bits), streaming=stream, tiled_vae=tiled_vae)
     prompts = [text for text in prompt for _ in range(images)]
