@@ -22,9 +22,9 @@ class Change(NamedTuple):
     total: float
     """Σ|w - w'|."""
     squares: tuple[float, ...]
-    """By rank, from the largest: the squared singular values of ΔW, added up over the modules."""
+    """By rank, from the largest: the squared singular values of ΔW, added up over the modules that have LoRA."""
     squared: float
-    """‖ΔW‖², Frobenius; the sum of `squares` unless there are DoRA's magnitudes."""
+    """‖ΔW‖², Frobenius; the sum of `squares` unless there are DoRA's magnitudes or full differences."""
     base_squared: float | None
     """‖W‖² of the same weights; None without a base model."""
 
@@ -87,6 +87,25 @@ def measure(layer: LoraLayer, weight: Tensor | None = None) -> Change:
         squares=tuple(squares),
         squared=squared if whole else sum(squares),
         base_squared=None if weight is None else base_squared,
+    )
+
+
+@torch.no_grad()
+def measure_difference(difference: Tensor, weight: Tensor | None = None) -> Change:
+    """The change of one module whose ΔW stands in the file as it is, without ranks; `weight` as in `measure`, whose
+    size it must have, or HollowError is raised."""
+    if weight is not None and weight.numel() != difference.numel():
+        raise HollowError(
+            f"The file changes {difference.numel()} weights, the model has {tuple(weight.shape)} there. Give the model "
+            "that it was made for."
+        )
+    difference = difference.float()
+    return Change(
+        weights=difference.numel(),
+        total=difference.abs().sum().item(),
+        squares=(),
+        squared=difference.square().sum().item(),
+        base_squared=None if weight is None else weight.float().square().sum().item(),
     )
 
 

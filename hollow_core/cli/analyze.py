@@ -47,7 +47,12 @@ def analyze(
     if ablate is not None and (model is None or prompt is None or len(files) != 1):
         raise HollowError("To ablate takes one file, its --model and a --prompt. Give all of them.")
     with watching() as watch:
-        analyses = analyze_files(files, model, lambda done, of: watch("analyze", Progress(done, of, 0.0)))
+        analyses = analyze_files(
+            files, model, lambda done, of: watch("analyze", Progress(done, of, 0.0)), unet_only=unet_only
+        )
+    for analysis in analyses:
+        if analysis.besides:
+            _say(f"{analysis.name}: {analysis.besides}", "yellow")
     console.print("Which cut, and what it would save, by a dry run …")
     result = figures(analyses, share, None if model is None else str(model))
     if out is not None:

@@ -197,6 +197,14 @@ def fits(shapes: Mapping[str, Sequence[int]], config: Config) -> bool:
     return all(name in names and shape[1:2] == weights[names[name][1][0]][1:2] for name, shape in layers.items())
 
 
+def differences_in(left_out: Sequence[str], config: Config) -> dict[str, tuple[str, ...]]:
+    """Of the keys that `Lora.left_out` names, the full differences of layers' weights: {key: the modules that it is of,
+    one behind another}."""
+    names = _known(json.dumps(dict(config)))[1]
+    parts = {key: split(key) for key in left_out}
+    return {key: names[name][1] for key, (name, part) in parts.items() if part == "diff" and name in names}
+
+
 def usual_dialect(config: Config) -> str:
     """Of a file for everyone: kohya's for a U-Net, and of a transformer what ComfyUI and diffusers both read."""
     family = family_in(config)

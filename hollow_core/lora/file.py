@@ -5,9 +5,10 @@ What a hollowed LoRA needs beyond its weights to be sampled on two paths lies in
 
 import glob
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -214,6 +215,27 @@ def read_whole(path: Path, config: Config | None = None, *, unet_only: bool = Fa
         raise HollowError(f"{path} holds {what}, which is no LoRA and would be lost. Choose one without{way}.")
     _check_finite(lora, path)
     return lora, metadata
+
+
+def differences(path: Path, keys: Mapping[str, Sequence[str]], config: Config) -> Iterator[tuple[str, Tensor]]:
+    """The full differences of layers' weights that a file holds beside its LoRA, one by one: (module, ΔW), in the
+    file's dtype and the weight's shape. `keys` are as `dialects.differences_in` gives them.
+
+    Raises HollowError where the file is damaged, and where a shape is not the layer's.
+    """
+    path = path / _PEFT_FILE if path.is_dir() else path
+    weights = dialects.weight_shapes(config)
+    try:
+        with safe_open(path, "pt") as file:
+            for key, modules in keys.items():
+                whole, shapes = file.get_tensor(key), [weights[module] for module in modules]
+                if whole.numel() != sum(map(math.prod, shapes)) or len(whole) != sum(shape[0] for shape in shapes):
+                    called = dialects.called_in(config)
+                    raise dialects.other_model(str(path), key, f"has shape {tuple(whole.shape)}, unlike {called}'s")
+                for module, shape, part in zip(modules, shapes, whole.split([s[0] for s in shapes]), strict=True):
+                    yield module, part.reshape(shape)
+    except (OSError, SafetensorError) as error:
+        raise damaged(path, error) from error
 
 
 def load(path: Path, network: nn.Module, *, unet_only: bool = False) -> LoraFile:

@@ -23,7 +23,7 @@ _PATH = re.compile(
 )
 _PICTURE = re.compile(r"data:image/[\w.+-]+;base64,[A-Za-z0-9+/]*={0,2}")
 _ENCODINGS = 3  # how often a text may have been percent-encoded
-_MOST = 8_000_000  # letters of all values: more than trainers write, and as many as are looked through in seconds
+_MOST = 4_000_000  # letters of all values: more than trainers write, and as many as are looked through in seconds
 
 
 def holds_path(text: str) -> bool:
