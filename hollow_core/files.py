@@ -28,16 +28,31 @@ def write_json(path: Path, data: Any) -> None:
 def write_safetensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors contiguously; `path` appears whole or not at all. Raises HollowError if it cannot."""
+    """Write tensors contiguously, the same ones always as the same bytes; `path` appears whole or not at all. Raises
+    HollowError if it cannot."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
     def save(part: Path) -> None:
         part.touch()
         mode = part.stat().st_mode  # as the user's umask has it; safetensors lets the owner alone read
         save_file(contiguous, part, dict(metadata or {}))
+        _sort_metadata(part)
         part.chmod(mode)
 
     _write_beside(path, save)
+
+
+def _sort_metadata(path: Path) -> None:
+    """By name, where safetensors leaves them in another order each time: the header takes as many bytes in any."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            told = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(told) <= length:
+                file.seek(8)
+                file.write(told.ljust(length))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
