@@ -9,9 +9,9 @@ import regex
 
 from ..errors import HollowError
 
-PATIENCE = 2.0
-"""Seconds for all regular expressions of a config. Some hundreds of layers take milliseconds; one such as `(a|aa)+b`,
-in anybody's file, takes longer than anyone waits."""
+PATIENCE = 1.0
+r"""Seconds for all regular expressions of a config. Some hundreds of layers take milliseconds; one such as
+`(\w|.)*!`, in anybody's file, takes longer than anyone waits."""
 
 _LONGEST = 1000  # letters of an expression
 _NAME = regex.compile(r"[\w.-]+")

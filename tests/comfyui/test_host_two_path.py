@@ -139,14 +139,16 @@ def test_a_lora_on_every_kind_of_layer(layout: str, trained: Trained, tmp_path: 
     assert_same(ours, draw(Reference(tiny_unet(layout), lora, tmp_path, GENERIC, strength=0.5).patched(native(layout))))
 
 
-@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
-def test_a_dora(layout: str, trained: Trained, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "of"), [("sd15", "outputs"), ("sdxl", "outputs"), ("sd15", "inputs")])
+def test_a_dora(layout: str, of: str, trained: Trained, tmp_path: Path) -> None:
     lora, unet = trained(layout, 3, EVERY_KIND), tiny_unet(layout)
-    content = parse(lora.state, unet.config)
-    layers = {
-        module: layer._replace(dora_scale=unet.get_submodule(module).weight.detach().flatten(1).norm(dim=1) * 1.1)
-        for module, layer in content.layers.items()
-    }
+    content, layers = parse(lora.state, unet.config), {}
+    for module, layer in content.layers.items():
+        weight = unet.get_submodule(module).weight.detach()
+        if of == "inputs":
+            layers[module] = layer._replace(dora_scale=1.1 * weight.transpose(0, 1).flatten(1).norm(dim=1)[None])
+        else:
+            layers[module] = layer._replace(dora_scale=1.1 * weight.flatten(1).norm(dim=1))
     dora = lora._replace(state=spell(layers, {}, unet.config, "kohya", ldm=layout == "sdxl"))
     ours = draw(two_path_model(native(layout), dora, GENERIC, strength=0.5))
     assert_same(ours, draw(Reference(unet, dora, tmp_path, GENERIC, strength=0.5).patched(native(layout))))
