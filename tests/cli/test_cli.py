@@ -246,6 +246,39 @@ def test_analyze_draws_with_each_block_off(
     assert "To ablate takes one file, its --model and a --prompt." in done.stderr
 
 
+def test_what_is_not_for_the_unet_is_left_out_on_request(
+    hollow: Hollow, model_folder: Path, middle_lora: Path, tmp_path: Path
+) -> None:
+    """A text encoder's layers and embeddings; what else a file changes is told before any figure."""
+    lora, out = tmp_path / "a.safetensors", tmp_path / "out"
+    text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    more = {f"{text}.lora_down.weight": torch.ones(1, 12), f"{text}.lora_up.weight": torch.ones(12, 1)}
+    save_file(load_file(middle_lora) | more | {"bundle_emb.sks.clip_l": torch.ones(1, 12)}, lora)
+    sample = ["sample", model_folder, "--lora", lora, "--prompt", "a cup", "--steps", 1, "--device", "cpu"]
+    ablate = ["analyze", lora, "--model", model_folder, "--ablate", out / "off.png", "--prompt", "a cup", "--steps", 1]
+    commands = [
+        [*sample, "--out", out],
+        [*ablate, "--device", "cpu", "--json"],
+        ["convert", lora, out / "b.safetensors", "--to", "diffusers", "--model", model_folder],
+        ["scale", lora, out / "c.safetensors", "--block", "MID=0.5", "--model", model_folder],
+    ]
+    for command in commands:
+        done = hollow(*command)
+        assert done.status == 1, command[0]
+        assert "bundle_emb.sks.clip_l, an embedding," in done.stderr, command[0]
+        assert "(--unet-only)" in done.stderr, command[0]
+    assert not out.exists()
+    for command in commands:
+        done = hollow(*command, "--unet-only")
+        assert done.status == 0, (command[0], done.stderr)
+    assert sorted(path.name for path in out.iterdir()) == ["000-seed0.png", "b.safetensors", "c.safetensors", "off.png"]
+    assert "1 layers of the U-Net, every key matched" in done.stderr
+    save_file(load_file(middle_lora) | {"lora_unet_conv_norm_out.w_norm": torch.ones(8)}, lora)
+    done = hollow("analyze", lora, "--model", model_folder)
+    assert done.status == 0, done.stderr
+    assert "which no figure here counts" in done.stderr.split("Which cut")[0]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [

@@ -588,7 +588,7 @@ def test_what_a_conversion_would_lose_is_refused(tmp_path: Path) -> None:
     tensors = dialects.spell(lora.layers, {}, TINY["sd15"], "comfy", ldm=True)
     save_file(tensors | {"diffusion_model.out.0.diff": torch.zeros(8)}, tmp_path / "a.safetensors")
     assert read(tmp_path / "a.safetensors", TINY["sd15"])[0].left_out == ("diffusion_model.out.0.diff",)
-    with pytest.raises(HollowError, match=r"holds diffusion_model\.out\.0\.diff, which is no LoRA and would be lost"):
+    with pytest.raises(HollowError, match=r"holds diffusion_model\.out\.0\.diff, .*, which is no LoRA and would"):
         lora_file.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya", config=TINY["sd15"])
 
 
