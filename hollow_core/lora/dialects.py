@@ -76,9 +76,9 @@ def parse(
     """Read the LoRA that `tensors` hold, for the network of `config`: a U-Net's, or that of one of `FAMILIES`.
 
     `adapters` are peft's configs {"network": …, "text_encoder": …}, for the alpha of layers that have none of their
-    own. Values may be infinite or undefined. Raises HollowError,
-    beginning with `source`, where it is no LoRA, or one of another method (LoHa, LoKr); where a layer lacks a matrix,
-    is not the network's or has other shapes, of which the sentence names the first.
+    own. Values may be infinite or undefined. Raises HollowError, beginning with `source`, where it is no LoRA, or one
+    of another method (LoHa, LoKr); where a layer lacks a matrix, is not the network's or has other shapes, of which the
+    sentence names the first.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     return parse_lazily(shapes, tensors.__getitem__, config, adapters, source=source)
@@ -96,11 +96,10 @@ def parse_lazily(
     weights, names = _known(json.dumps(dict(config)))
     prefixes, called = _prefixes(config), called_in(config)
     found: dict[tuple[str, ...], dict[str, str]] = {}  # {modules, which one layer of the file is for: {part: key}}
+    check_method(shapes, source)
     dialects, left_out = [], []
     for key in sorted(shapes):
         name, part = split(key)
-        if part in OTHER_METHODS:
-            raise HollowError(f"{source} is {OTHER_METHODS[part]}, which Hollow does not read. Choose a LoRA.")
         if part not in MATRICES:
             left_out.append(key)
             continue
@@ -185,6 +184,13 @@ def spell(
                 shape = (1, -1, *ones[1:]) if layer.by_input else (out, *ones)
                 tensors[f"{name}.dora_scale"] = layer.dora_scale.reshape(shape)
     return tensors
+
+
+def check_method(keys: Iterable[str], source: str) -> None:
+    """Raises HollowError, beginning with `source`, where the keys of a file are those of another method than LoRA."""
+    found = {part for key in keys if (part := split(key)[1]) in OTHER_METHODS}
+    if found:
+        raise HollowError(f"{source} is {OTHER_METHODS[min(found)]}, which Hollow does not read. Choose a LoRA.")
 
 
 def fits(shapes: Mapping[str, Sequence[int]], config: Config) -> bool:

@@ -32,6 +32,7 @@ from .peft_config import Adapter
 
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PEFT_HEAD = {"peft_type": "LORA", "base_model_name_or_path": None, "inference_mode": True, "bias": "none"}
+_IN_UNET = re.compile(r"(down|up|mid|input|output|middle)_block")
 _ADVICE = "Lower the learning rate and train again, or write fp32."
 
 
@@ -196,6 +197,7 @@ def read(path: Path, config: Config | None = None, *, unet_only: bool = False) -
             if keys and len(longest := max(keys, key=len)) > LONGEST:
                 raise HollowError(f"{path} holds a name of {len(longest)} letters. Get or make it again.")
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
+            dialects.check_method(shapes, str(path))
             metadata = file.metadata() or {}
             config = config or config_of(metadata, shapes)
             adapters = _adapters(path, metadata)
@@ -317,7 +319,8 @@ def config_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] |
         if (fitting := _fitting(shapes)) is None:
             raise
         return fitting
-    told = [config for config in _public() if kind_of(config) == layout]
+    public = [*map(layout_config, LAYOUTS), *map(transformer_config, TRANSFORMERS)]
+    told = [config for config in public if kind_of(config) == layout]
     for config in told:
         if not shapes or dialects.fits(shapes, config):
             return config
@@ -328,13 +331,11 @@ def config_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] |
     raise HollowError(f"The LoRA is for {layout}, but of another size than the public model. Give its own.")
 
 
-def _public() -> list[Config]:
-    return [*map(layout_config, LAYOUTS), *map(transformer_config, TRANSFORMERS)]
-
-
 def _fitting(shapes: Mapping[str, Sequence[int]]) -> Config | None:
     """The one public model whose network has all of the layers; None where there is none, or where several have."""
-    fitting = [config for config in _public() if dialects.fits(shapes, config)]
+    unet = any(_IN_UNET.search(key) for key in shapes)
+    public = map(layout_config, LAYOUTS) if unet else map(transformer_config, TRANSFORMERS)
+    fitting = [config for config in public if dialects.fits(shapes, config)]
     return fitting[0] if len(fitting) == 1 else None
 
 

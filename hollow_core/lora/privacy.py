@@ -45,7 +45,7 @@ def without_paths(metadata: Mapping[str, str]) -> dict[str, str]:
     texts in it that are JSON again only theirs; what holds none stays letter by letter. Values beyond `_MOST` letters
     in all are left out unread."""
     kept, room = {}, _MOST
-    for key, value in metadata.items():
+    for key, value in sorted(metadata.items(), key=lambda entry: (len(entry[1]), entry[0])):
         room -= len(value)
         if room >= 0 and not holds_path(key) and (clean := _clean_text(value)) is not _GONE:
             kept[key] = clean

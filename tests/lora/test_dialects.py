@@ -484,9 +484,16 @@ def test_text_encoders_come_along(tmp_path: Path) -> None:
         ("diff", r"holds no LoRA of a U-Net, but the full difference of a weight \(lora_unet_mid_block\S+_to_q.diff\)"),
     ],
 )
-def test_other_methods_are_named_and_refused(part: str, sentence: str) -> None:
+def test_other_methods_are_named_and_refused(part: str, sentence: str, tmp_path: Path) -> None:
+    """Also where nothing tells the base model."""
+    key = f"{kohya_name(PLACE)}_to_q.{part}"
     with pytest.raises(HollowError, match=sentence):
-        dialects.parse({f"{kohya_name(PLACE)}_to_q.{part}": torch.zeros(24, 2)}, TINY["sd15"])
+        dialects.parse({key: torch.zeros(24, 2)}, TINY["sd15"])
+    if part != "diff":
+        alphas = {"lora_unet_a.alpha": torch.ones(()), "lora_unet_a.lora_down.weight": torch.ones(1, 1)}
+        save_file({key: torch.zeros(24, 2), **alphas}, tmp_path / "a.safetensors")
+        with pytest.raises(HollowError, match=sentence):
+            read(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
