@@ -471,7 +471,7 @@ def _spellings(weights: Mapping[str, Shape], config: Config) -> Iterator[tuple[s
         yield "kohya", module, f"lycoris_{module.replace('.', '_')}"
         yield from (("diffusers", module, f"{prefix}{module}") for prefix in ("unet.", ""))
         yield "peft", module, f"base_model.model.{module}"
-        yield "comfy", module, f"diffusion_model.{ldm}"
+        yield from (("comfy", module, f"{prefix}{ldm}") for prefix in ("diffusion_model.", "unet."))
 
 
 def _spelled(module: str, config: Config, dialect: str, *, ldm: bool) -> str:

@@ -61,7 +61,9 @@ _TEXT_PREFIXES = {
     "text_encoders.clip_h.transformer.": "text_encoder",
     "text_encoders.clip_g.transformer.": "text_encoder_2",
 }
-_TEXT = re.compile(r"(lora|lycoris|oft)_te\d?_|lora_prior_te_|text_encoders?(_\d)?[._]|text_model\.|te\d?\.")
+_TEXT = re.compile(
+    r"(lora|lycoris|oft)_te(xt_encoder)?_?\d?_|lora_prior_te_|text_encoders?(_\d)?[._]|text_model\.|te\d?\."
+)
 _EMBEDDING = re.compile(
     r"bundle_emb\.|emb_params$|(clip_[lgh]|t5xxl|text_encoders_\d)$|string_to_param\.|.*\b(embed_tokens|token_embedding)\b"
 )
@@ -70,18 +72,18 @@ _TEXT_LAYER = re.compile(
 )
 _OLD_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
-# What scripts put before a name once more by mistake, or leave there of how the network was wrapped.
-_WRAPPED = r"(?:module\.|_orig_mod\.)"
+# What scripts put before a name once more by mistake.
 _NESTED = (
-    re.compile(rf"()^{_WRAPPED}+"),
+    re.compile(r"^()(?:module\.)+"),
     re.compile(
         r"^(unet\.|transformer\.|diffusion_model\.|base_model\.model\.)"
-        rf"(?:unet\.|transformer\.|(?:model\.)?diffusion_model\.|base_model\.model\.|{_WRAPPED})+"
+        r"(?:unet\.|transformer\.|(?:model\.)?diffusion_model\.|base_model\.model\.|module\.)+"
     ),
     re.compile(r"^()model\.(?=diffusion_model\.)"),
-    re.compile(rf"^(text_encoder(?:_2)?\.)(?:\1|base_model\.model\.|{_WRAPPED})+"),
+    re.compile(r"^(text_encoder(?:_2)?\.)(?:\1|base_model\.model\.|module\.)+"),
     re.compile(r"^(lora_(?:unet|transformer)_)(?:lora_unet_|unet_|(?:model_)?diffusion_model_|base_model_model_)+"),
 )
+_COMPILED = "_orig_mod."  # how torch.compile calls what it wraps, the network or each of its blocks
 
 
 def split(key: str) -> tuple[str, str]:
@@ -92,7 +94,7 @@ def split(key: str) -> tuple[str, str]:
     end = _END.search(key)
     if end is None:
         return key, ""
-    name = key[: end.start()]
+    name = key[: end.start()].replace(_COMPILED, "")
     if ".processor.to_" in name:  # diffusers' LoRA as an attention processor
         name = re.sub(r"\.to_out$", ".to_out.0", name.replace(".processor.", "."))
     for nested in _NESTED:

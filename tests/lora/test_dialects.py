@@ -533,6 +533,8 @@ def test_what_is_no_lora_is_named(key: str, what: str, tmp_path: Path) -> None:
         ("unet.base_model.model.{}", "unet.{}"),
         ("base_model.model.unet.{}", "base_model.model.{}"),
         ("module.unet._orig_mod.{}", "unet.{}"),
+        ("unet.mid_block._orig_mod.attentions.0.transformer_blocks.0._orig_mod.attn1.to_q", "unet.{}"),
+        ("unet.diffusion_model.{ldm}", "diffusion_model.{ldm}"),
         ("model.diffusion_model.{ldm}", "diffusion_model.{ldm}"),
         ("diffusion_model.diffusion_model.{ldm}", "diffusion_model.{ldm}"),
     ],
