@@ -17,6 +17,7 @@ from hollow_core.errors import HollowError
 from hollow_core.lora import file as lora_file
 from hollow_core.lora.delta import LoraLayer
 from hollow_core.lora.dialects import Lora, weight_shapes
+from hollow_core.lora.file import read
 from hollow_core.lora.metadata import Recipe, layout_of, recipe_of, thumbnail
 from hollow_core.lora.privacy import without_paths
 from hollow_core.models.layouts import layout_config
@@ -155,6 +156,7 @@ def test_long_runs_of_anything_are_gone_through(piece: str) -> None:
     assert without_paths({"run": piece * 10**7, "title": "rex"}).keys() <= {"title"}
 
 
+@pytest.mark.slow
 def test_the_shapes_win_over_what_a_file_says_it_is_for(tmp_path: Path) -> None:
     """So that the conversion says one thing; what is true of the base model stays as it was said."""
     out, into = weight_shapes(layout_config("sdxl"))[PLACE.replace("proj_in", "transformer_blocks.0.attn2.to_k")]
@@ -172,6 +174,11 @@ def test_the_shapes_win_over_what_a_file_says_it_is_for(tmp_path: Path) -> None:
         assert written["ss_base_model_version"] == "sdxl_base_v1-0"
         assert written["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
         assert (written["ss_v2"], written["modelspec.author"]) == ("False", "Jane")
+    deep = name.replace("blocks_0_attn2_to_k", "blocks_9_attn1_to_k")  # by its name alone
+    save_file(
+        {f"{deep}.lora_down.weight": torch.ones(1, out), f"{deep}.lora_up.weight": torch.ones(out, 1)}, source, false
+    )
+    assert read(source)[0].layers.keys() == {PLACE.replace("proj_in", "transformer_blocks.9.attn1.to_k")}
     save_file(tensors, source, {"ss_base_model_version": "sdxl_base_v0-9"})
     written = metadata_of(lora_file.convert(source, tmp_path / "b.safetensors").path)
     assert written["ss_base_model_version"] == "sdxl_base_v0-9"
