@@ -144,10 +144,12 @@ def train(
     from ..data.captions import CaptionChanges
     from ..data.folders import load_pictures
     from ..memory.planner import Planner
+    from ..models.base_model import outline
     from ..request import Request
     from ..road import check_cut, personalize
 
-    planner = cache(partial(Planner, str(model)))
+    told = prediction_type.value if prediction_type else None
+    planner = cache(partial(Planner, partial(outline, str(model), prediction_type=told)))
     side = resolution or planner().resolution
     setting = setting_of(
         network=planner().network,

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -166,6 +166,24 @@ def write_dialect(
         raise HollowError(f"{path} does not read back as it was written. Check the disk and save again.")
     network = dialects.called_in(config).replace("this ", "the ")
     return Written(path, dialect, len(again.layers), len(again.text), _largest_change(again), dora, network)
+
+
+def check_writable(modules: Iterable[str], config: Config) -> None:
+    """Raises HollowError unless a LoRA of these layers of a network can be written in `usual_dialect` and read back: to
+    be asked before it is trained."""
+    weights, layers = dialects.weight_shapes(config), {}
+    for module in modules:
+        if module not in weights:
+            called = dialects.called_in(config)
+            raise HollowError(
+                f"{module} is no layer of {called} by its config, so no LoRA file could name it. Take it off."
+            )
+        out, *into = weights[module]
+        layers[module] = LoraLayer(torch.zeros(1, *into), torch.zeros(out, 1, *[1] * (len(into) - 1)), 1.0)
+    dialect = dialects.usual_dialect(config)
+    again = dialects.parse(dialects.spell(layers, {}, config, dialect, ldm=_is_sdxl(config)), config)
+    if lost := layers.keys() - again.layers.keys():
+        raise HollowError(f"A LoRA of {min(lost)} would not be read back from a file. Leave that layer out.")
 
 
 def write(

@@ -49,6 +49,19 @@ def add_lora(
     if rank < 1:
         raise HollowError(f"A LoRA of rank {rank} holds nothing. Choose a rank of at least 1.")
     _make_room(unet)
+    paths = lora_paths(unet, targets, within)
+    _inject(unet, paths, rank, rank if alpha is None else alpha, dora=dora)
+    for key, matrix in named_lora_parameters(unet).items():
+        if MAGNITUDES in key:
+            continue
+        fresh = torch.zeros(matrix.shape)
+        if key.endswith("lora_A.weight"):
+            nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
+        matrix.data.copy_(fresh)
+
+
+def lora_paths(unet: nn.Module, targets: Sequence[str], within: tuple[str, ...] = ("",)) -> list[str]:
+    """Where `add_lora` puts layers. Raises HollowError for a target that is nowhere."""
     possible = [
         path
         for path, module in unet.named_modules()
@@ -58,15 +71,7 @@ def add_lora(
         if not any(f".{path}".endswith(f".{target}") for path in possible):
             raise HollowError(f"This network has no layer {target!r} to put a LoRA on. Check the targets.")
     ends = tuple(f".{target}" for target in targets)
-    paths = [path for path in possible if f".{path}".endswith(ends)]
-    _inject(unet, paths, rank, rank if alpha is None else alpha, dora=dora)
-    for key, matrix in named_lora_parameters(unet).items():
-        if MAGNITUDES in key:
-            continue
-        fresh = torch.zeros(matrix.shape)
-        if key.endswith("lora_A.weight"):
-            nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
-        matrix.data.copy_(fresh)
+    return [path for path in possible if f".{path}".endswith(ends)]
 
 
 def load_lora_state(unet: nn.Module, state: Mapping[str, Tensor], alpha: float) -> None:

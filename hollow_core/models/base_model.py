@@ -36,11 +36,12 @@ from ..nets.network import Network
 from ..nets.residency import Bits, quantize, stream
 from ..nets.schedule import PREDICTIONS, NoiseSchedule
 from ..nets.unet import UNet
-from ..nets.unet_layers import Config
+from ..nets.unet_layers import Config, check_config
 from . import layouts
 from . import vae as any_vae
 from .layouts import layout_name
 from .model import Model, Outlines, TimestepSampling, maker_of, without_data
+from .schedulers import diffusion_scheduler
 from .single_file import (
     Pipeline,
     load_single_file,
@@ -56,7 +57,8 @@ from .transformer_model import family_at, load_transformer, outline_transformer
 
 @dataclass
 class BaseModel:
-    """The parts of a base model with a U-Net; a `Model`."""
+    """The parts of a base model with a U-Net; a `Model`. Raises HollowError for a U-Net that training, drawing or LoRA
+    files do not know, before any stage could find it out, and for a VAE that does not fit it."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL | AutoencoderTiny | None
@@ -69,6 +71,15 @@ class BaseModel:
     """"sd15", "sd21", "sdxl" or "other"."""
     resolution: int
     """The native side of a picture in pixels."""
+
+    def __post_init__(self) -> None:
+        """As said."""
+        check_config(self.unet.config)
+        taken = self.unet.config.in_channels
+        if self.vae is not None and (made := self.vae.config.latent_channels) != taken:
+            raise HollowError(
+                f"The VAE makes latents of {made} channels, but the U-Net takes {taken}. Get the whole model."
+            )
 
     @property
     def network(self) -> Network:
@@ -212,8 +223,10 @@ def load(
                 "--prediction-type out."
             )
         return load_transformer(path, dtype)
+    configs, told = (path, {}) if path.is_dir() else recognise(path, config)
+    _check_folder(configs)
+    scheduler = diffusion_scheduler(configs, told | _override(prediction_type), path)
     pipeline = _load_folder(path, dtype) if path.is_dir() else load_single_file(path, dtype, config)
-    override = {"prediction_type": prediction_type} if prediction_type else {}
     encoders = (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
     tokenizers = (pipeline.tokenizer, getattr(pipeline, "tokenizer_2", None))
     return BaseModel(
@@ -221,13 +234,13 @@ def load(
         vae=pipeline.vae.eval(),
         text_encoders=tuple(encoder.eval() for encoder in encoders if encoder is not None),
         tokenizers=tuple(tokenizer for tokenizer in tokenizers if tokenizer is not None),
-        scheduler=DDPMScheduler.from_config(pipeline.scheduler.config, **override),
+        scheduler=scheduler,
         layout=layout_name(pipeline.unet.config),
         resolution=pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
     )
 
 
-def outline(model: str, dtype: torch.dtype = torch.float32) -> Model:
+def outline(model: str, dtype: torch.dtype = torch.float32, *, prediction_type: str | None = None) -> Model:
     """What `load` gives, of tensors that hold no data (on PyTorch's "meta" device): for a dry run.
 
     `model` is a layout ("sd15", "sd21", "sdxl", or one of transformers) or a path as for `load`; only configs and a
@@ -243,12 +256,13 @@ def outline(model: str, dtype: torch.dtype = torch.float32) -> Model:
     if family_at(folder) is not None:
         return outline_transformer(folder, dtype)
     _check_folder(folder)
+    scheduler = diffusion_scheduler(folder, schedule | _override(prediction_type), Path(model))
     kind = pipeline_class(folder)
     unet_config, vae_config = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
     unet_config["sample_size"] = sample_size(folder, schedule, unet_config["sample_size"])
     parts = ["text_encoder", "text_encoder_2"] if kind is StableDiffusionXLPipeline else ["text_encoder"]
     tokenizers = [folder / part.replace("text_encoder", "tokenizer") for part in parts]
-    vae_kind = AutoencoderTiny if vae_config["_class_name"] == "AutoencoderTiny" else AutoencoderKL
+    vae_kind = AutoencoderTiny if vae_config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
     makers = [partial(UNet2DConditionModel.from_config, unet_config), partial(vae_kind.from_config, vae_config)]
     with quiet():
         for encoder, part in zip((CLIPTextModel, CLIPTextModelWithProjection), parts, strict=False):
@@ -262,8 +276,8 @@ def outline(model: str, dtype: torch.dtype = torch.float32) -> Model:
             CLIPTokenizer.from_pretrained(path if path.exists() else layouts.FOLDER / "tokenizer")
             for path in tokenizers
         ),
-        scheduler=DDPMScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json") | schedule),
-        layout=layout_name(unet_config),
+        scheduler=scheduler,
+        layout=layout_name(unet.config),
         resolution=unet_config["sample_size"] * 2 ** (len(vae.config.block_out_channels) - 1),
     )
 
@@ -415,13 +429,40 @@ def _check_path(path: Path) -> None:
         )
 
 
+_PARTS = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+}
+"""The classes that each part of a model of Stable Diffusion may be of, by its name in a folder."""
+
+
+def _override(prediction_type: str | None) -> dict[str, str]:
+    return {"prediction_type": prediction_type} if prediction_type else {}
+
+
 def _check_folder(path: Path) -> None:
+    """Raises HollowError for a folder that holds no model of Stable Diffusion as training knows it."""
     if not (path / "model_index.json").exists():
         raise HollowError(f"{path} is no diffusers folder: it has no model_index.json. Give the folder with it.")
+    kind, index = pipeline_class(path), read_json(path / "model_index.json")
+    for part, known in _PARTS.items():
+        file = path / part / "config.json"
+        named = index.get(part) or [None, None]
+        told = read_json(file).get("_class_name") if file.exists() else None
+        for name in filter(None, (named[-1], told)):
+            if name not in known:
+                raise HollowError(f"{path} has a {part} of class {name}, but Hollow knows {' and '.join(known)} alone.")
+    config = read_json(path / "unet" / "config.json")
+    check_config(config)
+    if (kind is StableDiffusionXLPipeline) != (config.get("addition_embed_type") == "text_time"):
+        raise HollowError(f"{path} is a {kind.__name__} with the U-Net of another. Get the whole model.")
+    if not isinstance(side := config.get("sample_size"), int):
+        raise HollowError(f"{path} has a U-Net with sample_size {side!r}. Write its native side there, in latents.")
 
 
 def _load_folder(path: Path, dtype: torch.dtype) -> Pipeline:
-    _check_folder(path)
     kind = pipeline_class(path)
     weights = path / "unet" / "diffusion_pytorch_model.safetensors"
     only_half = not weights.exists() and weights.with_suffix(".fp16.safetensors").exists()
