@@ -8,15 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors import safe_open
 from tiny_pipelines import shallow_pipeline, tiny_pipeline
 from tiny_training import OutOfMemoryAt
+from tiny_unets import make_shallow_unet
 
 from hollow_core.data.images import TrainingImage, load_images
 from hollow_core.errors import HollowError
+from hollow_core.lora import file as lora_file
+from hollow_core.lora.layers import add_lora, lora_state
+from hollow_core.lora.metadata import recipe_for
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel, load
+from hollow_core.nets.unet import UNet
+from hollow_core.nets.unet_layers import check_config
 from hollow_core.progress import Progress
 from hollow_core.request import Request
 from hollow_core.road import personalize
@@ -316,3 +323,50 @@ def test_small_and_away_the_road_is_walked_with_one_base_and_streaming_changes_n
     assert not any(torch.equal(files[8][name], files[None][name]) for name in files[8] if "lora_up" in name)
     with pytest.raises(HollowError, match="another precision"):
         personalize(lambda: load(model_folder), ask(photos, class_images=1, samples=4), tmp_path / "8")
+
+
+def test_what_no_file_could_hold_is_refused_before_anything_is_made(
+    model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    def refusal(model: BaseModel, **training: Any) -> str:
+        request = ask(photos, class_images=1, training=TrainSettings(rank=2, steps=6, **training))
+        with pytest.raises(HollowError) as refused:
+            personalize(lambda: model, request, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        return str(refused.value)
+
+    model = load(model_folder)
+    assert "no layer 'attn3.to_q' to put a LoRA on" in refusal(model, targets=("attn3.to_q",))
+    zero_snr = DDPMScheduler(rescale_betas_zero_snr=True)
+    assert "zero terminal SNR cannot train on epsilon" in refusal(replace(model, scheduler=zero_snr))
+    # as another tool may leave a module behind, for which the config has no word
+    model.unet.up_blocks[-1].attentions[-1].add_module("to_q", torch.nn.Linear(8, 8))
+    said = "up_blocks.1.attentions.1.to_q is no layer of this U-Net by its config"
+    assert said in refusal(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"only_cross_attention": True},
+        {"layers_per_block": [1, 2]},
+        {"transformer_layers_per_block": [2, 1]},
+        {"resnet_time_scale_shift": "scale_shift"},
+        {"time_embedding_type": "fourier"},
+        {"time_embedding_act_fn": "silu", "timestep_post_act": "silu"},
+        {"conv_in_kernel": 5, "center_input_sample": True, "flip_sin_to_cos": False},
+        {"cross_attention_norm": "layer_norm"},
+    ],
+)
+def test_an_unusual_unet_that_is_let_through_goes_all_the_way(config: dict[str, Any], tmp_path: Path) -> None:
+    network = UNet(make_shallow_unet("sd15", **config))
+    check_config(network.config)
+    latents, prompt = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), network.inputs(16, 16)[1]
+    hollowed = network.hollow(1, [500])
+    found = hollowed.predict(latents, [500], prompt, network.base(1)(latents, [500], prompt))
+    torch.testing.assert_close(found, network.predict(latents, [500], prompt, {}))
+    add_lora(hollowed.module, 2, targets=network.targets.all, generator=torch.Generator())
+    file = tmp_path / "lora.safetensors"
+    recipe = recipe_for(1, "sks", "dog", "epsilon")
+    lora_file.save(file, lora_state(hollowed.module), network.config, alpha=2, layout="sd15", recipe=recipe)
+    assert lora_file.load(file, network.module).state.keys() == lora_state(hollowed.module).keys()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -425,6 +426,44 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("verb", ["train", "plan", "cuts", "sample", "analyze"])
+def test_a_model_of_another_noise_is_refused_by_every_command(
+    hollow: Hollow, shallow_folder: Path, photos: Path, tmp_path: Path, verb: str
+) -> None:
+    model, lora, out = tmp_path / "model", tmp_path / "lora.safetensors", tmp_path / "out"
+    shutil.copytree(shallow_folder, model)
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "EDMEulerScheduler"}))
+    save_file({"lora_unet_mid_block_attentions_0_proj_in.alpha": torch.tensor(1.0)}, lora)
+    done = hollow(
+        *{
+            "train": ["train", model, "--images", photos, "--subject", "dog", "--out", out],
+            "plan": ["plan", model],
+            "cuts": ["cuts", model],
+            "sample": ["sample", model, "--lora", lora, "--prompt", "a dog", "--out", out],
+            "analyze": ["analyze", lora, "--model", model],
+        }[verb]
+    )
+    assert done.status == 1
+    assert "has the scheduler EDMEulerScheduler, but Hollow trains U-Nets on DDPM's noise alone" in done.stderr
+    assert done.stdout == ""
+    assert not out.exists()
+
+
+def test_train_takes_a_persons_word_for_a_prediction_that_a_model_calls_otherwise(
+    hollow: Hollow, shallow_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(shallow_folder, model)
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "velocity"}))
+    train = ["train", model, "--images", photos, "--subject", "dog", "--out", tmp_path / "out", "--steps", 1]
+    train += ["--samples", 2, "--resolution", 128, "--cut", 1, "--device", "cpu"]
+    assert "is said to predict 'velocity', which Hollow does not know" in hollow(*train).stderr
+    done = hollow(*train, "--prediction-type", "v_prediction")
+    assert done.status == 0, done.stderr
+
+
 def test_train_chooses_what_fits_and_goes_on_with_it(
     hollow: Hollow, shallow_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
