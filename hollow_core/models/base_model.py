@@ -76,7 +76,7 @@ class BaseModel:
         """As said."""
         check_config(self.unet.config)
         taken = self.unet.config.in_channels
-        if self.vae is not None and (made := self.vae.config.latent_channels) != taken:
+        if self.vae is not None and (made := any_vae.latent_channels(self.vae.config)) != taken:
             raise HollowError(
                 f"The VAE makes latents of {made} channels, but the U-Net takes {taken}. Get the whole model."
             )
@@ -225,6 +225,7 @@ def load(
         return load_transformer(path, dtype)
     configs, told = (path, {}) if path.is_dir() else recognise(path, config)
     _check_folder(configs)
+    _check_unet(configs)
     scheduler = diffusion_scheduler(configs, told | _override(prediction_type), path)
     pipeline = _load_folder(path, dtype) if path.is_dir() else load_single_file(path, dtype, config)
     encoders = (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
@@ -256,6 +257,7 @@ def outline(model: str, dtype: torch.dtype = torch.float32, *, prediction_type: 
     if family_at(folder) is not None:
         return outline_transformer(folder, dtype)
     _check_folder(folder)
+    _check_unet(folder)
     scheduler = diffusion_scheduler(folder, schedule | _override(prediction_type), Path(model))
     kind = pipeline_class(folder)
     unet_config, vae_config = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
@@ -429,37 +431,26 @@ def _check_path(path: Path) -> None:
         )
 
 
-_PARTS = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-}
-"""The classes that each part of a model of Stable Diffusion may be of, by its name in a folder."""
-
-
 def _override(prediction_type: str | None) -> dict[str, str]:
     return {"prediction_type": prediction_type} if prediction_type else {}
 
 
 def _check_folder(path: Path) -> None:
-    """Raises HollowError for a folder that holds no model of Stable Diffusion as training knows it."""
     if not (path / "model_index.json").exists():
         raise HollowError(f"{path} is no diffusers folder: it has no model_index.json. Give the folder with it.")
-    kind, index = pipeline_class(path), read_json(path / "model_index.json")
-    for part, known in _PARTS.items():
-        file = path / part / "config.json"
-        named = index.get(part) or [None, None]
-        told = read_json(file).get("_class_name") if file.exists() else None
-        for name in filter(None, (named[-1], told)):
-            if name not in known:
-                raise HollowError(f"{path} has a {part} of class {name}, but Hollow knows {' and '.join(known)} alone.")
-    config = read_json(path / "unet" / "config.json")
+
+
+def _check_unet(folder: Path) -> None:
+    """Raises HollowError for a U-Net of another class, or of another kind than `check_config` knows."""
+    kind, config = pipeline_class(folder), read_json(folder / "unet" / "config.json")
+    listed = read_json(folder / "model_index.json").get("unet")
+    named = listed[-1] if isinstance(listed, list) and listed else None, config.get("_class_name")
+    for name in named:
+        if name not in (None, "UNet2DConditionModel"):
+            raise HollowError(f"The unet of {folder} is a {name}. Hollow takes UNet2DConditionModel there.")
     check_config(config)
     if (kind is StableDiffusionXLPipeline) != (config.get("addition_embed_type") == "text_time"):
-        raise HollowError(f"{path} is a {kind.__name__} with the U-Net of another. Get the whole model.")
-    if not isinstance(side := config.get("sample_size"), int):
-        raise HollowError(f"{path} has a U-Net with sample_size {side!r}. Write its native side there, in latents.")
+        raise HollowError(f"{folder} is a {kind.__name__} with the U-Net of another. Get the whole model.")
 
 
 def _load_folder(path: Path, dtype: torch.dtype) -> Pipeline:

@@ -51,6 +51,17 @@ class TransformerModel:
     options: Mapping[str, Any] = field(default_factory=dict)
     """What model_index.json tells beside the parts."""
 
+    def __post_init__(self) -> None:
+        """Raises HollowError for a VAE that does not fit the network, as one for fills or edits takes more."""
+        if self.module is None or self.vae is None:
+            return
+        made, taken = vae.latent_channels(self.vae.config), self.family.channels(self.network.config)
+        if made != taken:
+            raise HollowError(
+                f"The VAE makes latents of {made} channels, but this {self.family.title} takes {taken}. Take the plain "
+                "model, whole."
+            )
+
     @property
     def network(self) -> Transformer:
         """The transformer, for what knows no kind of network."""

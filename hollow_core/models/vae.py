@@ -53,6 +53,11 @@ def pixels_per_latent(config: Mapping[str, Any]) -> int:
     return 2 ** (len(levels) - 1)
 
 
+def latent_channels(config: Mapping[str, Any]) -> int:
+    """As the VAE's config tells."""
+    return int(config["z_dim" if _takes_films(config) else "latent_channels"])
+
+
 def _takes_films(config: Mapping[str, Any]) -> bool:
     return "temperal_downsample" in config  # diffusers' spelling
 
