@@ -207,10 +207,11 @@ def load(
     """Load a diffusers folder, or a single .safetensors file of SD 1.x, SD 2.x or SDXL, onto the CPU.
 
     `prediction_type` ("epsilon", "v_prediction", "sample") overrides what the model says of itself: a folder
-    in its scheduler's config, a file by the rule in `single_file`. `config` is for a single file whose layers
-    have other sizes than the public models': a diffusers folder with configs and tokenizers.
-    Transformers have none: they learned flow matching.
-    Raises HollowError for a path that does not exist, a pickle, a LoRA, and models of any other kind.
+    in its scheduler's config, a file by its markers. Transformers have none: they learned flow matching. `config` is
+    for a single file whose layers have other sizes than the public models': a diffusers folder with configs and
+    tokenizers.
+    Raises HollowError for a path that does not exist, a pickle, a LoRA, models of any other kind, and those that
+    learned other noise (EDM, LCM, flow matching with a U-Net).
     """
     if prediction_type not in (None, *PREDICTIONS):
         choices = ", ".join(PREDICTIONS)
@@ -245,7 +246,8 @@ def outline(model: str, dtype: torch.dtype = torch.float32, *, prediction_type: 
     """What `load` gives, of tensors that hold no data (on PyTorch's "meta" device): for a dry run.
 
     `model` is a layout ("sd15", "sd21", "sdxl", or one of transformers) or a path as for `load`; only configs and a
-    file's header are read. Raises HollowError as `load` does, but does not see whether weights are missing.
+    file's header are read. `prediction_type` as for `load`. Raises HollowError as it does, but does not see whether
+    weights are missing.
     """
     schedule: dict[str, Any] = {}
     folder = layouts.FOLDER / model
@@ -432,6 +434,7 @@ def _check_path(path: Path) -> None:
 
 
 def _override(prediction_type: str | None) -> dict[str, str]:
+    """A person's word, as `diffusion_scheduler` takes it."""
     return {"prediction_type": prediction_type} if prediction_type else {}
 
 

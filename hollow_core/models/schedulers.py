@@ -16,8 +16,9 @@ from ..files import read_json
 from ..nets.schedule import FLOW_TIMESTEPS, PREDICTIONS
 
 _DDPM: Mapping[str, Any] = {}
-"""What a config that says nothing means, beside what DDPMScheduler's would."""
-_KARRAS: Mapping[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}
+"""DDPMScheduler's own defaults."""
+_SD: Mapping[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}
+"""Those of classes that came with Stable Diffusion, where they differ."""
 
 DIFFUSION: Mapping[str, Mapping[str, Any]] = {
     "DDIMParallelScheduler": _DDPM,
@@ -26,13 +27,13 @@ DIFFUSION: Mapping[str, Mapping[str, Any]] = {
     "DDPMScheduler": _DDPM,
     "DEISMultistepScheduler": _DDPM,
     "DPMSolverMultistepScheduler": _DDPM,
-    "DPMSolverSDEScheduler": _KARRAS,
+    "DPMSolverSDEScheduler": _SD,
     "DPMSolverSinglestepScheduler": _DDPM,
     "EulerAncestralDiscreteScheduler": _DDPM,
     "EulerDiscreteScheduler": _DDPM,
-    "HeunDiscreteScheduler": _KARRAS,
-    "KDPM2AncestralDiscreteScheduler": _KARRAS,
-    "KDPM2DiscreteScheduler": _KARRAS,
+    "HeunDiscreteScheduler": _SD,
+    "KDPM2AncestralDiscreteScheduler": _SD,
+    "KDPM2DiscreteScheduler": _SD,
     "LMSDiscreteScheduler": _DDPM,
     "PNDMScheduler": _DDPM,
     "SASolverScheduler": _DDPM,

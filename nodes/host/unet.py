@@ -79,8 +79,7 @@ def unet_config(model: ModelPatcher) -> dict[str, Any]:
 
 
 def _check_layers(model: ModelPatcher, config: dict[str, Any]) -> None:
-    """Raises HollowError where the MODEL's U-Net has other layers than its config tells: a distilled one that lacks some,
-    or one with modules of another's."""
+    """Raises HollowError where the MODEL's U-Net has other layers than its config tells: distilled ones lack some."""
     found = {key for key in unet_of(model).state_dict() if key.endswith((".weight", ".bias"))}
     if other := _ldm_names(json.dumps(config)) ^ found:
         name, which = type(model.model.model_config).__name__, "has" if min(other) in found else "lacks"
@@ -206,8 +205,8 @@ def noise_schedule(model: ModelPatcher) -> "NoiseSchedule":
 
 
 def _prediction(sampling: Any) -> "PredictionKind | None":
-    """What the network predicts by what a MODEL's sampling makes of it, whatever the classes are called that do; None
-    for another than we know, and for other time steps."""
+    """What the network predicts, by what a MODEL's sampling makes of it, whatever its classes are called; None for what
+    is none of `PREDICTIONS`, and for other time steps than training's."""
     from ...hollow_core.nets.schedule import PREDICTIONS
 
     if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
