@@ -40,7 +40,7 @@ def write_crops(path: Path, request: "Request") -> None:
     """Draw every picture with what is cut off or masked, its caption and its size. Raises HollowError where the file
     cannot be written."""
     from ..data.contact_sheet import cell, contact_sheet
-    from ..data.images import open_picture
+    from ..data.picture_file import open_picture
     from ..files import write_png
 
     captioned = [(image, request.personal_prompt(image)) for image in (*request.images, *request.held_out)]

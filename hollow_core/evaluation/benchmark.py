@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..data.images import load_images, open_picture, picture_paths
+from ..data.images import load_images, picture_paths
+from ..data.picture_file import open_picture
 from ..errors import HollowError
 from ..files import read_json, write_bytes, write_json, write_png
 from ..lora import file as lora_file
