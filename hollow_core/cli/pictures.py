@@ -13,21 +13,29 @@ if TYPE_CHECKING:
     from ..request import Request
 
 
-def show_sizes(request: "Request", passed_over: Sequence[Path]) -> None:
-    """A row for each size: how many pictures have it, and the most that one of them loses or is enlarged."""
+def show_sizes(request: "Request", passed_over: Sequence[Path], not_read: Sequence[Path]) -> None:
+    """A row for each size: how many pictures have it, and the most that one of them loses or is enlarged. Below, how
+    many have captions, and what was not looked into or not read."""
+    from ..data.caption_files import in_words
     from ..data.folders import buckets
+    from ..data.images import named
 
     table = Table("pictures", "number", "size", "cropped at most", "enlarged at most")
-    named = {"subject": request.images, "class": request.class_pictures, "held out": request.held_out}
-    for name, images in named.items():
+    kinds = {"subject": request.images, "class": request.class_pictures, "held out": request.held_out}
+    for name, images in kinds.items():
         for bucket in buckets(images):
             width, height = bucket.size
             enlarged = f"{bucket.enlarged:.1f}×" if bucket.enlarged > 1.05 else ""
             table.add_row(name, _number(bucket.images), f"{width}×{height}", f"{bucket.cropped:.0%}", enlarged)
     console.print(table)
+    say(f"{in_words([image.caption for image in (*request.images, *request.held_out)])}.")
+    if request.class_pictures:
+        say(f"{in_words([image.caption for image in request.class_pictures])} of the class.")
     if passed_over:
-        names = ", ".join(path.name for path in passed_over)
+        names = named([path.name for path in passed_over])
         say(f"Not looked into: {names}. Only folders that are named as 10_sks dog count, besides reg or class.")
+    if not_read:
+        say(f"Not read: {named([path.name for path in not_read])}. These are neither pictures nor captions of any.")
 
 
 def _number(images: Sequence["TrainingImage"]) -> str:

@@ -66,7 +66,7 @@ def train(
     ctx: typer.Context,
     model: ModelPath,
     # pictures
-    images: Annotated[Path, typer.Option(help="Folder with four or five pictures of the subject, or with folders as kohya's trainer has them: 10_sks dog. NAME.txt or NAME.caption beside NAME.png is its caption, NAME-mask.png its mask: black is not learned.", rich_help_panel=PICTURES)],
+    images: Annotated[Path, typer.Option(help="Folder with four or five pictures of the subject, or with folders as kohya's trainer has them: 10_sks dog. NAME.txt, NAME.caption or NAME.png.txt beside NAME.png is its caption, or metadata.jsonl has it; NAME-mask.png is its mask: black is not learned.", rich_help_panel=PICTURES)],
     resolution: Annotated[int | None, typer.Option(help="In pixels: pictures keep about their shape, at the size in steps of 64 pixels, and with about the area of this number squared, that cuts off least. (default: the model's own)", rich_help_panel=PICTURES)] = None,
     square: Annotated[bool, typer.Option("--square", show_default="off", help="Crop pictures to squares of the resolution.", rich_help_panel=PICTURES)] = False,
     patches: Patches = None,
@@ -198,7 +198,7 @@ def train(
     to = device_of(device)
     load = partial(load_pictures, resolution=side, square=square, alpha_mask=alpha_mask)
     found = load(images, class_folder=class_folder)
-    learned, held_out = found.images, []
+    learned, held_out, not_read = found.images, [], found.not_read
     if hold_out == 1:
         raise HollowError("--hold-out 1 leaves no picture to learn. Give 2 to hold every second one out, or more.")
     if hold_out:
@@ -207,7 +207,8 @@ def train(
             learned[hold_out - 1 :: hold_out],
         )
     if validation is not None:
-        held_out += load(validation).images
+        looked_at = load(validation)
+        held_out, not_read = [*held_out, *looked_at.images], [*not_read, *looked_at.not_read]
     request = Request(
         learned,
         subject,
@@ -221,7 +222,7 @@ def train(
         keep=keep,
     )
     request.check()
-    show_sizes(request, found.passed_over)
+    show_sizes(request, found.passed_over, not_read)
     if show_crops is not None:
         write_crops(show_crops, request)
 

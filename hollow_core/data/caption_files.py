@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -63,6 +63,11 @@ class Captions:
     def _told(self) -> dict[Path, dict[str, str]]:
         """What each table says of the pictures it names."""
         return {table: _captions_in(table) for table in self.tables}
+
+
+def in_words(captions: Sequence[str | None]) -> str:
+    """How many there are: "Captions for 3 of 5 pictures"."""
+    return f"Captions for {sum(caption is not None for caption in captions)} of {len(captions)} pictures"
 
 
 def text_in(file: Path) -> str:
