@@ -73,7 +73,7 @@ class Request:
     def subject_of(self, image: TrainingImage) -> Subject:
         """Whom a picture shows: as its folder says, else as is asked; without an identifier if none is asked."""
         own = image.subject or Subject(self.identifier, self.class_word)
-        return Subject(own.identifier if self.identifier.strip() else "", own.class_word or self.class_word)
+        return Subject(own.identifier if self.identifier.strip() else "", own.class_word or self.class_word).bare
 
     def personal_prompt(self, image: TrainingImage) -> str:
         """Its caption, or the usual sentence. Raises HollowError where the caption lacks the identifier, and where

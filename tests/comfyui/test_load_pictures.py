@@ -90,7 +90,8 @@ def test_captions_of_other_tools_are_read_and_what_is_not_is_told(inputs: Path) 
     (inputs / "rex" / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "on grass"}')
     assert load("rex").args[1] == ["a sks dog", CAPTION, "on grass"]
     lower = load_folder("rex", (), 64, True, CAPTION).sheet.shape[1]
-    (inputs / "rex" / "notes.md").touch()
+    for number in range(5):
+        (inputs / "rex" / f"notes on a walk with rex {number}.md").touch()
     assert load_folder("rex", (), 64, True, CAPTION).sheet.shape[1] > lower  # a line more, which says so
 
 
