@@ -23,7 +23,7 @@ from .models.model import Model
 from .nets.network import Network, at_cut
 from .nets.residency import stream_middle
 from .progress import Progress, Stop, Watch
-from .request import Request, low_examples, make_examples, patch_examples
+from .request import Request, check_heard, low_examples, make_examples, patch_examples
 from .sampling.prior import class_latents
 from .training.curve import save_losses
 from .training.precompute import model_id, plan_for, precompute
@@ -82,6 +82,7 @@ def personalize(
         model = load()
         check_cut(setting, model.network)
         check_lora(setting, model.network)
+        check_heard(model, request)
         schedule = model.schedule_for(setting.timestep_sampling, request.resolution)
         schedule.check()
         torch.nn.Module.to(model.network.module, DTYPES[training.precision])  # without diffusers' advice

@@ -10,6 +10,7 @@ from .app import console, say
 
 if TYPE_CHECKING:
     from ..data.images import TrainingImage
+    from ..models.model import Model
     from ..request import Request
 
 
@@ -36,6 +37,23 @@ def show_sizes(request: "Request", passed_over: Sequence[Path], not_read: Sequen
         say(f"Not looked into: {names}. Only folders that are named as 10_sks dog count, besides reg or class.")
     if not_read:
         say(f"Not read: {named([path.name for path in not_read])}. These are neither pictures nor captions of any.")
+
+
+def show_unread(model: "Model", request: "Request") -> None:
+    """Which captions are longer than the text encoder reads."""
+    from ..data.images import named
+    from ..models.base_model import chunks_lacking
+
+    lacking = {
+        image.name: chunks_lacking(model, request.personal_prompt(image))
+        for image in (*request.images, *request.held_out)
+    }
+    names = [name for name, chunks in lacking.items() if chunks]
+    if names:
+        say(
+            f"The captions of {named(names)} are longer than what the text encoder reads, so their ends are not "
+            f"learned. Shorten them, or take --prompt-chunks {max(lacking.values())}."
+        )
 
 
 def _number(images: Sequence["TrainingImage"]) -> str:

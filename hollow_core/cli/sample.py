@@ -8,7 +8,7 @@ from functools import partial
 from glob import glob, has_magic
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,6 +32,10 @@ from .options import (
 )
 from .watch import quiet, watching
 
+if TYPE_CHECKING:
+    from ..lora.file import LoraFile
+    from ..models.model import Model
+
 
 @app.command()
 def sample(
@@ -48,6 +52,7 @@ def sample(
     unet_only: Annotated[bool, typer.Option(help="Leave out what the file has for text encoders, and embeddings.", show_default="off", rich_help_panel=LORA)] = False,
     # pictures
     negative: Annotated[str, typer.Option(help="The negative prompt.", show_default="none", rich_help_panel=PICTURES)] = "",
+    prompt_chunks: Annotated[int, typer.Option(min=1, help="Of a U-Net: in how many chunks of 75 tokens, one by one, prompts are read, as ComfyUI and A1111 read long ones. What is behind them is not read.", rich_help_panel=PICTURES)] = 1,
     images: Annotated[int, typer.Option(help="Pictures a prompt.", rich_help_panel=PICTURES)] = 1,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count up.", rich_help_panel=PICTURES)] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=PICTURES)] = 30,
@@ -79,12 +84,13 @@ def sample(
     named = lora_files([*lora, *(more_loras or [])])
     to = device_of(device)
     _check_one_path(model, refresh, generic)
-    base = load_model(model, precision, prediction_type)
+    base = load_model(model, precision, prediction_type, prompt_chunks)
     size = (height or base.resolution, width or base.resolution)
     settings = SampleSettings(steps, guidance, negative, strength, refresh, size, together)
     loras = {
         name: lora_file.load(file, base.network.module, unet_only=unet_only) for name, file in named.items()
     }  # refuses before any is drawn
+    _warn_of_unheard(base, prompt, list(loras.values()))
     keep_small(base, to, base_bits=bits_of(base_bits), streaming=stream, tiled_vae=tiled_vae)
     prompts = [text for text in prompt for _ in range(images)]
     seeds = [seed + number for _ in prompt for number in range(images)]
@@ -123,6 +129,18 @@ def _check_one_path(model: Path, refresh: int, generic: str | None) -> None:
     for option in ("--refresh" if refresh != 1 else None, "--generic" if generic is not None else None):
         if family is not None and option is not None:
             raise HollowError(f"{family.title} draws on one path, which has no {option}. Leave it out.")
+
+
+def _warn_of_unheard(base: "Model", prompts: Sequence[str], loras: Sequence["LoraFile"]) -> None:
+    from ..models.base_model import chunks_lacking
+    from ..sampling.sample import unheard
+
+    for prompt in dict.fromkeys(text for lora in loras for text in unheard(base, prompts, lora)):
+        needed = chunks_lacking(base, prompt)
+        say(
+            f"The text encoder does not read as far as the identifier in {prompt[:40]!r} …, so the subject may not be "
+            "drawn. Move it to the front" + (f", or take --prompt-chunks {needed}." if needed else ".")
+        )
 
 
 def lora_files(asked: Sequence[Path]) -> dict[str, Path]:

@@ -52,7 +52,7 @@ from .options import (
     load_model,
     setting_of,
 )
-from .pictures import show_sizes, write_crops
+from .pictures import show_sizes, show_unread, write_crops
 from .plan import tables
 from .tracking import check_tensorboard, tracking
 from .watch import quiet, stopping, watching
@@ -82,6 +82,7 @@ def train(
     caption_dropout: Annotated[float, typer.Option(help="Share of the records, from 0 to 1, that are learned without a caption.", rich_help_panel=PROMPTS)] = 0.0,
     shuffle_tags: Annotated[bool, typer.Option("--shuffle-tags", show_default="off", help="Bring the tags of a caption, the words between commas, in a new order for each record.", rich_help_panel=PROMPTS)] = False,
     keep_tags: Annotated[int, typer.Option(help="Of --shuffle-tags: so many tags, from the first on, stay where they are.", rich_help_panel=PROMPTS)] = 1,
+    prompt_chunks: Annotated[int, typer.Option(min=1, help="Of a U-Net: in how many chunks of 75 tokens, one by one, prompts are read, as ComfyUI and A1111 read long ones, and kohya's max_token_length has it. What is behind them is not read.", rich_help_panel=PROMPTS)] = 1,
     # LoRA
     rank: Annotated[int, typer.Option(help="Rank of the LoRA: how much it can hold.", rich_help_panel=LORA)] = 16,
     alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA, which counts alpha / rank times. (default: the rank)", rich_help_panel=LORA)] = None,
@@ -145,7 +146,7 @@ def train(
     from ..data.folders import load_pictures
     from ..memory.planner import Planner
     from ..models.base_model import outline
-    from ..request import Request
+    from ..request import Request, check_heard
     from ..road import check_cut, personalize
 
     told = prediction_type.value if prediction_type else None
@@ -238,7 +239,10 @@ def train(
 
     planner().check(setting)
     check_cut(setting, planner().network)
-    loaded = [load_model(model, setting.training.precision, prediction_type)]  # its pop hands over the only reference
+    # its pop hands over the only reference
+    loaded = [load_model(model, setting.training.precision, prediction_type, prompt_chunks)]
+    check_heard(loaded[0], request)
+    show_unread(loaded[0], request)
     keep_options = partial(run_file.write, out / run_file.RUN_FILE, ctx, options_of(setting), choice)
     if not (out / "store").exists():
         keep_options()

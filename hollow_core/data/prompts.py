@@ -27,7 +27,7 @@ class Subject(NamedTuple):
     def bare(self) -> "Subject":
         """The same with class words alone, as people may write "a cup" where cup is meant."""
         classes = [_DETERMINER.sub("", word.strip()) for word in self.class_word.split(",")]
-        return Subject(self.identifier.strip(), ", ".join(classes) if any(classes) else "")
+        return Subject(self.identifier.strip(), ", ".join(classes) if any(classes) else self.class_word)
 
     @property
     def called(self) -> str:
@@ -52,7 +52,7 @@ def personal_prompt(identifier: str, class_word: str) -> str:
     HollowError where the class word is empty, or both are the same.
     """
     subject = Subject(identifier, class_word).bare
-    if not subject.class_word:
+    if not subject.class_word.strip():
         raise HollowError("The class word is empty. Name your subject by a common word, such as dog or cup.")
     if subject.identifier.lower() == subject.class_word.lower():
         raise HollowError(

@@ -71,6 +71,8 @@ class BaseModel:
     """"sd15", "sd21", "sdxl" or "other"."""
     resolution: int
     """The native side of a picture in pixels."""
+    prompt_chunks: int = 1
+    """In how many chunks of 75 tokens every prompt is read, one by one; what is behind them is not read."""
 
     def __post_init__(self) -> None:
         """As said."""
@@ -158,33 +160,50 @@ class BaseModel:
     def encode_prompt(self, text: str, size: tuple[int, int] | None = None) -> Conditioning:
         """What the U-Net sees of a prompt: exactly what the diffusers pipeline hands it.
 
-        encoder_hidden_states are (1, 77, width). SDXL also sees the picture's `size`, (height, width) in pixels,
-        as original and as target size, uncropped; None is the native size.
+        encoder_hidden_states are (1, 77 · chunks, width). SDXL also sees the picture's `size`, (height, width) in
+        pixels, as original and as target size, uncropped; None is the native size.
         Raises HollowError where the text encoder was set free.
         """
         if not self.text_encoders:
             raise HollowError("The text encoder was set free already. Encode all prompts before free_encoders.")
         device = next(self.text_encoders[0].parameters()).device
         embeds, _, *pooled = self.pipeline().encode_prompt(
-            text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            self.chunks(text), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
+        embeds = embeds.flatten(0, 1)[None]
         if self.layout != "sdxl":
             return Conditioning(embeds, None, None)
         height, width = size or (self.resolution, self.resolution)
-        return Conditioning(embeds, pooled[0], pooled[0].new_tensor([[height, width, 0, 0, height, width]]))
+        return Conditioning(embeds, pooled[0][:1], embeds.new_tensor([[height, width, 0, 0, height, width]]))
 
     @torch.no_grad()
     def encode_guided(self, prompt: str, negative: str, guidance: float) -> dict[str, Any]:
         """A prompt and, where it guides, the negative one, by the pipeline's names."""
         embeds = self.pipeline().encode_prompt(
-            prompt,
+            prompt=self.chunks(prompt),
             device=next(self.text_encoders[0].parameters()).device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=guidance > 1,
-            negative_prompt=negative,
+            negative_prompt=self.chunks(negative),
         )
+        tokens = [part if part is None else part.flatten(0, 1)[None] for part in embeds[:2]]
+        pooled = [part if part is None else part[:1] for part in embeds[2:]]
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        return dict(zip(names, embeds, strict=False))
+        return dict(zip(names, [*tokens, *pooled], strict=False))
+
+    def chunks(self, text: str) -> list[str]:
+        """A prompt in the parts that are read, as many as `prompt_chunks`, the last of which may be empty."""
+        if self.prompt_chunks == 1:
+            return [text]
+        return [*in_chunks(text, self.tokenizers[0]), *[""] * self.prompt_chunks][: self.prompt_chunks]
+
+    def tokens(self, text: str) -> list[list[int]]:
+        """Those of a prompt that are read, by each text encoder and chunk."""
+        return [
+            list(tokenizer(chunk, truncation=True, max_length=tokenizer.model_max_length).input_ids)
+            for tokenizer in self.tokenizers
+            for chunk in self.chunks(text)
+        ]
 
     def batch_guided(self, texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Every tensor (batch, …)."""
@@ -304,6 +323,43 @@ def encode_prompt(model: Model, text: str, size: tuple[int, int] | None = None) 
     the native size. Raises HollowError where the text encoder was set free.
     """
     return model.encode_prompt(text, size)
+
+
+def read_in_chunks(model: Model, number: int) -> None:
+    """Let every prompt be read in so many chunks of 75 tokens, as ComfyUI and A1111 read long ones, and kohya's trainer
+    with its max_token_length: each chunk by itself, what comes of them one behind the other, SDXL's pooled embedding
+    that of the first. Raises HollowError for a number below 1, and for a transformer, whose prompts may be long."""
+    if not isinstance(model, BaseModel):
+        raise HollowError("Transformers read long prompts at once. Leave --prompt-chunks out.")
+    if number < 1:
+        raise HollowError(f"A prompt cannot be read in {number} chunks. Take 1, or 2 or 3 for long ones.")
+    model.prompt_chunks = number
+
+
+def chunks_lacking(model: Model, text: str) -> int:
+    """In how many chunks a prompt would be read whole that is not now; 0 where it is, and of a transformer."""
+    needed = len(in_chunks(text, model.tokenizers[0])) if isinstance(model, BaseModel) else 0
+    return needed if isinstance(model, BaseModel) and needed > model.prompt_chunks else 0
+
+
+def in_chunks(text: str, tokenizer: CLIPTokenizer) -> list[str]:
+    """A prompt in parts of no more tokens than CLIP reads at once, broken between words where there are any."""
+    room = tokenizer.model_max_length - 2  # for what marks beginning and end
+
+    def length(words: str) -> int:
+        return len(tokenizer(words, add_special_tokens=False, verbose=False).input_ids)
+
+    chunks, used = [""], 0
+    for word in text.split():
+        # A letter has at most four bytes, and a byte is one token at most.
+        step = len(word) if length(word) <= room else room // 4
+        for part in (word[start : start + step] for start in range(0, len(word), step)):
+            if used + length(part) > room:
+                chunks.append("")
+                used = 0
+            chunks[-1] = f"{chunks[-1]} {part}".strip()
+            used += length(part)
+    return chunks
 
 
 def told(prompt: Conditioning, time_ids: Sequence[int]) -> Conditioning:

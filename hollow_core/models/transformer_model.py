@@ -171,6 +171,14 @@ class TransformerModel:
         with quiet():
             return family.encode(family, parts, text, weight.device, tokens)
 
+    def tokens(self, text: str) -> list[list[int]]:
+        """Those of a prompt that are read, by each text encoder; without what a family says around it."""
+        most = self.family.max_tokens
+        return [
+            list(tokenizer(text, truncation=True, max_length=min(most, tokenizer.model_max_length)).input_ids)
+            for tokenizer in self.tokenizers
+        ]
+
     def encode_guided(self, prompt: str, negative: str, guidance: float) -> dict[str, Any]:
         """The prompt, which tells a distilled network of the guidance, and the negative one that another needs; as
         lists, since prompts are of different lengths."""

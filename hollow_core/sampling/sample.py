@@ -1,7 +1,7 @@
 """Pictures from a base model with a LoRA: on two paths, as an ordinary LoRA, or without it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import singledispatch
 from itertools import takewhile
@@ -122,6 +122,19 @@ def encode(
         generics = generics or [generic_prompt(prompt, recipe.identifier) for prompt in prompts]
         generic = {text: encode_prompt(model, text, size) for text in dict.fromkeys(generics)}
     return Texts([guided[prompt] for prompt in prompts], [generic[text] for text in generics], recipe)
+
+
+def unheard(model: Model, prompts: Sequence[str], lora: LoraFile) -> list[str]:
+    """Those of the prompts that name the LoRA's subject so far behind that no text encoder reads it."""
+    identifier = "" if lora.recipe is None else lora.recipe.identifier
+
+    def heard(prompt: str) -> bool:
+        with suppress(HollowError):  # nothing but the identifier, which is read
+            generic = generic_prompt(prompt, identifier)
+            return generic == prompt or model.tokens(generic) != model.tokens(prompt)
+        return True
+
+    return [prompt for prompt in dict.fromkeys(prompts) if not heard(prompt)]
 
 
 def portions(

@@ -127,6 +127,25 @@ def test_train_then_sample(hollow: Hollow, model_folder: Path, photos: Path, tmp
     for picture in drawn:
         with Image.open(picture["file"]) as opened:
             assert opened.size == (128, 128)
+    assert "does not read" not in done.stderr
+
+    draw[draw.index("a sks dog in snow")] = "a photo, " * 40 + "of a sks dog"
+    done = hollow(*draw, "--out", pictures, "--steps", 1)
+    assert "does not read as far as the identifier in 'a photo, a photo," in done.stderr
+    assert "or take --prompt-chunks 2." in done.stderr
+
+
+@pytest.mark.slow
+def test_what_is_read_of_a_folder_is_said(hollow: Hollow, shallow_folder: Path, photos: Path, tmp_path: Path) -> None:
+    (photos / "0.jpg.txt").write_text("a sks dog")
+    (photos / "notes.md").touch()
+    (photos / "old").mkdir()
+    Image.new("RGB", (150, 130)).save(photos / "old" / "2.jpg")
+    done = hollow("train", shallow_folder, "--images", photos, "--subject", "dog", "--resolution", 128, "--plan-only")
+    assert done.status == 0, done.stderr
+    assert "Captions for 1 of 2 pictures.\n" in done.stderr
+    assert "Not read: notes.md." in done.stderr
+    assert "Not looked into: old." in done.stderr
 
 
 @pytest.mark.slow
@@ -367,6 +386,10 @@ def refusals(folder: Path, photos: Path, model_folder: Path) -> dict[str, tuple[
     save_file(
         {f"{name}.lora_down.weight": torch.ones(2, width), f"{name}.lora_up.weight": torch.ones(width, 2)}, foreign
     )
+    long = folder / "long"
+    long.mkdir()
+    Image.new("RGB", (128, 128)).save(long / "rex.png")
+    (long / "rex.txt").write_text("a photo, " * 40 + "of a sks dog")
     cut_off = folder / "cut-off.safetensors"
     cut_off.write_bytes(foreign.read_bytes()[:-10])
 
@@ -381,6 +404,10 @@ def refusals(folder: Path, photos: Path, model_folder: Path) -> dict[str, tuple[
         "an empty folder": (train(images=empty), "holds no pictures"),
         "a text file named .png": (train(images=text), "cannot be read as a picture"),
         "a picture of one pixel": (train(images=dot), "is only 1×1 pixels"),
+        "an identifier behind the last token": (
+            train(images=long),
+            "does not read as far as 'sks' in the caption of",
+        ),
         "an empty class word": (train(subject=" "), "The class word is empty"),
         "a cut that is not there": (train(cut=12), "Choose a cut from 0 to 11"),
         "a rank of nothing": (train(rank=0), "rank is 0"),
