@@ -41,6 +41,13 @@ def _curve(gamma: float) -> bytes:
     return struct.pack(">4sIIH2x", b"curv", 0, 1, round(gamma * 256))
 
 
+def _srgb_curve() -> bytes:
+    """As a table of 1024 values, which is how the profile that most cameras write has it."""
+    values = [number / 1023 for number in range(1024)]
+    light = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in values]
+    return struct.pack(">4sII1024H", b"curv", 0, 1024, *(round(value * 65535) for value in light))
+
+
 def _profile(kind: str, space: str, connection: str, tags: Mapping[str, bytes]) -> bytes:
     tags = {"wtpt": _xyz(WHITE), "desc": struct.pack(">4sII1s78x", b"desc", 0, 1, b"\0"), **tags}
     table, data, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
@@ -58,3 +65,17 @@ def _profile(kind: str, space: str, connection: str, tags: Mapping[str, bytes]) 
         *(round(value * 65536) for value in WHITE),
     )
     return header + table + data
+
+
+SRGB = _profile(
+    "mntr",
+    "RGB ",
+    "XYZ ",
+    {
+        "rXYZ": _xyz((0.43607, 0.22249, 0.01392)),
+        "gXYZ": _xyz((0.38515, 0.71687, 0.09708)),
+        "bXYZ": _xyz((0.14307, 0.06061, 0.71410)),
+        **{f"{name}TRC": _srgb_curve() for name in "rgb"},
+    },
+)
+"""sRGB, by its published colours and curve."""

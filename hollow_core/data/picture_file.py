@@ -93,6 +93,7 @@ def shown(picture: Image.Image) -> Shown:
         rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
     if turn is not None:
         rgb, alpha = rgb.transpose(turn), alpha and alpha.transpose(turn)
+    rgb.info.clear()  # the profile and the camera's notes are no longer true of it
     return Shown(rgb, alpha)
 
 
@@ -165,14 +166,28 @@ def _in_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
             if mode == "RGB" and picture.mode == "L":
                 picture = picture.convert("RGB")
             if mode == picture.mode:
-                converted = ImageCms.profileToProfile(
-                    picture,
+                transform = ImageCms.buildTransform(
                     own,
                     ImageCms.createProfile("sRGB"),
+                    mode,
+                    "RGB",
                     ImageCms.Intent.RELATIVE_COLORIMETRIC,
-                    outputMode="RGB",
-                    flags=BLACK_POINT_COMPENSATION,
+                    BLACK_POINT_COMPENSATION,
                 )
-                assert converted is not None
-                return converted
+                if mode != "RGB" or not _is_srgb(transform):
+                    picture = _converted(picture, transform)
     return picture.convert("RGB")
+
+
+def _is_srgb(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether colours stay as they are but for rounding, as most pictures' do: to convert takes as long as to load."""
+    levels = np.arange(0, 256, 17, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(64, 64, 3)
+    after = np.asarray(_converted(Image.fromarray(colours), transform))
+    return int(np.abs(after.astype(int) - colours).max()) <= 1
+
+
+def _converted(picture: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
+    converted = ImageCms.applyTransform(picture, transform)
+    assert converted is not None  # as it would be where it is asked to change the picture itself
+    return converted

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from icc_profiles import ADOBE_RGB, DISPLAY_P3, cmyk_profile, gray_profile, rgb_profile
+from icc_profiles import ADOBE_RGB, DISPLAY_P3, SRGB, cmyk_profile, gray_profile, rgb_profile
 from PIL import Image, ImageCms, features
 
 from hollow_core.data.picture_file import open_picture, open_shown
@@ -77,6 +77,16 @@ def test_inks_have_the_colours_of_their_profile(tmp_path: Path) -> None:
 def test_lab_is_shown_in_srgb(tmp_path: Path) -> None:
     Image.new("LAB", SIZE, (round(54.3 * 2.55), 81 + 128, 70 + 128)).save(tmp_path / "a.tif")  # red
     assert near(colour(tmp_path / "a.tif"), (255, 0, 0), 6)
+
+
+def test_a_picture_of_srgb_stays_bit_by_bit(tmp_path: Path) -> None:
+    """Also where its profile has other roundings than lcms's own."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    for number, profile in enumerate((ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), SRGB)):
+        Image.fromarray(noise).save(tmp_path / f"{number}.png", icc_profile=profile)
+        shown = open_picture(tmp_path / f"{number}.png")
+        assert (np.asarray(shown) == noise).all()
+        assert shown.info == {}  # or what is drawn of it would be saved with the profile once more
 
 
 @pytest.mark.parametrize(
