@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -99,10 +99,8 @@ def _tables(folder: Path) -> list[Path]:
 
 def _captions_in(table: Path) -> dict[str, str]:
     """Caption by file name, with / for folders, of the rows that have both."""
-    text = text_in(table)
-    rows = csv.DictReader(io.StringIO(text)) if table.suffix == ".csv" else _json_lines(table, text)
     captions: dict[str, str] = {}
-    for row in rows:
+    for row in (_csv_rows if table.suffix == ".csv" else _json_rows)(table):
         name, caption = row.get("file_name"), next((row[key] for key in COLUMNS if row.get(key)), None)
         if not isinstance(name, str) or not isinstance(caption, str) or not caption.strip():
             continue
@@ -112,13 +110,22 @@ def _captions_in(table: Path) -> dict[str, str]:
     return captions
 
 
-def _json_lines(table: Path, text: str) -> Iterable[dict[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _csv_rows(table: Path) -> Iterator[dict[str, Any]]:
+    try:
+        yield from csv.DictReader(io.StringIO(text_in(table)))
+    except csv.Error as error:
+        raise HollowError(
+            f"{table} is no table of captions ({error}). Write its columns anew, or remove it."
+        ) from error
+
+
+def _json_rows(table: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(text_in(table).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise HollowError(

@@ -109,7 +109,11 @@ def test_a_table_that_cannot_be_understood_is_refused(tmp_path: Path) -> None:
     table(tmp_path, {"file_name": "rex.jpg", "text": "a dog"}, {"file_name": "./rex.jpg", "text": "a cat"})
     with pytest.raises(HollowError, match=r"jsonl has two captions for rex\.jpg\. Keep one"):
         load_images(tmp_path, 64)
-    for line in ("rex.jpg: a dog", "[1]", '{"file_name": "rex.jpg", '):
+    for line in ("rex.jpg: a dog", "[1]", '{"file_name": "rex.jpg", ', "[" * 100_000):
         (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.jpg"}}\n\n{line}\n')
         with pytest.raises(HollowError, match=r"is no table of captions: line 3 is no JSON\. Write lines such as"):
             load_images(tmp_path, 64)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\nrex.jpg,{'a dog ' * 50_000}\n")
+    with pytest.raises(HollowError, match=r"csv is no table of captions .*Write its columns anew, or remove it"):
+        load_images(tmp_path, 64)
