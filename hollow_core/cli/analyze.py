@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -16,6 +16,9 @@ from ..progress import Progress
 from .app import app, console
 from .options import Json, Precision, UnetOnly, device_of, load_model
 from .watch import quiet, watching
+
+if TYPE_CHECKING:
+    from ..sampling.sample import SampleSettings
 
 
 @app.command()
@@ -40,7 +43,11 @@ def analyze(
     from ..analysis.picture import picture
     from ..analysis.report import analyze_files
     from ..files import write_png
+    from ..sampling.sample import SampleSettings
+    from ..seeds import check_seed
 
+    settings = SampleSettings(steps, guidance)
+    check_seed(seed)
     for path in (out, ablate):
         if path is not None and path.suffix.lower() != ".png":
             raise HollowError(f"The name {path.name!r} does not end in .png. Choose one that does.")
@@ -60,7 +67,7 @@ def analyze(
         result["chart"] = str(out)
     if ablate is not None and model is not None and prompt is not None:
         result["influence"] = _ablate(
-            files[0], model, prompt, unet_only, seed, steps, guidance, precision, device, ablate
+            files[0], model, prompt, unet_only, seed, settings, precision, device, ablate
         )
     if as_json:
         print(json.dumps(result, indent=1))
@@ -86,8 +93,7 @@ def _ablate(
     prompt: str,
     unet_only: bool,
     seed: int,
-    steps: int,
-    guidance: float,
+    settings: "SampleSettings",
     precision: Precision,
     device: str | None,
     out: Path,
@@ -96,7 +102,6 @@ def _ablate(
     from ..analysis.ablation import ablate, grid
     from ..files import write_png
     from ..lora import file as lora_file
-    from ..sampling.sample import SampleSettings
 
     base = load_model(model, precision, None)
     lora = lora_file.load(file, base.network.module, unet_only=unet_only)
@@ -106,7 +111,7 @@ def _ablate(
             lora,
             prompt,
             seed,
-            SampleSettings(steps, guidance),
+            settings,
             device=device_of(device),
             progress=lambda number, of: watch("ablate", Progress(number, of, 0.0)),
         )

@@ -104,7 +104,7 @@ def train(
     seed: Annotated[int, typer.Option(help="The same seed gives the same LoRA on the same CPU, and on a GPU the same but for rounding.", rich_help_panel=TRAINING)] = 0,
     # class pictures
     class_folder: Annotated[Path | None, typer.Option(help="Folder of own pictures of the class for prior preservation, with captions or in folders named as 1_dog. (default: a folder reg or class in --images, if there is one)", rich_help_panel=CLASS_PICTURES)] = None,
-    class_images: Annotated[int, typer.Option(help="Pictures of the class that the base model draws for prior preservation; 0 does without.", rich_help_panel=CLASS_PICTURES)] = 0,
+    class_images: Annotated[int, typer.Option(min=0, help="Pictures of the class that the base model draws for prior preservation; 0 does without.", rich_help_panel=CLASS_PICTURES)] = 0,
     prior_weight: Annotated[float, typer.Option(help="Weight of the prior-preservation loss.", rich_help_panel=CLASS_PICTURES)] = 1.0,
     # memory
     budget: Annotated[str | None, typer.Option(help="Memory to stay within, such as 4GB. What of this group is not given, but for --fused-backward, is chosen: the least hollowing and the fastest that fit. (default: what is free on a GPU; on a CPU nothing is chosen)", rich_help_panel=MEMORY)] = None,
@@ -151,7 +151,7 @@ def train(
 
     told = prediction_type.value if prediction_type else None
     planner = cache(partial(Planner, partial(outline, str(model), prediction_type=told)))
-    side = resolution or planner().resolution
+    side = planner().resolution if resolution is None else resolution
     setting = setting_of(
         network=planner().network,
         cut=cut,

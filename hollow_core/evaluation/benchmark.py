@@ -144,7 +144,7 @@ def run_job(
     if not lora.exists():
         training = TrainSettings(**{**asdict(protocol.training), "rank": job.method.rank, "seed": job.seed})
         loaded = [load()]  # its pop hands over the only reference
-        side = protocol.resolution or loaded[0].resolution
+        side = loaded[0].resolution if protocol.resolution is None else protocol.resolution
         request = Request(
             load_images(job.subject.folder, side, square=True),
             job.subject.class_word,

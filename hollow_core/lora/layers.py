@@ -146,12 +146,11 @@ def lora_off(layers: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def lora_strength(unet: nn.Module, strength: float) -> Iterator[None]:
-    """`set_strength` of any LoRA, whoever put it in, and as before afterwards."""
+    """While inside, what any LoRA adds, whoever put it in and however strong it is set, counts so many times."""
     layers = layers_of_any_lora(unet)
     before = [dict(layer.scaling) for layer in layers]
     for layer in layers:
-        for adapter in layer.active_adapters:
-            layer.set_scale(adapter, strength)
+        layer.scale_layer(strength)
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from ..files import read_safetensors, write_safetensors
 from ..models.base_model import visiting
 from ..models.model import Model
 from ..progress import Clock, Stop, Watch
+from ..seeds import SEEDS, check_seed
 from .sample import SampleSettings, draw, encode_guided, slices
 
 
@@ -33,9 +34,10 @@ def class_latents(
 
     Each is a file in `folder`, so that an interrupted run goes on; fewer come back when `stop` says so. `together` of
     one size are drawn at once. `made_by` names the model, as `model_id` does before it is quantised. Text encoders and
-    U-Net visit `device` in turn; None leaves them where they are. Raises HollowError where `folder` holds latents of
-    another model, prompt, seed or size.
+    U-Net visit `device` in turn; None leaves them where they are. Raises HollowError for a number that is no seed, and
+    where `folder` holds latents of another model, prompt, seed or size.
     """
+    check_seed(seed)
     common = {"model": made_by, "steps": str(steps), "seed": str(seed)}
     files = [
         (folder / f"class-{index:05}.safetensors", {**common, "resolution": _in_words(size), "prompt": prompt})
@@ -55,7 +57,8 @@ def class_latents(
             if stop is not None and stop():
                 break
             text = model.batch_guided([texts[asked[index][0]] for index in few])
-            drawn = draw(model, text, [seed * 1_000_003 + index for index in few], replace(settings, size=size)).cpu()
+            seeds = [(seed * 1_000_003 + index) % SEEDS for index in few]
+            drawn = draw(model, text, seeds, replace(settings, size=size)).cpu()
             for index, one in zip(few, drawn.split(1), strict=True):
                 path, made_for = files[index]
                 write_safetensors(path, {"latents": one}, made_for)

@@ -1,5 +1,6 @@
 """Pictures from a base model with a LoRA: on two paths, as an ordinary LoRA, or without it."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -21,8 +22,9 @@ from ..models.model import Model
 from ..models.transformer_model import TransformerModel
 from ..nets.conditioning import Conditioning
 from ..progress import Stop
+from ..seeds import check_seed
 from .flow import euler
-from .two_path import two_path
+from .two_path import check_paths, two_path
 
 AT_A_TIME = 20  # pictures that are drawn before they are written
 
@@ -55,6 +57,9 @@ class SampleSettings:
         """Raises HollowError for a value that cannot be."""
         if not 1 <= self.steps <= 1000:
             raise HollowError(f"{self.steps} denoising steps cannot be. Take from 1 to 1000; 30 are usual.")
+        check_paths(self.strength, self.refresh)
+        if self.guidance is not None and not 0 <= self.guidance < math.inf:
+            raise HollowError(f"A guidance of {self.guidance} cannot be. Take 1 for none; 7.5 is usual.")
         if self.together < 1:
             raise HollowError(f"{self.together} pictures cannot be drawn together. It must be at least 1.")
         for side in self.size or ():
@@ -89,8 +94,8 @@ def sample(
     A LoRA of a hollowed training is used on two paths (Hollowed Net, Sec. 4.3) with each prompt's
     generic form or, if given, its one of `generics`; any other LoRA, or `single_path`, on the ordinary one. Text
     encoders, U-Net and VAE visit `device` in turn; None leaves them where they are. `progress` is told how many of
-    how many are drawn. Raises HollowError for another number of seeds or generic prompts than of prompts, and for a
-    LoRA that does not fit the model.
+    how many are drawn. Raises HollowError for another number of seeds or generic prompts than of prompts, for a number
+    that is no seed, and for a LoRA that does not fit the model.
     """
     _check_seeds(len(prompts), seeds)
     texts = encode(model, prompts, settings, lora=lora, single_path=single_path, generics=generics, device=device)
@@ -174,6 +179,8 @@ def portions(
 def _check_seeds(number: int, seeds: Sequence[int]) -> None:
     if len(seeds) != number:
         raise HollowError(f"There are {number} prompts and {len(seeds)} seeds. Give one seed for each prompt.")
+    for seed in seeds:
+        check_seed(seed)
 
 
 def slices(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -207,9 +214,7 @@ def draw(
     paths: Any = nullcontext()
     if recipe is not None and generic is not None:
         assert not isinstance(recipe.cut, tuple)
-        paths = two_path(
-            pipeline, cut=recipe.cut, generic=generic, strength=settings.strength, refresh=settings.refresh
-        )
+        paths = two_path(pipeline, cut=recipe.cut, generic=generic, refresh=settings.refresh)
     with paths:
         return pipeline(
             **text,

@@ -21,6 +21,7 @@ from ..nets.network import BasePath, Cut, Network, Stored
 from ..nets.schedule import NoiseSchedule
 from ..nets.transfer import Arriving
 from ..progress import Clock, Stop, Watch
+from ..seeds import check_seed
 from .ahead import one_behind
 from .store import Fingerprint, Kind, Record, Store, store_id
 
@@ -82,7 +83,7 @@ def precompute(
     Raises HollowError for wrong arguments, for a store in `folder` that is damaged or was made from something
     else, for an activation that overflows, and where the disk is full. What is written by then stays good.
     """
-    _check(network, schedule, examples, cut=cut, samples=samples, dtype=dtype, together=together)
+    _check(network, schedule, examples, cut=cut, samples=samples, seed=seed, dtype=dtype, together=together)
     made_by = model_id(network) if made_by is None else made_by
     fingerprint, inputs = _fingerprint(made_by, schedule, examples, cut, samples, seed, dtype)
     records = plan_for(examples, samples, schedule, seed) if records is None else records
@@ -294,9 +295,11 @@ def _check(
     *,
     cut: Cut | None,
     samples: int,
+    seed: int,
     dtype: torch.dtype,
     together: int,
 ) -> None:
+    check_seed(seed)
     if cut is not None:
         network.check_cut(cut)
     if lora_parameters(network.module):

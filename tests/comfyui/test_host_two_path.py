@@ -418,6 +418,22 @@ def test_guidance_that_asks_twice_keeps_two_activations(trained: Trained) -> Non
     assert apart[1] > 1e-3
 
 
+@pytest.mark.parametrize("patch", ["FreeU", "FreeU V2"])
+def test_what_writes_into_an_activation_meets_it_fresh_at_every_reuse(patch: str, trained: Trained) -> None:
+    came_in: list[Tensor] = []
+
+    def look(h: Tensor, skip: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if options["block"][1] == 3:
+            came_in.append(h.clone())
+        return h, skip
+
+    patched = two_path_model(native(), trained("sd15", 3), GENERIC, refresh=4)
+    patched.set_model_output_block_patch(look)
+    draw(PATCHES[patch](patched), steps=4, cfg=1.0)
+    assert len(came_in) == 4
+    assert all(torch.equal(each, came_in[0]) for each in came_in)
+
+
 def test_a_second_run_starts_anew(trained: Trained) -> None:
     patched = two_path_model(native(), trained("sd15", 3), GENERIC, refresh=3)
     expected = draw(patched)
@@ -499,6 +515,7 @@ def test_what_cannot_run_is_refused(trained: Trained) -> None:
     lora, xl = trained("sd15", 3), trained("sdxl", 3)
     assert "is a Flux, which has no U-Net to hollow. Load an" in refusal(tiny_flux(), lora)
     assert "cannot run every 0 steps. Choose a refresh" in refusal(native(), lora, refresh=0)
+    assert "strength of a LoRA cannot be nan. Take 1" in refusal(native(), lora, strength=float("nan"))
     deep = lora._replace(recipe=lora.recipe._replace(cut=12))
     assert "with cut 12, but this MODEL has cuts from 0 to 11. Use it" in refusal(native(), deep)
     negative = lora._replace(recipe=lora.recipe._replace(cut=-1))
