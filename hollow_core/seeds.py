@@ -1,4 +1,4 @@
-"""The numbers that random choices begin with: as in ComfyUI, whole ones from 0 to 2⁶⁴ - 1."""
+"""The numbers that random choices begin with: as in ComfyUI, whole ones from 0 to 2^64 - 1."""
 
 from .errors import HollowError
 
@@ -9,7 +9,7 @@ SEEDS = 2**64
 def check_seed(seed: int) -> None:
     """Raises HollowError for a number that is no seed."""
     if not 0 <= seed < SEEDS:
-        raise HollowError(f"There is no seed {seed}. Give a whole number from 0 to 2⁶⁴ - 1.")
+        raise HollowError(f"There is no seed {seed}. Give a whole number from 0 to 2^64 - 1.")
 
 
 def counted_up(seed: int, number: int) -> list[int]:

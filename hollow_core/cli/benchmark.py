@@ -64,11 +64,6 @@ def benchmark(
     from ..sampling.sample import SampleSettings
     from ..training.settings import TrainSettings
 
-    state = PartialState(cpu=device_of(device) == "cpu")
-    to = device_of(device) if state.num_processes == 1 else str(state.device)
-    methods = [bench.Method.parse(name) for name in dict.fromkeys(method or bench.TABLE_1)]
-    subjects = load_subjects(dataset.value, data, subject or ())
-    judge = scores.load(dino or scores.DINO, clip or scores.CLIP)
     protocol = bench.Protocol(
         images=images,
         resolution=resolution,
@@ -77,6 +72,11 @@ def benchmark(
         training=TrainSettings(steps=steps, learning_rate=learning_rate, precision=precision.value, save_every=100),
         sampling=SampleSettings(steps=sampling_steps, guidance=guidance),
     )
+    state = PartialState(cpu=device_of(device) == "cpu")
+    to = device_of(device) if state.num_processes == 1 else str(state.device)
+    methods = [bench.Method.parse(name) for name in dict.fromkeys(method or bench.TABLE_1)]
+    subjects = load_subjects(dataset.value, data, subject or ())
+    judge = scores.load(dino or scores.DINO, clip or scores.CLIP)
     if state.is_main_process:
         bench.check_protocol(out, protocol, model=model.resolve().name, dataset=dataset.value, scorers=judge.digest)
     jobs = bench.make_jobs(out, methods, range(seeds), subjects)

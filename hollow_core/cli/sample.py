@@ -55,7 +55,7 @@ def sample(
     negative: Annotated[str, typer.Option(help="The negative prompt.", show_default="none", rich_help_panel=PICTURES)] = "",
     prompt_chunks: Annotated[int, typer.Option(min=1, help="Of a U-Net: in how many chunks of 75 tokens, one by one, prompts are read, as ComfyUI and A1111 read long ones. What is behind them is not read.", rich_help_panel=PICTURES)] = 1,
     images: Annotated[int, typer.Option(min=1, help="Pictures a prompt.", rich_help_panel=PICTURES)] = 1,
-    seed: Annotated[int, typer.Option(help="Of the first picture, from 0 to 2⁶⁴ - 1; the next ones count up.", rich_help_panel=PICTURES)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first picture, from 0 to 2^64 - 1; the next ones count up.", rich_help_panel=PICTURES)] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=PICTURES)] = 30,
     guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance, 1 for none, or what a distilled model is told of it. (default: 7.5, or the transformer's usual one)", rich_help_panel=PICTURES)] = None,
     width: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)", rich_help_panel=PICTURES)] = None,

@@ -70,6 +70,10 @@ class Protocol:
     """Rank and seed are the job's."""
     sampling: SampleSettings = field(default_factory=lambda: SampleSettings(steps=50, guidance=7.5))
 
+    def __post_init__(self) -> None:
+        """Raises HollowError for numbers that cannot be."""
+        Setting(resolution=self.resolution, samples=self.samples, class_images=self.class_images).check()
+
 
 class Job(NamedTuple):
     """A subject to be learned by a method with a seed."""

@@ -64,6 +64,8 @@ class Setting:
         """Raises HollowError for a number that cannot be."""
         if self.resolution is not None and self.resolution < 8:  # that of pictures of many shapes may be any above
             check_resolution(self.resolution)
+        if self.low_resolution is not None:
+            check_resolution(self.low_resolution)
         if self.class_images < 0:
             raise HollowError(f"There cannot be {self.class_images} pictures of the class. Give 0 for none.")
 

@@ -101,7 +101,7 @@ def test_refusals_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(HollowError, match=r"There are 2 prompts and 1 generic ones\. Give one for each prompt\."):
         sample(model, ["a dog"] * 2, [3, 4], generics=["a cat"])
     for seed in (-1, 2**64):
-        with pytest.raises(HollowError, match=f"There is no seed {seed}\\. Give a whole number from 0 to 2⁶⁴ - 1"):
+        with pytest.raises(HollowError, match=f"There is no seed {seed}\\. Give a whole number from 0 to 2\\^64 - 1"):
             sample(model, ["a dog"], [seed])
 
 
