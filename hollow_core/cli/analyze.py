@@ -66,9 +66,7 @@ def analyze(
         write_png(out, picture(analyses, share))
         result["chart"] = str(out)
     if ablate is not None and model is not None and prompt is not None:
-        result["influence"] = _ablate(
-            files[0], model, prompt, unet_only, seed, settings, precision, device, ablate
-        )
+        result["influence"] = _ablate(files[0], model, prompt, unet_only, seed, settings, precision, device, ablate)
     if as_json:
         print(json.dumps(result, indent=1))
         return
