@@ -281,9 +281,9 @@ def _tell(outcome: "Outcome", as_json: bool) -> None:
     if stopped == "stop":
         console.print("Stopped. The same command goes on from here.")
         raise typer.Exit(130)
-    if stopped != "finished":
+    if outcome.result is not None and stopped != "finished":
         raise HollowError(
-            f"Training met a {stopped} after {outcome.result.steps if outcome.result else 0} steps; the last good LoRA is "
-            f"{outcome.file}. Lower --learning-rate, or use --precision fp32, in a new --out folder."
+            f"Training met a {stopped} after {outcome.result.steps} steps; the last good LoRA is {outcome.file}. "
+            f"{outcome.result.trouble}"
         )
     say(outcome.written.sentence if outcome.written else "")

@@ -163,8 +163,8 @@ def run_job(
             return False
         if outcome.result.stopped != "finished":
             raise HollowError(
-                f"Training {job.method.name} on {job.subject.name} met a {outcome.result.stopped}. Lower the learning "
-                "rate or use fp32, in another folder."
+                f"Training {job.method.name} on {job.subject.name} met a {outcome.result.stopped}. "
+                f"{outcome.result.trouble}"
             )
         write_bytes(lora, outcome.file.read_bytes())
         shutil.rmtree(work)  # hundreds of megabytes, of no further use

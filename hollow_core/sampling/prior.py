@@ -1,5 +1,6 @@
 """Pictures of the subject's class for prior preservation, drawn by the base model itself and kept as latents."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby, takewhile
@@ -8,12 +9,15 @@ from pathlib import Path
 import torch
 
 from ..errors import HollowError
-from ..files import read_safetensors, write_safetensors
+from ..files import digest, read_safetensors, write_safetensors
 from ..models.base_model import visiting
 from ..models.model import Model
 from ..progress import Clock, Stop, Watch
 from ..seeds import SEEDS, check_seed
 from .sample import SampleSettings, draw, encode_guided, slices
+
+_DIGEST = "digest"  # of the metadata, where older files have none
+_log = logging.getLogger(__name__)
 
 
 def class_latents(
@@ -34,8 +38,9 @@ def class_latents(
 
     Each is a file in `folder`, so that an interrupted run goes on; fewer come back when `stop` says so. `together` of
     one size are drawn at once. `made_by` names the model, as `model_id` does before it is quantised. Text encoders and
-    U-Net visit `device` in turn; None leaves them where they are. Raises HollowError for a number that is no seed, and
-    where `folder` holds latents of another model, prompt, seed or size.
+    U-Net visit `device` in turn; None leaves them where they are. A file that is damaged is named in the log and drawn
+    again. Raises HollowError for a number that is no seed, where `folder` holds latents of another model, prompt, seed
+    or size, and where what is drawn is not finite, which is not kept.
     """
     check_seed(seed)
     common = {"model": made_by, "steps": str(steps), "seed": str(seed)}
@@ -43,7 +48,11 @@ def class_latents(
         (folder / f"class-{index:05}.safetensors", {**common, "resolution": _in_words(size), "prompt": prompt})
         for index, (prompt, size) in enumerate(asked)
     ]
-    latents = {index: _read(path, made_for) for index, (path, made_for) in enumerate(files) if path.exists()}
+    latents = {}
+    for index, (path, made_for) in enumerate(files):
+        height, width = (side // model.pixels_per_latent for side in asked[index][1])
+        if path.exists() and (kept := _read(path, made_for, (height, width))) is not None:
+            latents[index] = kept
     todo = sorted((index for index in range(len(files)) if index not in latents), key=lambda index: asked[index][1])
     settings = SampleSettings(steps=steps, together=together)
     texts = {}
@@ -61,7 +70,13 @@ def class_latents(
             drawn = draw(model, text, seeds, replace(settings, size=size)).cpu()
             for index, one in zip(few, drawn.split(1), strict=True):
                 path, made_for = files[index]
-                write_safetensors(path, {"latents": one}, made_for)
+                if not one.isfinite().all():
+                    precision = str(model.network.dtype).removeprefix("torch.")
+                    raise HollowError(
+                        f"The class picture {path.name}, {asked[index][0]!r}, is not finite as the model draws it in "
+                        f"{precision}. Take another precision, or check the model."
+                    )
+                write_safetensors(path, {"latents": one}, {**made_for, _DIGEST: digest(one)})
                 latents[index] = one
                 if progress is not None:
                     progress(clock(len(latents)))
@@ -82,11 +97,21 @@ def _in_words(size: tuple[int, int]) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[1]}x{size[0]}"
 
 
-def _read(path: Path, made_for: Mapping[str, str]) -> torch.Tensor:
-    tensors, metadata = read_safetensors(path)
+def _read(path: Path, made_for: Mapping[str, str], shape: tuple[int, int]) -> torch.Tensor | None:
+    """The latents (1, channels, *shape) in a file; None where they are others than were written, or not finite."""
+    try:
+        tensors, metadata = read_safetensors(path)
+    except HollowError:
+        tensors, metadata = {}, {}
     if other := _differences(metadata, made_for):
         raise HollowError(f"{path} was drawn for something else ({other}). Delete {path.parent}, or choose another.")
-    return tensors["latents"]
+    latents = tensors.get("latents")
+    if latents is not None and latents.dim() == 4 and latents.shape[2:] == shape and latents.isfinite().all():
+        found = digest(latents)
+        if metadata.get(_DIGEST, found) == found:
+            return latents
+    _log.warning("%s is damaged. It is drawn again.", path)
+    return None
 
 
 def _differences(found: Mapping[str, str], asked: Mapping[str, str]) -> str:

@@ -80,8 +80,9 @@ def precompute(
     record, on a GPU as soon as it is asked for; `stop` is asked before those that go together, and a stopped run gives
     back a store with shards missing. A shard is written while the next one is made.
 
-    Raises HollowError for wrong arguments, for a store in `folder` that is damaged or was made from something
-    else, for an activation that overflows, and where the disk is full. What is written by then stays good.
+    What is damaged of a store in `folder` is named in the log and made anew. Raises HollowError for wrong arguments,
+    for a store whose index is damaged or that was made from something else, for an activation that overflows, and
+    where the disk is full. What is written by then stays good.
     """
     _check(network, schedule, examples, cut=cut, samples=samples, seed=seed, dtype=dtype, together=together)
     made_by = model_id(network) if made_by is None else made_by
@@ -90,6 +91,7 @@ def precompute(
     if apart:
         folder = Path(folder) / store_id(fingerprint, records)[:12]
     store = Store.open_or_create(folder, fingerprint, records, inputs)
+    store.check_timesteps(schedule)
     if cut is None:
         return store
 
