@@ -140,8 +140,10 @@ def digest_all(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 def damaged(path: Path, error: Exception) -> HollowError:
     """What is said of a safetensors file that does not open."""
-    if not path.exists():
+    if not os.path.exists(path):  # Path's own raises where its folder may not be entered
         return HollowError(f"{path} does not exist. Check the path.")
+    if not os.access(path, os.R_OK):
+        return HollowError(f"{path} cannot be read (Permission denied).")
     return HollowError(f"{path} is not a whole safetensors file ({error}). Get or make it again.")
 
 
@@ -178,7 +180,7 @@ def _place_in(folder: Path) -> Iterator[Path]:
 
 def _sweep(folder: Path) -> None:
     """Delete the places of processes that are no more; where nothing can be held, those older than a day."""
-    for entry in os.scandir(folder):
+    for entry in [*os.scandir(folder)]:
         if entry.name.startswith(_PLACE) and entry.is_dir(follow_symlinks=False):
             with _holding(Path(entry)) as abandoned:
                 if abandoned or time.time() - entry.stat().st_mtime > _DAY:
