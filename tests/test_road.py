@@ -17,6 +17,7 @@ from tiny_unets import make_shallow_unet
 
 from hollow_core.data.images import TrainingImage, load_images
 from hollow_core.errors import HollowError
+from hollow_core.files import read_safetensors, write_safetensors
 from hollow_core.lora import file as lora_file
 from hollow_core.lora.layers import add_lora, lora_state
 from hollow_core.lora.metadata import recipe_for
@@ -221,6 +222,52 @@ def test_class_pictures_of_another_model_are_not_taken(model_folder: Path, photo
     tiny_pipeline("sd15").save_pretrained(tmp_path / "other")
     with pytest.raises(HollowError, match=r"was drawn for something else \(another model, or .*precision\)\. Delete"):
         run(tmp_path / "other")
+
+
+def not_finite(path: Path) -> None:
+    """As versions that kept whatever was drawn left it."""
+    write_safetensors(path, {"latents": read_safetensors(path)[0]["latents"] * torch.nan})
+
+
+def of_another_shape(path: Path) -> None:
+    write_safetensors(path, {"latents": torch.zeros(1, 4, 8, 8)})
+
+
+def without_latents(path: Path) -> None:
+    write_safetensors(path, {"numbers": torch.zeros(3)})
+
+
+def one_bit_flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_class_pictures_that_are_damaged_are_named_and_drawn_again(
+    model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(model_folder)
+    made_by = model_id(model.network)
+
+    def run() -> list[torch.Tensor]:
+        return class_latents(model, [("a dog", (128, 128))] * 2, tmp_path, made_by=made_by, steps=1)
+
+    whole, damages = run(), (not_finite, of_another_shape, without_latents, one_bit_flipped, Path.touch)
+    for damage in damages:
+        caplog.clear()
+        damage(tmp_path / "class-00001.safetensors")
+        found = run()
+        assert all(torch.equal(*pair) for pair in zip(found, whole, strict=True)), damage
+        assert ("class-00001.safetensors is damaged. It is drawn again." in caplog.text) == (damage is not Path.touch)
+
+
+def test_class_pictures_that_are_not_finite_are_told_and_not_kept(model_folder: Path, tmp_path: Path) -> None:
+    model = load(model_folder)
+    model.unet.conv_out.bias.data.fill_(torch.nan)
+    said = r"class-00000\.safetensors, 'a dog', is not finite as the model draws it in float32\. Take another precision"
+    with pytest.raises(HollowError, match=said):
+        class_latents(model, [("a dog", (128, 128))], tmp_path, made_by="it", steps=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_class_pictures_drawn_together_are_what_each_would_be_alone(model_folder: Path, tmp_path: Path) -> None:

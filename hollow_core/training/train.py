@@ -145,6 +145,11 @@ def train(
         state = averages.state()
         Checkpoint(snapshot(named), moments, state, losses, loss_scale, made_for, validation).save(path)
 
+    def give_out() -> None:
+        if saved is not None:
+            with averages.as_used():
+                saved(len(losses), lora_state(module))
+
     # held-out pictures, always at the same time steps and noise
     validation = [] if begun is None else begun.validation
     held_out = store.indices("held-out image")
@@ -160,6 +165,8 @@ def train(
     stopped: Stopped = "finished"
     trouble = ""
     validate()
+    if settings.save_every and losses and len(losses) % settings.save_every == 0 and len(losses) < settings.steps:
+        give_out()  # again: a kill may have come between
     clock = Clock(len(losses), settings.steps)
     left = islice(ahead, settings.steps - len(losses))
     for choice, parts in one_ahead(read, left):
@@ -208,9 +215,7 @@ def train(
             validate()
         if settings.save_every and step_number % settings.save_every == 0 and step_number < settings.steps:
             save()
-            if saved is not None:
-                with averages.as_used():
-                    saved(step_number, lora_state(module))
+            give_out()
         if progress is not None:
             held_out_now = validation[-1][1] if validation else None
             now = {"validation": held_out_now, "learning_rate": optimizer.rate, "as_used": averages.as_used}
