@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -126,7 +127,26 @@ def _child(run: Callable[[Path], object], place: Path, after: float | None = Non
 
 def junk(choose: Choose) -> Any:
     """What does not belong where it is."""
-    values = [None, True, -1, 0, 3, 1000, 2**70, 0.5, math.nan, math.inf, "", "text", "0", [], {}, [[]], {"a": 1}, [7]]
+    values: list[Any] = [
+        None,
+        True,
+        -1,
+        0,
+        3,
+        1000,
+        2**70,
+        0.5,
+        math.nan,
+        math.inf,
+        "",
+        "text",
+        "0",
+        [],
+        {},
+        [[]],
+        {"a": 1},
+        [7],
+    ]
     return choose.choice(values)
 
 
@@ -297,7 +317,7 @@ def change_stores(model: Path, folder: Path, number: int, choose: Choose) -> lis
         change = choose.choice([change_bytes, change_json_file] if path.suffix == ".json" else SAFETENSORS)
         change(path, choose)
         before = set(place.rglob("*"))
-        found, wrong = outcome(lambda place=place: run(place, settings.steps + 1))
+        found, wrong = outcome(partial(run, place, settings.steps + 1))
         if found is not None and found != expected:
             wrong = "It trained another LoRA without a word."
         if any(".hollow-" in str(each) for each in {*place.rglob("*")} - before):
@@ -310,8 +330,8 @@ def change_stores(model: Path, folder: Path, number: int, choose: Choose) -> lis
 
 def change_loras(model: Path, folder: Path, number: int, choose: Choose) -> list[str]:
     """What was wrong after a LoRA file was changed: it is told, or the file can be loaded and converted."""
-    unet = load(model).network.module
-    config = dict(unet.config)
+    network = load(model).network
+    unet, config = network.module, dict(network.config)
     whole = []
     for dialect in DIALECTS:
         target = folder / (dialect if dialect == "peft" else f"{dialect}.safetensors")
@@ -323,10 +343,10 @@ def change_loras(model: Path, folder: Path, number: int, choose: Choose) -> list
         shutil.copyfile(choose.choice(whole), path)
         change = choose.choice([*SAFETENSORS, change_alpha])
         change(path, choose)
-        target = choose.choice(["kohya", "comfy", "diffusers"])
+        spelling = choose.choice(["kohya", "comfy", "diffusers"])
         for do in (
-            lambda path=path: lora_file.load(path, unet),
-            lambda path=path, out=out, target=target: lora_file.convert(path, out, target, config=config),
+            partial(lora_file.load, path, unet),
+            partial(lora_file.convert, path, out, spelling, config=config),
         ):
             _, wrong = outcome(do)
             if wrong:

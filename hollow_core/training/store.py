@@ -117,7 +117,7 @@ class Store:
         folder: Path,
         fingerprint: Fingerprint,
         records: Sequence[Record],
-        digests: Mapping[int, str],
+        digests: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self.folder, self.fingerprint, self.records = folder, fingerprint, tuple(records)
         self._digests = dict(digests)  # of each shard, but for those that older versions made
