@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 def test_twenty_kills_a_hundred_changed_stores_and_five_hundred_loras_each_end_well(model: Path) -> None:
     """In a process of its own, which has ten minutes for what takes half of one, should anything hang."""
-    asked = ["--runs", 5, "--kills", 4, "--mutations", 100, "--loras", 500]
+    asked = ["--runs", 4, "--kills", 5, "--mutations", 100, "--loras", 500]
     command = [sys.executable, "-m", "benchmarks.faults", "--model", str(model), *map(str, asked)]
     tree = Path(files.__file__).parents[1]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tree, timeout=600)

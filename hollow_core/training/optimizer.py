@@ -128,16 +128,18 @@ class Optimizer:
 
     def misfit(self, state: Mapping[str, Mapping[str, Tensor]]) -> str | None:
         """Why `load` could not go on from this, in words; None where it can."""
-        alike: dict[torch.Size, dict[str, torch.Size]] = {}
+        alike: dict[torch.Size, dict[str, tuple[torch.Size, torch.dtype]]] = {}
         for index, parts in state.items():
             if index == _GROUP:
                 continue
             if not (index.isdecimal() and int(index) < len(self.parameters)):
                 return f"its optimizer has a state for matrix {index}, but there are {len(self.parameters)}"
-            shape = self.parameters[int(index)].shape
-            found = {part: tensor.shape for part, tensor in parts.items()}
-            usual = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape} if self._name == "adamw" else found
-            if found != alike.setdefault(shape, usual):
+            matrix = self.parameters[int(index)]
+            found = usual = {part: (tensor.shape, tensor.dtype) for part, tensor in parts.items()}
+            if self._name == "adamw":  # whose kernel crashes the process where they are others
+                moment = (matrix.shape, matrix.dtype)
+                usual = {"step": (torch.Size(), torch.float32), "exp_avg": moment, "exp_avg_sq": moment}
+            if found != alike.setdefault(matrix.shape, usual):
                 return f"its optimizer's state for matrix {index} lacks a part, or has one of another shape"
         return None
 

@@ -583,6 +583,10 @@ EDITED = [
         "its optimizer's state for matrix 0 lacks a part, or has one of another",
     ),
     (lambda tensors, told: tensors.update({MOMENT: torch.zeros(3)}), "its optimizer's state for matrix 0 lacks a part"),
+    (
+        lambda tensors, told: tensors.update({MOMENT: tensors[MOMENT].double()}),
+        "its optimizer's state for matrix 0 lack",
+    ),
     (lambda tensors, told: tensors.update({"optimizer backward 0 x": torch.zeros(3)}), "its optimizer's state for mat"),
     (
         lambda tensors, told: tensors.update({"optimizer backward 99 step": torch.ones(())}),
