@@ -15,7 +15,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -154,7 +154,8 @@ class Store:
                     store._check_shard(shard)
                 except HollowError as error:
                     _log.warning("%s", _made_anew(error))
-                    store._shard_path(shard).unlink()
+                    with suppress(OSError):  # then training tells
+                        store._shard_path(shard).unlink()
             return store
         for shard_file in folder.glob(SHARD_FILES):  # of a store whose store.json was thrown away
             shard_file.unlink()
