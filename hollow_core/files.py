@@ -86,14 +86,23 @@ def write_figure(path: Path, figure: "Figure") -> None:
     write_bytes(path, data.getvalue())
 
 
-def read_json(path: Path) -> Any:
-    """The parsed content of `path`. Raises HollowError where it is missing or no JSON."""
+def read_json(path: Path, advice: str = "Delete it and make it again.") -> Any:
+    """The parsed content of `path`. Raises HollowError, with this advice, where it is missing or no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise HollowError(f"{path} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
-        raise HollowError(f"{path} is not valid JSON ({error}). Delete it and make it again.") from error
+        raise HollowError(f"{path} is not valid JSON ({error}). {advice}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The parsed content of a file that others made and that is to be a JSON object. Raises HollowError where it is
+    missing or anything else."""
+    content = read_json(path, "Get it again.")
+    if not isinstance(content, dict):
+        raise HollowError(f"{path} is no JSON object but a {type(content).__name__}. Get it again.")
+    return content
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -139,12 +148,56 @@ def digest_all(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def damaged(path: Path, error: Exception) -> HollowError:
-    """What is said of a safetensors file that does not open."""
+    """What is said of a safetensors file that does not open: what is there instead, as far as its beginning tells."""
     if not os.path.exists(path):  # Path's own raises where its folder may not be entered
         return HollowError(f"{path} does not exist. Check the path.")
-    if not os.access(path, os.R_OK):
-        return HollowError(f"{path} cannot be read (Permission denied).")
-    return HollowError(f"{path} is not a whole safetensors file ({error}). Get or make it again.")
+    if path.is_dir():
+        return HollowError(f"{path} is a folder, not a safetensors file. Give a file in it.")
+    try:
+        with path.open("rb") as file:
+            start = file.read(1024)
+    except OSError as unreadable:
+        return HollowError(f"{path} cannot be read ({unreadable.strerror}).")
+    what, advice = _instead(path, start) or (f" ({error})", "Get or make it again.")
+    return HollowError(f"{path} is not a whole safetensors file{what}. {advice}")
+
+
+def _instead(path: Path, start: bytes) -> tuple[str, str] | None:
+    """What a file is that begins with these bytes, and what to do; None where they do not tell."""
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        return ": it is empty", "Get or make it again."
+    if start.startswith(b"version https://git-lfs"):
+        return ": it is a git-lfs pointer to one", 'Run "git lfs pull" in its folder, or download the file itself.'
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
+        return ": it is a web page", "Download the file itself, not the page about it; it may ask you to log in."
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return ": it is a pickle or zip (.ckpt, .pt, .bin)", "Those are never read: get the model as .safetensors."
+    if start.startswith(b"GGUF"):
+        return ": it is a GGUF file", "Get the model as .safetensors."
+    if start.isascii() and start.decode("ascii").translate(dict.fromkeys(b"\t\r\n")).isprintable():
+        first = " ".join(start.decode("ascii").split())[:80]
+        return f": it is a text: {first!r}", "Download the file itself."
+    return _cut_short(path, start)
+
+
+def _cut_short(path: Path, start: bytes) -> tuple[str, str] | None:
+    """The same for a download that broke off: the header tells how long the file would be."""
+    length, size = int.from_bytes(start[:8], "little"), path.stat().st_size
+    if length > _LONGEST_HEADER or start[8:9] != b"{":
+        return None
+    whole = 8 + length
+    if size >= whole:
+        with path.open("rb") as file, suppress(ValueError, TypeError, KeyError, RecursionError):
+            file.seek(8)
+            header = json.loads(file.read(length))
+            whole += max((it["data_offsets"][1] for name, it in header.items() if name != "__metadata__"), default=0)
+    if size >= whole:
+        return None
+    return f": it ends after {size} bytes of at least {whole}", "Download or copy it again."
+
+
+_LONGEST_HEADER = 100_000_000  # safetensors' own bound
 
 
 def _write_beside(path: Path, write: Callable[[Path], Any]) -> None:
