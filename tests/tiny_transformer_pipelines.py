@@ -19,7 +19,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from hollow_core.models.single_file import quiet
+from hollow_core.models.parts import quiet
 
 SIDE = 128
 """Native pixels."""

@@ -32,7 +32,7 @@ from ..data.picture_file import open_picture
 from ..errors import HollowError
 from ..files import read_json, read_safetensors, write_safetensors
 from ..models import layouts
-from ..models.single_file import quiet
+from ..models.parts import quiet
 
 DINO = "facebook/dino-vits16"
 CLIP = "openai/clip-vit-base-patch32"

@@ -4,7 +4,7 @@
 below them here takes either: a `Model`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,35 +23,27 @@ from diffusers import (
 )
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..data.images import TrainingImage
 from ..data.patches import Place
 from ..errors import HollowError
-from ..files import read_json
 from ..nets.conditioning import Conditioning
+from ..nets.families import TITLES
 from ..nets.network import Network
 from ..nets.residency import Bits, quantize, stream
 from ..nets.schedule import PREDICTIONS, NoiseSchedule
 from ..nets.unet import UNet
-from ..nets.unet_layers import Config, check_config
+from ..nets.unet_layers import Config, check_config, layers
 from . import layouts
 from . import vae as any_vae
 from .layouts import layout_name
 from .model import Model, Outlines, TimestepSampling, maker_of, without_data
+from .parts import load_part, outline_part, read_config, read_index
 from .schedulers import diffusion_scheduler
-from .single_file import (
-    Pipeline,
-    load_single_file,
-    pipeline_class,
-    quiet,
-    recognise,
-    sample_size,
-    unloadable,
-    without_extras,
-)
+from .single_file import file_part, recognise, sample_size, tokenizers
+from .stored import StoredWeights
 from .transformer_model import family_at, load_transformer, outline_transformer
 
 
@@ -123,7 +115,7 @@ class BaseModel:
             )
         return self.schedule
 
-    def pipeline(self) -> Pipeline:
+    def pipeline(self) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
         """A diffusers pipeline of these very parts, with DDIM as sampler; set `.scheduler` for another."""
         sampling: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
         if self.scheduler.config.rescale_betas_zero_snr:
@@ -243,66 +235,33 @@ def load(
                 "--prediction-type out."
             )
         return load_transformer(path, dtype)
-    configs, told = (path, {}) if path.is_dir() else recognise(path, config)
-    _check_folder(configs)
-    _check_unet(configs)
-    scheduler = diffusion_scheduler(configs, told | _override(prediction_type), path)
-    pipeline = _load_folder(path, dtype) if path.is_dir() else load_single_file(path, dtype, config)
-    encoders = (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
-    tokenizers = (pipeline.tokenizer, getattr(pipeline, "tokenizer_2", None))
-    return BaseModel(
-        unet=pipeline.unet.eval(),
-        vae=pipeline.vae.eval(),
-        text_encoders=tuple(encoder.eval() for encoder in encoders if encoder is not None),
-        tokenizers=tuple(tokenizer for tokenizer in tokenizers if tokenizer is not None),
-        scheduler=scheduler,
-        layout=layout_name(pipeline.unet.config),
-        resolution=pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
-    )
+    told = {"prediction_type": prediction_type} if prediction_type else {}
+    if path.is_dir():
+        return _assembled(path, path, partial(load_part, path, dtype=dtype), told=told)
+    config, schedule = recognise(path, config)
+    part = partial(file_part, StoredWeights(path, dtype), config)
+    return _assembled(path, config, part, schedule, told)
 
 
 def outline(model: str, dtype: torch.dtype = torch.float32, *, prediction_type: str | None = None) -> Model:
     """What `load` gives, of tensors that hold no data (on PyTorch's "meta" device): for a dry run.
 
-    `model` is a layout ("sd15", "sd21", "sdxl", or one of transformers) or a path as for `load`; only configs and a
-    file's header are read. `prediction_type` as for `load`. Raises HollowError as it does, but does not see whether
-    weights are missing.
+    `model` is a layout ("sd15", "sd21", "sdxl", or one of transformers) or a path as for `load`; only configs,
+    tokenizers and a file's header are read. `prediction_type` as for `load`. Raises HollowError as it does, but does
+    not see whether a folder has its weights.
     """
-    schedule: dict[str, Any] = {}
+    told = {"prediction_type": prediction_type} if prediction_type else {}
     folder = layouts.FOLDER / model
     if model not in (*layouts.LAYOUTS, *layouts.TRANSFORMERS):
         folder = Path(model)
         _check_path(folder)
         if not folder.is_dir():
-            folder, schedule = recognise(folder)
+            config, schedule = recognise(folder)
+            part = partial(file_part, StoredWeights(folder, dtype, outlined=True), config)
+            return _assembled(folder, config, part, schedule, told)
     if family_at(folder) is not None:
         return outline_transformer(folder, dtype)
-    _check_folder(folder)
-    _check_unet(folder)
-    scheduler = diffusion_scheduler(folder, schedule | _override(prediction_type), Path(model))
-    kind = pipeline_class(folder)
-    unet_config, vae_config = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
-    unet_config["sample_size"] = sample_size(folder, schedule, unet_config["sample_size"])
-    parts = ["text_encoder", "text_encoder_2"] if kind is StableDiffusionXLPipeline else ["text_encoder"]
-    tokenizers = [folder / part.replace("text_encoder", "tokenizer") for part in parts]
-    vae_kind = AutoencoderTiny if vae_config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
-    makers = [partial(UNet2DConditionModel.from_config, unet_config), partial(vae_kind.from_config, vae_config)]
-    with quiet():
-        for encoder, part in zip((CLIPTextModel, CLIPTextModelWithProjection), parts, strict=False):
-            makers.append(partial(encoder, CLIPTextConfig.from_pretrained(folder / part)))
-    unet, vae, *encoders = without_data(makers, dtype)
-    return BaseModel(
-        unet=unet,
-        vae=vae,
-        text_encoders=tuple(encoders),
-        tokenizers=tuple(
-            CLIPTokenizer.from_pretrained(path if path.exists() else layouts.FOLDER / "tokenizer")
-            for path in tokenizers
-        ),
-        scheduler=scheduler,
-        layout=layout_name(unet.config),
-        resolution=unet_config["sample_size"] * 2 ** (len(vae.config.block_out_channels) - 1),
-    )
+    return _assembled(folder, folder, partial(outline_part, folder, dtype=dtype), told=told)
 
 
 def outlines(model: Model) -> Outlines:
@@ -489,42 +448,86 @@ def _check_path(path: Path) -> None:
         )
 
 
-def _override(prediction_type: str | None) -> dict[str, str]:
-    """A person's word, as `diffusion_scheduler` takes it."""
-    return {"prediction_type": prediction_type} if prediction_type else {}
+_PIPELINES = {
+    "StableDiffusionPipeline": {"text_encoder": CLIPTextModel},
+    "StableDiffusionXLPipeline": {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection},
+}
+"""What reads the prompt in each."""
 
 
-def _check_folder(path: Path) -> None:
-    if not (path / "model_index.json").exists():
-        raise HollowError(f"{path} is no diffusers folder: it has no model_index.json. Give the folder with it.")
+def _assembled(
+    model: Path,
+    folder: Path,
+    part: Callable[[str, Any], Any],
+    schedule: Mapping[str, Any] | None = None,
+    told: Mapping[str, Any] | None = None,
+) -> BaseModel:
+    """Of what `part` gives for a name in the folder's pipeline and its class. `schedule` is what a single file, the
+    `model`, tells of its noise schedule, beside that folder's configs; what a person has `told` counts more."""
+    encoders = _encoders_of(folder)
+    _check_unet(folder, len(encoders))
+    scheduler = diffusion_scheduler(folder, {**(schedule or {}), **(told or {})}, model)
+    vae_kind = _one_of(folder, "vae", (AutoencoderKL, AutoencoderTiny), read_config(folder, "vae").get("_class_name"))
+    unet, vae = part("unet", UNet2DConditionModel), part("vae", vae_kind)
+    layers(unet.config)  # which refuses a pruned one by name, before anything is done with it
+    unet.register_to_config(sample_size=sample_size(folder, schedule or {}, unet.config.sample_size))
+    texts = tuple(part(name, kind) for name, kind in encoders.items())
+    return BaseModel(
+        unet=unet,
+        vae=vae,
+        text_encoders=texts,
+        tokenizers=tokenizers(folder, [name.replace("text_encoder", "tokenizer") for name in encoders], texts),
+        scheduler=scheduler,
+        layout=layout_name(unet.config),
+        resolution=_side(folder, unet.config) * any_vae.pixels_per_latent(vae.config),
+    )
 
 
-def _check_unet(folder: Path) -> None:
-    """Raises HollowError for a U-Net of another class, or of another kind than `check_config` knows."""
-    kind, config = pipeline_class(folder), read_json(folder / "unet" / "config.json")
-    listed = read_json(folder / "model_index.json").get("unet")
-    named = listed[-1] if isinstance(listed, list) and listed else None, config.get("_class_name")
-    for name in named:
-        if name not in (None, "UNet2DConditionModel"):
-            raise HollowError(f"The unet of {folder} is a {name}. Hollow takes UNet2DConditionModel there.")
+def _encoders_of(folder: Path) -> dict[str, Any]:
+    """The classes of text encoders by their names. Raises HollowError for a pipeline of another kind, and for one that
+    lacks a part."""
+    index = read_index(folder)
+    encoders = _PIPELINES.get(index["_class_name"])
+    if encoders is None:
+        raise HollowError(
+            f"{folder} holds a {index['_class_name']}. Hollow takes text-to-image models: SD 1.x, SD 2.x, SDXL, and of "
+            f"transformers {TITLES}."
+        )
+    for name in ("unet", "vae", *encoders):
+        entry = index.get(name)
+        if not isinstance(entry, list) or len(entry) < 2 or entry[1] is None:
+            raise HollowError(f"{folder} lacks its {name}. Get the whole model.")
+        if name in encoders:
+            _one_of(folder, name, (CLIPTextModel, CLIPTextModelWithProjection), entry[1])
+    return encoders
+
+
+def _check_unet(folder: Path, encoders: int) -> None:
+    """Raises HollowError for a U-Net of another class, of another kind than `check_config` knows, and for one that does
+    not belong to so many text encoders."""
+    config, listed = read_config(folder, "unet"), read_index(folder)
+    for called in (listed["unet"][1], config.get("_class_name", UNet2DConditionModel.__name__)):
+        _one_of(folder, "unet", (UNet2DConditionModel,), called)
     check_config(config)
-    if (kind is StableDiffusionXLPipeline) != (config.get("addition_embed_type") == "text_time"):
-        raise HollowError(f"{folder} is a {kind.__name__} with the U-Net of another. Get the whole model.")
+    if (encoders == 2) != (config.get("addition_embed_type") == "text_time"):
+        raise HollowError(f"{folder} is a {listed['_class_name']} with the U-Net of another. Get the whole model.")
 
 
-def _load_folder(path: Path, dtype: torch.dtype) -> Pipeline:
-    kind = pipeline_class(path)
-    weights = path / "unet" / "diffusion_pytorch_model.safetensors"
-    only_half = not weights.exists() and weights.with_suffix(".fp16.safetensors").exists()
-    try:
-        with quiet():
-            return kind.from_pretrained(
-                path,
-                torch_dtype=dtype,
-                variant="fp16" if only_half else None,
-                use_safetensors=True,
-                local_files_only=True,
-                **without_extras(kind),
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise unloadable(path, error) from error
+def _one_of(folder: Path, name: str, kinds: Sequence[type[Any]], called: Any) -> type[Any]:
+    """The class of these that is called so. Raises HollowError for any other."""
+    found = next((kind for kind in kinds if kind.__name__ == called), None)
+    if found is None:
+        known = " or ".join(kind.__name__ for kind in kinds)
+        raise HollowError(f"The {name} of {folder} is a {called}. Hollow takes {known} there.")
+    return found
+
+
+def _side(folder: Path, unet: Config) -> int:
+    """Of the native latents."""
+    side = unet.get("sample_size")
+    if not isinstance(side, int) or side < 1:
+        raise HollowError(
+            f"{folder / 'unet' / 'config.json'} has the sample_size {side}. Write the side of the model's latents "
+            "there, 64 for pictures of 512 pixels."
+        )
+    return side

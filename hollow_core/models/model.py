@@ -11,7 +11,7 @@ from torch import nn
 from ..nets.conditioning import Conditioning
 from ..nets.network import Network
 from ..nets.schedule import NoiseSchedule
-from .single_file import quiet
+from .parts import quiet
 
 TimestepSampling = Literal["shifted", "logit-normal", "uniform"]
 """How flow matching draws time steps: logit-normal and then shifted as the model is, or not shifted, or all alike."""

@@ -12,7 +12,7 @@ from typing import Any
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from ..errors import HollowError
-from ..files import read_json
+from ..files import read_object
 from ..nets.schedule import FLOW_TIMESTEPS, PREDICTIONS
 
 _DDPM: Mapping[str, Any] = {}
@@ -139,9 +139,7 @@ def told_by_file(path: Path, keys: Collection[str], metadata: Mapping[str, str])
 def _config(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Of the scheduler, and what classes it and the pipeline's index name, which should be one."""
     file, index = folder / "scheduler" / "scheduler_config.json", folder / "model_index.json"
-    config, listed = read_json(file), read_json(index).get("scheduler") if index.exists() else None
-    if not isinstance(config, dict):
-        raise HollowError(f"{file} is no config of a scheduler. Get it again.")
+    config, listed = read_object(file), read_object(index).get("scheduler") if index.exists() else None
     named = config.get("_class_name"), listed[1] if isinstance(listed, list) and len(listed) > 1 else None
     classes = [str(name) for name in dict.fromkeys(named) if name] or ["of no class"]
     return {"_class_name": classes[0], **config}, classes

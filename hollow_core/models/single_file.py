@@ -1,67 +1,85 @@
 """Single-file checkpoints in the original (LDM) layout: SD 1.x, SD 2.x and SDXL, without the network.
 
 `layouts/` holds the configs of the three families, each as a diffusers folder without weights, and CLIP's
-tokenizer, so diffusers' own loader has all that it would otherwise download.
+tokenizer: all that a file does not tell.
 """
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.utils import logging as diffusers_logging
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from ..errors import HollowError
-from ..files import damaged, read_json
+from ..files import damaged
 from ..nets.families import TITLES
+from ..nets.unet_layers import ldm_names
 from . import layouts
+from .parts import empty_part, load_tokenizer, quiet, unloadable
 from .schedulers import told_by_file
+from .stored import StoredWeights, clip_weights, filled
 
-Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
+_UNET = "model.diffusion_model."
+_FIRST = f"{_UNET}input_blocks.0.0.weight"
+_TEXT = f"{_UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+_BIAS = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_CLIP = {"text_encoder": ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")}
+_OPEN_CLIP = {"text_encoder": "cond_stage_model.model.", "text_encoder_2": "conditioner.embedders.1.model."}
 
-_FIRST = "model.diffusion_model.input_blocks.0.0.weight"
-_TEXT = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-_BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_LAYER = re.compile(r".*?_blocks?\.\d+(\.\d+)?(\.transformer_blocks\.\d+)?")
+"""What a U-Net has or has not as a whole."""
+
+_WIDTHS = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
+"""Layouts by how wide the text is that they hear."""
+
+_SDXL_BY_DEPTH = {4: "SSD-1B", 2: "Segmind-Vega"}
+"""Pruned ones, by how many transformer blocks are left of the ten of the deepest layer."""
 
 
-def load_single_file(path: Path, dtype: torch.dtype, config: Path | None = None) -> Pipeline:
-    """The pipeline in a .safetensors file; its scheduler is not the file's, but that of its configs.
+def file_part(weights: StoredWeights, config: Path, name: str, kind: Any) -> Any:
+    """A part of a checkpoint, made of its `weights`, outlined or not; by the name that it has in `config`, a
+    diffusers folder with the sizes of its layers. Raises HollowError where weights are missing or of other shapes."""
+    module = empty_part(config, name, kind)
+    if name == "unet":
+        found: Mapping[str, Tensor] = _unet_weights(weights, module, config)
+    elif name == "vae":
+        found = _converted(weights, partial(convert_ldm_vae_checkpoint, weights, module.config))
+    else:
+        found = clip_weights(module, _converted(weights, partial(_text_weights, weights, module, name)))
+    filled(module, found, weights.path, name)
+    if weights.outlined:
+        module.requires_grad_(False).to("meta")  # with what no file has, as CLIP's positions
+    return module
 
-    `config` is a diffusers folder with the configs and tokenizers of a model whose layers have other sizes
-    than the public ones.
-    Raises HollowError for a damaged or incomplete file, a LoRA, and any other kind of model.
-    """
-    config, schedule = recognise(path, config)
-    kind = pipeline_class(config)
-    try:
-        with quiet():
-            pipeline = kind.from_single_file(
-                str(path),
-                config=str(config),
-                torch_dtype=dtype,
-                local_files_only=True,
-                **without_extras(kind),
-                **_tokenizers(config),
-            )
-    except Exception as error:  # of many kinds, for keys that are missing or of other shapes
-        raise unloadable(path, error) from error
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module):
-            _check_whole(path, name, part)
-    pipeline.unet.register_to_config(sample_size=sample_size(config, schedule, pipeline.unet.config.sample_size))
-    return pipeline
+
+def tokenizers(config: Path, names: Sequence[str], encoders: Sequence[nn.Module]) -> tuple[CLIPTokenizer, ...]:
+    """Of the text encoders, by their names in a diffusers folder. The public layouts have CLIP's own; OpenCLIP differs
+    in the padding only. Raises HollowError as `load_tokenizer` does."""
+    if config.parent != layouts.FOLDER:
+        pairs = zip(names, encoders, strict=True)
+        return tuple(load_tokenizer(config, name, CLIPTokenizer, encoder) for name, encoder in pairs)
+    clip: dict[str, str] = {}
+    open_clip = {"pad_token": "!"}
+    padding = {"sd15": [clip], "sd21": [open_clip], "sdxl": [clip, open_clip]}[config.name]
+    return tuple(
+        load_tokenizer(layouts.FOLDER, "tokenizer", CLIPTokenizer, encoder, **options)
+        for options, encoder in zip(padding, encoders, strict=True)
+    )
 
 
 def recognise(path: Path, config: Path | None = None) -> tuple[Path, dict[str, Any]]:
     """The folder with the configs of a .safetensors checkpoint (`config` if given), and what the file tells of
-    its noise schedule. Only its header is read, and one bias. Raises HollowError as `load_single_file` does.
+    its noise schedule. Only its header is read, and one bias. Raises HollowError for a damaged file, a LoRA, and any
+    other kind of model.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -76,61 +94,18 @@ def sample_size(config: Path, schedule: Mapping[str, Any], usual: int) -> int:
     return 96 if velocity and config == layouts.FOLDER / "sd21" else usual
 
 
-def pipeline_class(folder: Path) -> type[Pipeline]:
-    """The class that model_index.json names. Raises HollowError for any but those of SD and SDXL."""
-    name = read_json(folder / "model_index.json").get("_class_name")
-    known = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
-    if name not in known:
-        raise HollowError(
-            f"{folder} holds a {name}. Hollow takes text-to-image models: SD 1.x, SD 2.x, SDXL, and of transformers "
-            f"{TITLES}."
-        )
-    return known[name]
-
-
-def without_extras(kind: type[Pipeline]) -> Mapping[str, None]:
-    """The parts of a pipeline that are not loaded."""
-    extras = ["image_encoder", "feature_extractor"]
-    return dict.fromkeys(extras if kind is StableDiffusionXLPipeline else [*extras, "safety_checker"])
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """diffusers and transformers load without progress bars and remarks on stderr."""
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in libraries]
-    for logging in libraries:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            # torch_dtype is on its way out, but the only name that older versions know.
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for logging, (verbosity, bars) in zip(libraries, before, strict=True):
-            logging.set_verbosity(verbosity)
-            if bars:
-                logging.enable_progress_bar()
-
-
-def unloadable(path: Path, error: Exception) -> HollowError:
-    """What is said where diffusers fails, with the beginning of its reason."""
-    reason = " ".join(str(error).split())[:200]
-    return HollowError(f"{path} does not load: {reason} … Check that it is whole, and of SD 1.x, 2.x or SDXL.")
-
-
 def _layout(path: Path, file: Any) -> str:
     keys = set(file.keys())
     if any("lora_" in key or ".lora." in key for key in keys):
         raise HollowError(f"{path} is a LoRA, not a model. Give the base model that it belongs to.")
-    if not {_FIRST, _TEXT} <= keys:
+    text = min((key for key in keys if key.startswith(_UNET) and key.endswith("attn2.to_k.weight")), default=None)
+    if _FIRST not in keys or text is None:
         raise HollowError(
             f"{path} is no checkpoint of SD 1.x, SD 2.x or SDXL. Hollow takes these only; of a transformer "
             f"({TITLES}) give the diffusers folder."
         )
-    channels, width = (file.get_slice(key).get_shape()[1] for key in (_FIRST, _TEXT))
-    layout = {768: "sd15", 1024: "sd21", 2048: "sdxl"}.get(width)
+    channels, width = (file.get_slice(key).get_shape()[1] for key in (_FIRST, text))
+    layout = _WIDTHS.get(width)
     if channels != 4 or layout is None:
         raise HollowError(
             f"{path} takes {channels} channels and text embeddings {width} wide, so it is for inpainting, a "
@@ -156,19 +131,47 @@ def _schedule(path: Path, file: Any) -> dict[str, Any]:
     return told
 
 
-def _tokenizers(config: Path) -> dict[str, CLIPTokenizer]:
-    """CLIP's own for the public layouts, all of which share it; OpenCLIP differs in the padding only."""
-    if config.parent != layouts.FOLDER:
-        return {}
-    clip = CLIPTokenizer.from_pretrained(layouts.FOLDER / "tokenizer")
-    open_clip = CLIPTokenizer.from_pretrained(layouts.FOLDER / "tokenizer", pad_token="!")
-    if config.name == "sdxl":
-        return {"tokenizer": clip, "tokenizer_2": open_clip}
-    return {"tokenizer": open_clip if config.name == "sd21" else clip}
+def _unet_weights(weights: StoredWeights, unet: UNet2DConditionModel, config: Path) -> dict[str, Tensor]:
+    """By diffusers' names. Raises HollowError for a U-Net that has other layers than the config says."""
+    names = {name: f"{_UNET}{ldm}" for name, ldm in ldm_names(unet.config, unet.state_dict()).items()}
+    there = {name: ldm for name, ldm in names.items() if ldm in weights}
+    lost = _layers(names.values()) - _layers(there.values())
+    more = {ldm for ldm in weights if ldm.startswith(_UNET) and ldm.endswith(".weight")} - {*names.values()}
+    if lost or more:
+        raise _other_layers(weights, config, lost, more)
+    return {name: weights[ldm] for name, ldm in there.items()}
 
 
-def _check_whole(path: Path, name: str, part: nn.Module) -> None:
-    """diffusers leaves some weights that a file lacks without memory, and says nothing."""
-    missing = [key for key, parameter in part.named_parameters() if parameter.is_meta]
-    if missing:
-        raise HollowError(f"{path} lacks weights of its {name}, such as {missing[0]}. Get the full checkpoint.")
+def _layers(names: Iterable[str]) -> set[str]:
+    return {match[0] for name in names if (match := _LAYER.match(name))}
+
+
+def _other_layers(weights: StoredWeights, config: Path, lost: set[str], more: set[str]) -> HollowError:
+    title = {"sd15": "SD 1.x", "sd21": "SD 2.x", "sdxl": "SDXL"}.get(config.name, config.name)
+    how = " and ".join(
+        f"{verb} {min(names).removeprefix(_UNET)}" for verb, names in (("lacks", lost), ("has", more)) if names
+    )
+    deepest = sum(name.startswith(f"{_UNET}input_blocks.8.1.transformer_blocks.") for name in _layers(weights))
+    pruned = _SDXL_BY_DEPTH.get(deepest) if config.name == "sdxl" and lost else None
+    called = f"{pruned}, whose U-Net is that" if pruned else "of a U-Net"
+    return HollowError(
+        f"{weights.path} is {called} of {title} with other layers: it {how}. Take {title} itself, or a model "
+        "fine-tuned from it."
+    )
+
+
+def _text_weights(weights: StoredWeights, encoder: nn.Module, name: str) -> dict[str, Tensor]:
+    """Under the names of one version of transformers or another."""
+    for prefix in _CLIP.get(name, ()):
+        if any(key.startswith(prefix) for key in weights):
+            return {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)}
+    found: dict[str, Tensor] = convert_open_clip_checkpoint(encoder, weights, prefix=_OPEN_CLIP[name])
+    return found
+
+
+def _converted(weights: StoredWeights, convert: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    try:
+        with quiet():
+            return convert()
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:  # for names that are missing or of other shapes
+        raise unloadable(weights.path, error) from error

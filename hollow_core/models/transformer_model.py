@@ -10,21 +10,19 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import ConfigMixin, FlowMatchEulerDiscreteScheduler
-from safetensors import SafetensorError
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import HollowError
-from ..files import read_json
 from ..nets.conditioning import Conditioning
 from ..nets.families import FAMILIES, Family
 from ..nets.schedule import NoiseSchedule
 from ..nets.transformer import Transformer
-from . import vae
+from . import layouts, vae
 from .model import Outlines, TimestepSampling, maker_of, without_data
+from .parts import load_part, load_tokenizer, outline_part, quiet, read_index
 from .schedulers import flow_scheduler
-from .single_file import quiet
 
 NETWORK = "transformer"
 """The network's folder."""
@@ -41,7 +39,7 @@ class TransformerModel:
     encoders: dict[str, nn.Module]
     """What makes of words what the network sees, by their names in the pipeline; empty once set free."""
     tokenizers: tuple[Any, ...]
-    """In the order of `Family.tokenizers`; an outline has none."""
+    """In the order of `Family.tokenizers`; a public layout has none."""
     scheduler: FlowMatchEulerDiscreteScheduler
     """It tells how noise levels are shifted."""
     resolution: int
@@ -199,33 +197,29 @@ class TransformerModel:
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> TransformerModel:
     """The model in a diffusers folder, onto the CPU. Raises HollowError where the installed diffusers is too old for
-    it, and for weights that are missing or no safetensors."""
-    model = _assembled(folder, partial(_loaded, folder, dtype=dtype))
-    index = _index(folder)
-    missing = [name for name in model.family.tokenizers if not (folder / name).exists()]
-    if missing:
-        raise HollowError(f"{folder} lacks its {missing[0]}. Get the whole {model.family.title}.")
-    kinds = [_kind(folder, *index[name][:2]) for name in model.family.tokenizers]
-    with quiet():
-        found = [kind.from_pretrained(folder / name) for name, kind in zip(model.family.tokenizers, kinds, strict=True)]
-    return replace(model, tokenizers=tuple(found))
+    it, and for parts that are not whole or do not belong together."""
+    model = _assembled(folder, partial(load_part, folder, dtype=dtype))
+    for part in (model.module, model.vae, *model.text_encoders):
+        part.requires_grad_(False)
+    return _with_tokenizers(folder, model)
 
 
 def outline_transformer(folder: Path, dtype: torch.dtype) -> TransformerModel:
-    """What `load_transformer` gives, of tensors that hold no data and without tokenizers; only configs are read. Raises
-    HollowError as it does, but does not see whether weights are missing."""
-    return _assembled(folder, partial(_outlined, folder, dtype=dtype))
+    """What `load_transformer` gives, of tensors that hold no data; only configs and tokenizers are read, which the
+    public layouts lack. Raises HollowError as it does, but does not see whether weights are missing."""
+    model = _assembled(folder, partial(outline_part, folder, dtype=dtype))
+    return model if folder.parent == layouts.FOLDER else _with_tokenizers(folder, model)
 
 
 def family_at(folder: Path) -> Family | None:
     """That of the pipeline that a diffusers folder holds; None for one that is of no family."""
-    name = _index(folder).get("_class_name")
+    name = read_index(folder)["_class_name"]
     return next((family for family in FAMILIES.values() if name in family.pipelines), None)
 
 
 def _assembled(folder: Path, part: Callable[[str, type[Any]], Any]) -> TransformerModel:
     """Of what `part` gives for a name in the pipeline and its class."""
-    index, family = _index(folder), family_at(folder)
+    index, family = read_index(folder), family_at(folder)
     assert family is not None
     kinds = {name: _kind(folder, *entry[:2]) for name, entry in index.items() if _names_part(entry) and entry[0]}
     missing = [name for name in (NETWORK, "vae", *family.text_encoders[:1], *family.tokenizers) if name not in kinds]
@@ -248,10 +242,13 @@ def _assembled(folder: Path, part: Callable[[str, type[Any]], Any]) -> Transform
         )
 
 
-def _index(folder: Path) -> dict[str, Any]:
-    """What the pipeline is made of: a class, and library and class of each part by name."""
-    files = [folder / name for name in ("model_index.json", "modular_model_index.json")]
-    return next((read_json(file) for file in files if file.exists()), {})
+def _with_tokenizers(folder: Path, model: TransformerModel) -> TransformerModel:
+    index, family = read_index(folder), model.family
+    found = []
+    for name in family.tokenizers:
+        kind, encoder = _kind(folder, *index[name][:2]), model.encoders.get(name.replace("tokenizer", "text_encoder"))
+        found.append(load_tokenizer(folder, name, kind, encoder, family.title))
+    return replace(model, tokenizers=tuple(found))
 
 
 def _names_part(entry: Any) -> bool:
@@ -267,39 +264,6 @@ def _kind(folder: Path, library: str, name: str) -> Any:
     if found is None:
         raise HollowError(f"{folder} needs {library} with {name}, which this installation has not. Update {library}.")
     return found
-
-
-def _loaded(folder: Path, name: str, kind: Any, *, dtype: torch.dtype) -> nn.Module:
-    files = [file.name for file in (folder / name).glob("*.safetensors")]
-    only_half = bool(files) and all(".fp16." in file for file in files)
-    try:
-        part, told = kind.from_pretrained(
-            str(folder / name),  # as configs keep it
-            torch_dtype=dtype,
-            variant="fp16" if only_half else None,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise HollowError(f"{folder / name} does not load: {reason} … Check that it is whole.") from error
-    missing = sorted(told["missing_keys"]) or [key for key, weight in part.named_parameters() if weight.is_meta]
-    if missing:
-        raise HollowError(f"{folder / name} lacks weights, such as {missing[0]}. Get the whole model.")
-    loaded: nn.Module = part.eval().requires_grad_(False)
-    return loaded
-
-
-def _outlined(folder: Path, name: str, kind: Any, *, dtype: torch.dtype) -> nn.Module:
-    if not (folder / name / "config.json").exists():
-        raise HollowError(f"{folder / name} lacks its config.json. Get the whole model.")
-    if issubclass(kind, ConfigMixin):
-        maker = partial(kind.from_config, kind.load_config(folder / name))
-    else:
-        maker = partial(kind, kind.config_class.from_pretrained(folder / name))
-    outlined: nn.Module = without_data([maker], dtype)[0]
-    return outlined
 
 
 def _largest(scheduler: FlowMatchEulerDiscreteScheduler, pixels_per_latent: int) -> int:

@@ -5,7 +5,7 @@ has such a map; a *cut* k takes the mid block and, on either side of it, the k n
 the layers that make and use them (Hollowed Net, section 4.2 and appendix B).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -144,7 +144,13 @@ def to_ldm(config: Config, path: str) -> str:
 
     Raises HollowError for a path that this U-Net has not.
     """
-    return _rename(path, dict(_renamings(config)))
+    return ldm_names(config, [path])[path]
+
+
+def ldm_names(config: Config, paths: Iterable[str]) -> dict[str, str]:
+    """The same of many: the name in an original (LDM) checkpoint by diffusers' name."""
+    names = dict(_renamings(config))
+    return {path: _rename(path, names) for path in paths}
 
 
 def from_ldm(config: Config, path: str) -> str:

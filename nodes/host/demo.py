@@ -26,7 +26,7 @@ def demo_model() -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     from diffusers import AutoencoderTiny
 
     from ...hollow_core.demo.run import MODEL
-    from ...hollow_core.models.single_file import quiet
+    from ...hollow_core.models.parts import quiet
 
     with quiet():
         autoencoder = AutoencoderTiny.from_pretrained(MODEL / "vae", torch_dtype=torch.float32, local_files_only=True)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -318,6 +318,47 @@ def test_analyze_says_what_is_wrong_with_a_file(
     assert done.status == 1
     assert sentence in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("model_index.json", [], "model_index.json is no JSON object but a list. Get it again."),
+        ("unet/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, "unet is quantised on disk"),
+        ("text_encoder/config.json", {"vocab_size": 49409}, "has 49408 tokens, its text encoder 49409"),
+        ("tokenizer", None, "lacks its tokenizer. Get the whole model."),
+    ],
+)
+def test_every_command_says_the_same_of_a_broken_model(
+    hollow: Hollow, shallow_folder: Path, photos: Path, tmp_path: Path, file: str, content: Any, sentence: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(shallow_folder, model)
+    if content is None:
+        shutil.rmtree(model / file)
+    else:
+        known = json.loads((model / file).read_text())
+        (model / file).write_text(json.dumps(known | content if content else content))
+    encoder = model / "text_encoder" / "model.safetensors"
+    if file.startswith("text_encoder"):
+        tensors = load_file(encoder)
+        name = next(name for name in tensors if name.endswith("token_embedding.weight"))
+        save_file(tensors | {name: torch.zeros(49409, tensors[name].shape[1])}, encoder, {"format": "pt"})
+    lora = tmp_path / "lora.safetensors"
+    place = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    save_file({f"{place}.lora_down.weight": torch.ones(2, 12), f"{place}.lora_up.weight": torch.ones(24, 2)}, lora)
+    for command in (
+        ["train", model, "--images", photos, "--subject", "dog", "--out", tmp_path / "out", "--device", "cpu"],
+        ["sample", model, "--lora", lora, "--prompt", "a sks dog", "--out", tmp_path / "out", "--device", "cpu"],
+        ["plan", model],
+        ["cuts", model],
+        ["analyze", lora, "--model", model],
+    ):
+        done = hollow(*command)
+        assert done.status == 1
+        assert sentence in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_train_selectively_counts_its_steps(hollow: Hollow, model_folder: Path, photos: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_known_sampler_with_other_noise_is_refused(tmp_path: Path, config: dic
 def test_a_folder_without_a_schedulers_config(tmp_path: Path) -> None:
     assert "scheduler_config.json cannot be read" in refusal(diffusion_scheduler, tmp_path, {}, tmp_path)
     folder = folder_of(tmp_path, ["DDIMScheduler"])
-    assert "is no config of a scheduler. Get it again" in refusal(diffusion_scheduler, folder, {}, folder)
+    assert "scheduler_config.json is no JSON object but a" in refusal(diffusion_scheduler, folder, {}, folder)
     folder = folder_of(tmp_path, {"beta_start": 0.1})
     assert "has the scheduler of no class, but Hollow" in refusal(diffusion_scheduler, folder, {}, folder)
 
