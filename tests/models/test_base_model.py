@@ -440,7 +440,8 @@ def test_a_unet_that_the_pipelines_index_calls_otherwise(configs: Path, tmp_path
 
 
 def test_a_pipeline_with_the_unet_of_another(configs: Path, tmp_path: Path) -> None:
-    said = refused_with(configs, tmp_path, "model_index.json", _class_name="StableDiffusionXLPipeline")
+    two = {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
+    said = refused_with(configs, tmp_path, "model_index.json", _class_name="StableDiffusionXLPipeline", **two)
     assert "is a StableDiffusionXLPipeline with the U-Net of another" in said
 
 
