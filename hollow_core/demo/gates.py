@@ -14,10 +14,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import ZImagePipeline
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,7 +29,10 @@ from ..nets.transformer import RESIDUAL, Transformer
 from ..nets.unet import head, hollow
 from ..progress import Progress
 from ..sampling.sample import sample
-from . import language, pretrain, pretrain_transformer, run, scorers, world
+from . import language, pretrain, run, scorers, world
+
+if TYPE_CHECKING:
+    from diffusers import ZImagePipeline
 
 Draw = Callable[[list[str]], list[Image.Image]]
 """A picture a prompt."""
@@ -48,6 +50,8 @@ def main() -> None:
     folder: Path = options.transformer or run.MODEL
     figures: dict[str, Any]
     if options.transformer:
+        from . import pretrain_transformer
+
         pipeline = pretrain_transformer.load(folder)
         figures = ends_matter(pipeline)
         figures |= base_obeys(lambda prompts: draw(pipeline, prompts), scorers.load(), options.out)
@@ -135,8 +139,10 @@ def shapes_obey(base: BaseModel, judge: scorers.Scorers, out: Path, every: int =
 
 
 @torch.no_grad()
-def ends_matter(pipeline: ZImagePipeline, pictures: int = 256, levels: int = 16) -> dict[str, float]:
+def ends_matter(pipeline: "ZImagePipeline", pictures: int = 256, levels: int = 16) -> dict[str, float]:
     """Gate (a) of the transformer: the same of its residual, with half of its blocks out, evenly of both ends."""
+    from .pretrain_transformer import encode
+
     choose, generator = random.Random(11), torch.Generator().manual_seed(11)
     network, schedule = Transformer(pipeline.transformer), NoiseSchedule.flow()
     quarter = pipeline.transformer.config.n_layers // 4
@@ -147,7 +153,7 @@ def ends_matter(pipeline: ZImagePipeline, pictures: int = 256, levels: int = 16)
         drawn, subjects, scenes = pretrain.drawn(pictures // levels, choose)
         clean = pipeline.vae.encode(drawn).latents
         texts = [world.photo_caption(s.describe(), scene) for s, scene in zip(subjects, scenes, strict=True)]
-        prompts = [Conditioning(states[None]) for states in pretrain_transformer.encode(pipeline, texts)]
+        prompts = [Conditioning(states[None]) for states in encode(pipeline, texts)]
         noise = torch.randn(clean.shape, generator=generator)
         noisy, target = schedule.noisy(clean, noise, timestep), schedule.target(clean, noise, timestep)
         records = [base_path(one[None], [timestep], prompt) for one, prompt in zip(noisy, prompts, strict=True)]
@@ -169,7 +175,7 @@ def _raises(losses: dict[str, float], what: str) -> dict[str, float]:
     }
 
 
-def draw(pipeline: ZImagePipeline, prompts: list[str], steps: int = 30, guidance: float = 3.0) -> list[Image.Image]:
+def draw(pipeline: "ZImagePipeline", prompts: list[str], steps: int = 30, guidance: float = 3.0) -> list[Image.Image]:
     """With seeds from 0 on. `guidance` is counted as Stable Diffusion does; Z-Image's is one less."""
     pipeline.set_progress_bar_config(disable=True)
     drawn: list[Image.Image] = pipeline(
