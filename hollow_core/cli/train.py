@@ -142,7 +142,8 @@ def train(
     """Train a LoRA of a subject on a hollowed network. Press Ctrl-C to stop; the same command goes on."""
     quiet()
     from ..data.captions import CaptionChanges
-    from ..data.folders import load_pictures
+    from ..data.folders import check_outside, load_pictures
+    from ..lock import holding
     from ..memory.planner import Planner
     from ..request import Request
     from ..road import check_cut, personalize
@@ -194,6 +195,10 @@ def train(
         zo_timesteps=zo_timesteps,
     )
     to = device_of(device)
+    places = [each for each in (images, class_folder, validation) if each is not None]
+    check_outside(out, *places)
+    if show_crops is not None:
+        check_outside(show_crops.parent, *places)
     load = partial(load_pictures, resolution=side, square=square, alpha_mask=alpha_mask)
     found = load(images, class_folder=class_folder)
     learned, held_out = found.images, []
@@ -235,20 +240,26 @@ def train(
 
     planner().check(setting)
     check_cut(setting, planner().network)
-    loaded = [load_model(model, setting.training.precision, prediction_type)]  # its pop hands over the only reference
-    keep_options = partial(run_file.write, out / run_file.RUN_FILE, ctx, options_of(setting), choice)
-    if not (out / "store").exists():
-        keep_options()
     request = replace(request, setting=setting)
-    with watching() as watch, tracking(log_dir, out.resolve().name) as track, stopping() as stop:
+    run = [out.resolve().name]
 
-        def progress(stage: str, done: Progress) -> None:
-            watch(stage, done)
-            track(stage, done)
+    def placed(folder: Path) -> None:
+        run_file.write(folder / run_file.RUN_FILE, ctx, options_of(setting), choice)
+        if folder != out:
+            say(f"{out} has a LoRA of other settings, pictures or captions, which stays. This one is in {folder}.")
+            run.append(folder.name)
 
-        outcome = personalize(loaded.pop, request, out, device=to, progress=progress, stop=stop)
-    if outcome.file is not None:  # so that nothing refused them
-        keep_options()
+    with holding(out):
+        loaded = [load_model(model, setting.training.precision, prediction_type)]  # its pop hands over all references
+        if not (out / "store").exists():
+            run_file.write(out / run_file.RUN_FILE, ctx, options_of(setting), choice)
+        with watching() as watch, tracking(log_dir) as track, stopping() as stop:
+
+            def progress(stage: str, done: Progress) -> None:
+                watch(stage, done)
+                track("/".join(run), stage, done)
+
+            outcome = personalize(loaded.pop, request, out, device=to, progress=progress, stop=stop, placed=placed)
     _tell(outcome, as_json)
 
 
@@ -277,6 +288,6 @@ def _tell(outcome: "Outcome", as_json: bool) -> None:
     if stopped != "finished":
         raise HollowError(
             f"Training met a {stopped} after {outcome.result.steps if outcome.result else 0} steps; the last good LoRA is "
-            f"{outcome.file}. Lower --learning-rate, or use --precision fp32, in a new --out folder."
+            f"{outcome.file}. Lower --learning-rate, or use --precision fp32."
         )
     say(outcome.written.sentence if outcome.written else "")

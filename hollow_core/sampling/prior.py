@@ -1,5 +1,7 @@
 """Pictures of the subject's class for prior preservation, drawn by the base model itself and kept as latents."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby, takewhile
@@ -7,11 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ..errors import HollowError
 from ..files import read_safetensors, write_safetensors
 from ..models.base_model import visiting
 from ..models.model import Model
-from ..progress import Clock, Stop, Watch
+from ..progress import Clock, Stop, Stopped, Watch
 from .sample import SampleSettings, draw, encode_guided, slices
 
 
@@ -31,17 +32,19 @@ def class_latents(
     """Scaled latents (1, channels, height/8, width/8), one sampled for each generic prompt and size, (height, width) in
     pixels, that is `asked`.
 
-    Each is a file in `folder`, so that an interrupted run goes on; fewer come back when `stop` says so. `together` of
-    one size are drawn at once. `made_by` names the model, as `model_id` does before it is quantised. Text encoders and
-    U-Net visit `device` in turn; None leaves them where they are. Raises HollowError where `folder` holds latents of
-    another model, prompt, seed or size.
+    Each is a file in `folder`, so that an interrupted run goes on; those of another model, prompt, seed or size stay
+    beside them. Fewer come back when `stop` says so, which is asked at each denoising step. `together` of one size are
+    drawn at once. `made_by` names the model, as `model_id` does before it is quantised. Text encoders and U-Net visit
+    `device` in turn; None leaves them where they are. Raises HollowError for a damaged file.
     """
     common = {"model": made_by, "steps": str(steps), "seed": str(seed)}
-    files = [
-        (folder / f"class-{index:05}.safetensors", {**common, "resolution": _in_words(size), "prompt": prompt})
-        for index, (prompt, size) in enumerate(asked)
-    ]
-    latents = {index: _read(path, made_for) for index, (path, made_for) in enumerate(files) if path.exists()}
+    made_for = [{**common, "resolution": _in_words(size), "prompt": prompt} for prompt, size in asked]
+    files, latents = [], {}
+    for index, what in enumerate(made_for):
+        file, found = _file(folder, index, what)
+        files.append(file)
+        if found is not None:
+            latents[index] = found
     todo = sorted((index for index in range(len(files)) if index not in latents), key=lambda index: asked[index][1])
     settings = SampleSettings(steps=steps, together=together)
     texts = {}
@@ -55,10 +58,13 @@ def class_latents(
             if stop is not None and stop():
                 break
             text = model.batch_guided([texts[asked[index][0]] for index in few])
-            drawn = draw(model, text, [seed * 1_000_003 + index for index in few], replace(settings, size=size)).cpu()
+            seeds = [seed * 1_000_003 + index for index in few]
+            try:
+                drawn = draw(model, text, seeds, replace(settings, size=size), stop=stop).cpu()
+            except Stopped:
+                break
             for index, one in zip(few, drawn.split(1), strict=True):
-                path, made_for = files[index]
-                write_safetensors(path, {"latents": one}, made_for)
+                write_safetensors(files[index], {"latents": one}, made_for[index])
                 latents[index] = one
                 if progress is not None:
                     progress(clock(len(latents)))
@@ -79,15 +85,14 @@ def _in_words(size: tuple[int, int]) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[1]}x{size[0]}"
 
 
-def _read(path: Path, made_for: Mapping[str, str]) -> torch.Tensor:
-    tensors, metadata = read_safetensors(path)
-    if other := _differences(metadata, made_for):
-        raise HollowError(f"{path} was drawn for something else ({other}). Delete {path.parent}, or choose another.")
-    return tensors["latents"]
-
-
-def _differences(found: Mapping[str, str], asked: Mapping[str, str]) -> str:
-    other = [name for name in asked if found.get(name, asked[name]) != asked[name]]
-    if "model" in other:
-        return "another model, or the same in another precision"
-    return ", ".join(f"{name} {found.get(name)!r}, not {asked[name]!r}" for name in other)
+def _file(folder: Path, index: int, made_for: Mapping[str, str]) -> tuple[Path, torch.Tensor | None]:
+    """Where a picture is, or is to be, and its latents if they are there: behind its number, where another has that
+    name, stands what it is made for."""
+    plain = folder / f"class-{index:05}.safetensors"
+    name = hashlib.sha256(json.dumps(made_for, sort_keys=True).encode()).hexdigest()[:12]
+    own = plain.with_stem(f"{plain.stem}-{name}")
+    for path in filter(Path.exists, (own, plain)):
+        tensors, metadata = read_safetensors(path)
+        if all(metadata.get(key, value) == value for key, value in made_for.items()):
+            return path, tensors["latents"]
+    return own if plain.exists() else plain, None

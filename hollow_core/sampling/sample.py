@@ -1,10 +1,9 @@
 """Pictures from a base model with a LoRA: on two paths, as an ordinary LoRA, or without it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import singledispatch
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from ..models.base_model import BaseModel, decode_images, encode_prompt, visitin
 from ..models.model import Model
 from ..models.transformer_model import TransformerModel
 from ..nets.conditioning import Conditioning
-from ..progress import Stop
+from ..progress import Stop, Stopped
 from .flow import euler
 from .two_path import two_path
 
@@ -136,26 +135,37 @@ def portions(
     stop: Stop | None = None,
 ) -> Iterator[list[Image.Image]]:
     """`sample` of encoded prompts, handing out some twenty pictures whenever they are drawn: to be written, before
-    the next ones are asked for. `stop` is asked before each such portion."""
+    the next ones are asked for. `stop` is asked at each denoising step: it ends with the pictures that are whole."""
     number, recipe = len(texts.guided), None if lora is None else texts.recipe
     _check_seeds(number, seeds)
     size = settings.together * max(AT_A_TIME // settings.together, 1)  # full batches
 
     def draw_portion(portion: slice) -> list[Image.Image]:
         latents: list[torch.Tensor] = []
-        with _lora(model, lora, settings.strength), visiting(device, model.network.module):
+        with (
+            suppress(Stopped),
+            _lora(model, lora, settings.strength),
+            visiting(device, model.network.module),
+        ):
             for few in slices(portion.start, portion.stop, settings.together):
                 generic = None if recipe is None else Conditioning.batch(texts.generic[few])
-                latents += draw(
-                    model, model.batch_guided(texts.guided[few]), seeds[few], settings, recipe, generic
-                ).split(1)
+                guided = model.batch_guided(texts.guided[few])
+                latents += draw(model, guided, seeds[few], settings, recipe, generic, stop).split(1)
                 if progress is not None:
                     progress(few.stop, number)
         with visiting(device, model.vae):
             return decode_images(model, latents)
 
-    of_all = slices(0, number, size)
-    return (draw_portion(portion) for portion in takewhile(lambda _: stop is None or not stop(), of_all))
+    def draw_all() -> Iterator[list[Image.Image]]:
+        for portion in slices(0, number, size):
+            if stop is not None and stop():
+                return
+            drawn = draw_portion(portion)
+            yield drawn
+            if len(drawn) < portion.stop - portion.start:
+                return
+
+    return draw_all()
 
 
 def _check_seeds(number: int, seeds: Sequence[int]) -> None:
@@ -181,10 +191,12 @@ def draw(
     settings: SampleSettings,
     recipe: Recipe | None = None,
     generic: Conditioning | None = None,
+    stop: Stop | None = None,
 ) -> torch.Tensor:
     """Scaled latents (batch, channels, height / 8, width / 8) from what `encode_guided` gives for one prompt or,
     together by the model's `batch_guided`, for several, each with its seed; by the network alone, on two paths where
-    there is a recipe. Raises HollowError for what the model's kind cannot do."""
+    there is a recipe. `stop` is asked at each denoising step. Raises HollowError for what the model's kind cannot do,
+    and Stopped."""
     # of Stable Diffusion, by diffusers' pipeline; a transformer's is below
     assert isinstance(model, BaseModel)
     pipeline = replace(model, vae=None, text_encoders=()).pipeline()
@@ -197,6 +209,12 @@ def draw(
         paths = two_path(
             pipeline, cut=recipe.cut, generic=generic, strength=settings.strength, refresh=settings.refresh
         )
+
+    def ask(*step: Any) -> dict[str, Any]:
+        if stop is not None and stop():
+            raise Stopped
+        return {}
+
     with paths:
         return pipeline(
             **text,
@@ -206,6 +224,7 @@ def draw(
             guidance_scale=settings.guidance_of(model),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],  # the CPU's: alike on every device
             output_type="latent",
+            callback_on_step_end=ask,
         ).images
 
 
@@ -217,6 +236,7 @@ def _(
     settings: SampleSettings,
     recipe: Recipe | None = None,
     generic: Conditioning | None = None,
+    stop: Stop | None = None,
 ) -> torch.Tensor:
     """By Euler's steps, on one path."""
     if recipe is not None or settings.refresh != 1:
@@ -231,7 +251,7 @@ def _(
     height, width = (side // model.pixels_per_latent for side in size)
     shape = 1, model.family.channels(model.network.config), height, width
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return euler(model, text, torch.cat(noise), settings.steps, settings.guidance_of(model))
+    return euler(model, text, torch.cat(noise), settings.steps, settings.guidance_of(model), stop)
 
 
 @contextmanager

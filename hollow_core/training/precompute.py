@@ -61,6 +61,7 @@ def precompute(
     together: int = 1,
     made_by: str | None = None,
     apart: bool = False,
+    beside: bool = False,
     records: Sequence[Record] | None = None,
     progress: Watch | None = None,
     stop: Stop | None = None,
@@ -75,7 +76,8 @@ def precompute(
     device is not busy with one, for the memory of so many, and the same but for rounding. `made_by` is the network's
     `model_id`; None computes it, which takes seconds for a large one, and more from a GPU.
     `apart` keeps the store in a folder of its own inside `folder`, named by what it is made from, so that other
-    inputs never meet it. `records` are those to make; None: what `plan_for` says. `progress` is called after each
+    inputs never meet it; `beside` does so only where there is a store of other inputs in `folder`, beside which it then
+    is. `records` are those to make; None: what `plan_for` says. `progress` is called after each
     record, on a GPU as soon as it is asked for; `stop` is asked before those that go together, and a stopped run gives
     back a store with shards missing. A shard is written while the next one is made.
 
@@ -88,6 +90,8 @@ def precompute(
     records = plan_for(examples, samples, schedule, seed) if records is None else records
     if apart:
         folder = Path(folder) / store_id(fingerprint, records)[:12]
+    elif beside:
+        folder = _beside(Path(folder), fingerprint, records)
     store = Store.open_or_create(folder, fingerprint, records, inputs)
     if cut is None:
         return store
@@ -114,6 +118,15 @@ def precompute(
                         progress(clock(step))
             later(_write, store, shard, left)
     return store
+
+
+def _beside(folder: Path, fingerprint: Fingerprint, records: Sequence[Record]) -> Path:
+    """`folder`, or where that has a store of something else, one named after it by what is asked."""
+    own = folder.with_name(f"{folder.name}-{store_id(fingerprint, records)[:12]}")
+    if own.exists():
+        return own
+    taken = (folder / "store.json").exists() and Store.open(folder).fingerprint.differences(fingerprint)
+    return own if taken else folder
 
 
 def run_base(base: BasePath, schedule: NoiseSchedule, records: Sequence[Record], examples: Sequence[Example]) -> Stored:
