@@ -63,7 +63,7 @@ def _locked(path: Path) -> int | None:
                 return None
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file), os.stat(path)):
-                    since = datetime.now().astimezone().isoformat(" ", "seconds")
+                    since = datetime.now().strftime("%Y-%m-%d %H:%M")
                     who = {"process": os.getpid(), "computer": platform.node(), "since": since}
                     os.ftruncate(file, 0)
                     os.write(file, json.dumps(who).encode())
@@ -103,7 +103,7 @@ def _unlock(file: int, path: Path) -> None:
 
 
 def _by_whom(path: Path) -> str:
-    """ " by process 12 on rex since 2026-11-29 10:15:00+00:00", as far as it is told."""
+    """ " by process 12 on rex since 2026-11-29 10:15", as far as it is told."""
     try:
         who = json.loads(path.read_text(encoding="utf-8"))
         return f" by process {who['process']} on {who['computer']} since {who['since']}"

@@ -41,8 +41,8 @@ class Request:
     setting: Setting = field(default_factory=Setting)
     """Every lever; its resolution, where it names one, is that of the pictures."""
     class_folder: Path | None = None
-    """Where runs of one class share the pictures of it, drawn with the seed 0; None draws the run's own, with its
-    seed."""
+    """Where runs of one class share the pictures of it, drawn with the seed 0, be the base in 8 bits or not; None draws
+    the run's own, with its seed."""
     thumbnail: bool = False
     """Whether the LoRA file shows the first picture, small, to tools that list files."""
     class_pictures: Sequence[TrainingImage] = ()

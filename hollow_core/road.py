@@ -124,6 +124,7 @@ def _walk(
                     request.drawn,
                     request.class_folder or folder / "class",
                     made_by=made_by,
+                    base_bits=setting.base_bits if request.class_folder is None else None,
                     seed=training.seed if request.class_folder is None else 0,
                     together=training.together,
                     device=device,

@@ -12,6 +12,7 @@ import torch
 from ..files import read_safetensors, write_safetensors
 from ..models.base_model import visiting
 from ..models.model import Model
+from ..nets.residency import Bits
 from ..progress import Clock, Stop, Stopped, Watch
 from .sample import SampleSettings, draw, encode_guided, slices
 
@@ -22,6 +23,7 @@ def class_latents(
     folder: Path,
     *,
     made_by: str,
+    base_bits: Bits | None = None,
     seed: int = 0,
     steps: int = 30,
     together: int = 1,
@@ -34,10 +36,10 @@ def class_latents(
 
     Each is a file in `folder`, so that an interrupted run goes on; those of another model, prompt, seed or size stay
     beside them. Fewer come back when `stop` says so, which is asked at each denoising step. `together` of one size are
-    drawn at once. `made_by` names the model, as `model_id` does before it is quantised. Text encoders and U-Net visit
-    `device` in turn; None leaves them where they are. Raises HollowError for a damaged file.
+    drawn at once. `made_by` names the model, as `model_id` does before it is quantised to `base_bits`. Text encoders
+    and U-Net visit `device` in turn; None leaves them where they are. Raises HollowError for a damaged file.
     """
-    common = {"model": made_by, "steps": str(steps), "seed": str(seed)}
+    common = {"model": made_by, "base_bits": str(base_bits or ""), "steps": str(steps), "seed": str(seed)}
     made_for = [{**common, "resolution": _in_words(size), "prompt": prompt} for prompt, size in asked]
     files, latents = [], {}
     for index, what in enumerate(made_for):

@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle
@@ -77,7 +78,8 @@ def precompute(
     `model_id`; None computes it, which takes seconds for a large one, and more from a GPU.
     `apart` keeps the store in a folder of its own inside `folder`, named by what it is made from, so that other
     inputs never meet it; `beside` does so only where there is a store of other inputs in `folder`, beside which it then
-    is. `records` are those to make; None: what `plan_for` says. `progress` is called after each
+    is. Either takes from stores beside it what they have of the same records, where these pass the network one by one.
+    `records` are those to make; None: what `plan_for` says. `progress` is called after each
     record, on a GPU as soon as it is asked for; `stop` is asked before those that go together, and a stopped run gives
     back a store with shards missing. A shard is written while the next one is made.
 
@@ -99,12 +101,19 @@ def precompute(
     base = network.base(cut)
     base.module.eval()
     examples = [replace(example, latents=example.latents.float().cpu()) for example in examples]  # where noise is made
-    step = len(records) - sum(len(store.shard(shard)) for shard in store.missing)
+    elsewhere = _elsewhere(store, base) if (apart or beside) and together == 1 else {}
+    step = len(records) - sum(len(store.shard(shard)) for shard in store.missing) + len(elsewhere)
     clock = Clock(step, len(records))
     with one_behind() as later:
         for shard in store.missing:
             left: list[tuple[list[int], Arriving]] = []
-            for indices in _alike(base, store.shard(shard), store.records, examples, together):
+            found: dict[int, Stored] = {}
+            for index in elsewhere.keys() & store.shard(shard):
+                with suppress(HollowError):  # of a damaged one: it is made anew
+                    other, there = elsewhere[index]
+                    found[index] = other.record(there).stored
+            todo = [index for index in store.shard(shard) if index not in found]
+            for indices in _alike(base, todo, store.records, examples, together):
                 if stop is not None and stop():
                     return store
                 records_now = [store.records[index] for index in indices]
@@ -116,7 +125,7 @@ def precompute(
                     step += 1
                     if progress is not None:
                         progress(clock(step))
-            later(_write, store, shard, left)
+            later(_write, store, shard, left, found)
     return store
 
 
@@ -154,9 +163,37 @@ def _alike(
         yield from (alike[first : first + together] for first in range(0, len(alike), together))
 
 
-def _write(store: Store, shard: int, left: Sequence[tuple[Sequence[int], Arriving]]) -> None:
-    """Keep a shard of what the base path has left, as it arrives."""
-    stored: dict[int, Stored] = {}
+def _elsewhere(store: Store, base: BasePath) -> dict[int, tuple[Store, int]]:
+    """Of the records that are still to be made those that a store beside this one has, and under which number: of the
+    same picture, prompt, time step and noise, left by the same base at the same cut."""
+
+    def content(each: Store, index: int) -> Hashable:
+        record = each.records[index]
+        seen = "personal" if base.sees_identifier and record.kind.endswith("image") else "generic"
+        embedding = each.fingerprint.embeddings[record.image][seen]
+        return each.fingerprint.latents[record.image], *sorted(embedding.items()), record.timestep, record.noise_seed
+
+    def alike(each: Store) -> Sequence[Hashable]:
+        made = each.fingerprint
+        return made.model, made.cut, made.schedule, made.dtype
+
+    there: dict[Hashable, tuple[Store, int]] = {}
+    for path in store.folder.parent.glob("*/store.json"):
+        with suppress(HollowError):  # a damaged one is no help, and no harm
+            other = Store.open(path.parent)
+            if alike(other) == alike(store):
+                missing = {index for shard in other.missing for index in other.shard(shard)}
+                whole = [index for index in range(len(other.records)) if index not in missing]
+                there |= {content(other, index): (other, index) for index in whole}
+    wanted = [index for shard in store.missing for index in store.shard(shard)]
+    return {index: there[key] for index in wanted if (key := content(store, index)) in there}
+
+
+def _write(
+    store: Store, shard: int, left: Sequence[tuple[Sequence[int], Arriving]], found: Mapping[int, Stored]
+) -> None:
+    """Keep a shard of what the base path has left, as it arrives, and of what is `found`."""
+    stored: dict[int, Stored] = {**found}
     for indices, arriving in left:
         tensors = arriving.wait()
         for place, index in enumerate(indices):
