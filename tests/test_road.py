@@ -474,7 +474,7 @@ def test_the_pictures_folder_is_not_written_in(photos: Path, tmp_path: Path, whe
         (photos / "link").symlink_to(photos)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
-        HollowError, match=r"is a folder of your pictures, .*Choose another folder, such as .*photos-lora"
+        HollowError, match=r"is a folder of your pictures, .*Choose another folder, such as .*photos-out"
     ):
         personalize(lambda: pytest.fail("loaded"), ask(photos), photos / where)
     assert sorted(tmp_path.rglob("*")) == before

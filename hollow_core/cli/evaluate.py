@@ -30,12 +30,15 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Score pictures as the paper does: DINO and CLIP-I for the subject, CLIP-T for the prompt."""
     quiet()
+    from ..data.folders import check_outside
     from ..data.images import open_picture, picture_paths
     from ..data.prompts import generic_prompt
     from ..evaluation import scores
     from ..evaluation.score_grid import score_grid
     from ..files import write_png
 
+    if grid is not None:
+        check_outside(grid.parent, references, generated)
     real, drawn = picture_paths(references), picture_paths(generated)
     for folder, paths in ((references, real), (generated, drawn)):
         if not paths:

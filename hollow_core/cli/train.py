@@ -13,7 +13,7 @@ from ..errors import HollowError
 from ..progress import Progress
 from . import run_file
 from .app import app, console, say
-from .levers import chosen, options_of
+from .levers import begun, chosen, options_of
 from .options import (
     CLASS_PICTURES,
     FILES,
@@ -127,7 +127,7 @@ def train(
     zo_strengths: Annotated[bool, typer.Option("--zo-strengths", help="selective: a zo step looks for one number a matrix, its strength, in place of all of its numbers.", rich_help_panel=ZEROTH_ORDER)] = False,
     zo_timesteps: Annotated[tuple[int, int] | None, typer.Option(help="zo steps draw from these time steps only, such as 500 900. (default: all)", rich_help_panel=ZEROTH_ORDER)] = None,
     # files
-    out: Annotated[Path, typer.Option(help="Folder for NAME.safetensors, for run.toml with every option, and for the work that lets a stopped run go on.", is_eager=True, callback=run_file.go_on, rich_help_panel=FILES)] = Path("hollow-lora"),
+    out: Annotated[Path, typer.Option(help="Folder for NAME.safetensors, for run.toml with every option, and for the work that lets a stopped run go on. With other settings, pictures or captions than the first run's there, a run gets a folder of its own in it, such as rank-64-1f0c2a9e; class pictures and records that still fit are used again.", is_eager=True, callback=run_file.go_on, rich_help_panel=FILES)] = Path("hollow-lora"),
     name: Annotated[str, typer.Option(help="Of the LoRA's file, without .safetensors.", rich_help_panel=FILES)] = "lora",
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints from which a killed run goes on, and between files NAME-000100.safetensors of which the best can be chosen; 0 for none.", rich_help_panel=FILES)] = 100,
     keep: Annotated[int, typer.Option(min=0, help="How many of these files are kept, the last ones; 0 for none.", rich_help_panel=FILES)] = 10,
@@ -251,7 +251,7 @@ def train(
 
     with holding(out):
         loaded = [load_model(model, setting.training.precision, prediction_type)]  # its pop hands over all references
-        if not (out / "store").exists():
+        if not begun(out):
             run_file.write(out / run_file.RUN_FILE, ctx, options_of(setting), choice)
         with watching() as watch, tracking(log_dir) as track, stopping() as stop:
 

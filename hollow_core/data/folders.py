@@ -85,15 +85,15 @@ def load_pictures(
 
 
 def check_outside(out: Path, *places: Path) -> None:
-    """Raises HollowError where what is written into `out` would be taken for pictures in one of the `places`, next time
-    or now: where it is one of them, or a folder in it that `load_pictures` looks into by its name."""
+    """Raises HollowError where a picture that is written into `out` would be one of those of the `places` from then on:
+    where it is one of them, or a folder in it that `load_pictures` looks into by its name."""
     names: list[str] = []
     whole, there = Path(os.path.realpath(out)), [place for place in places if place.exists()]
     for each in (whole, *whole.parents):
         if all(map(_is_source, names)) and each.exists() and any(map(each.samefile, there)):
             raise HollowError(
-                f"{out} is a folder of your pictures, and a picture that is written there would be learned the next "
-                f"time. Choose another folder, such as {each.with_name(each.name + '-lora')}."
+                f"{out} is a folder of your pictures, and what is drawn there would be taken for one of them the next "
+                f"time. Choose another folder, such as {each.with_name(each.name + '-out')}."
             )
         names.append(each.name)
 
