@@ -190,7 +190,7 @@ def _walk(
             write(file, state)
             lora_file.keep_last(file, request.keep)
 
-    with meter.stage("train"), told("train"):
+    with holding(folder), meter.stage("train"), told("train"):
         network.module.to(device)
         result = train(
             network,

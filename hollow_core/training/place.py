@@ -18,6 +18,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from ..errors import HollowError
 from ..files import read_json, write_json
 from .checkpoint import Checkpoint
@@ -52,7 +54,7 @@ def place(folder: Path, store: Store, settings: TrainSettings, name: str) -> Pat
     if _steps(at) > settings.steps:
         made_for |= {"steps": settings.steps}
         at = _place(folder, store, made_for, name)
-    if _told(at) is None:
+    if not (at / TRAINING).exists():
         write_json(at / TRAINING, made_for)
     return at
 
@@ -80,15 +82,18 @@ def _told(folder: Path) -> dict[str, Any] | None:
 
 
 def _steps(folder: Path) -> int:
-    """How many are done there."""
-    path = folder / CHECKPOINT
-    return len(Checkpoint.load(path).losses) if path.exists() else 0
+    """How many are done there; none, as far as this goes, where the checkpoint is damaged: training says so."""
+    with suppress(OSError, SafetensorError), safe_open(folder / CHECKPOINT, "pt") as file:
+        return int(file.get_slice("losses").get_shape()[0])
+    return 0
 
 
 def _apart(folder: Path, first: Mapping[str, Any] | None, made_for: Mapping[str, Any], store: Store) -> str:
     """What sets a training apart from the first in `folder`, as a folder is named: "rank-4-seed-1"."""
     there, here = (_USUAL | dict(each) for each in (first or made_for, made_for))
-    differing = [f"{key}-{_plain(here[key])}" for key in here if key != "store" and there.get(key) != here[key]]
+    other = [key for key in here if key != "store" and there.get(key) != here[key]]
+    other = [key for key in other if key in there] or other  # what another strategy has comes with the strategy
+    differing = [f"{key}-{_plain(here[key])}" for key in other]
     with suppress(HollowError):  # of a damaged one: then it is not compared
         theirs, ours = (asdict(each.fingerprint) for each in (Store.open(folder / STORE), store))
         settings = [key for key in ("cut", "samples", "dtype") if theirs[key] != ours[key]]

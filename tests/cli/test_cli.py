@@ -21,6 +21,7 @@ from typer.main import get_command
 from hollow_core.cli import main
 from hollow_core.cli.app import app
 from hollow_core.cli.options import Prediction
+from hollow_core.cli.sample import lora_files
 from hollow_core.cli.watch import stopping
 from hollow_core.nets.schedule import PREDICTIONS
 
@@ -549,6 +550,9 @@ def test_another_setting_goes_beside_and_each_has_its_options(
     assert "rank = 2\n" in (out / "run.toml").read_text()
     assert "rank = 4\n" in (file.parent / "run.toml").read_text()
     assert {path.parent for path in logs.rglob("events*")} == {logs / "out", logs / "out" / file.parent.name}
+
+    names = lora_files([out / "lora.safetensors", out / "*" / "lora.safetensors"])  # a row each of a grid
+    assert list(names.values()) == [out / "lora.safetensors", file]
 
     again = hollow("train", "--config", file.parent / "run.toml", "--json")  # whose out is the same
     assert again.status == 0, again.stderr
