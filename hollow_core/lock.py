@@ -63,15 +63,21 @@ def _locked(path: Path) -> int | None:
                 return None
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file), os.stat(path)):
-                    since = datetime.now().strftime("%Y-%m-%d %H:%M")
-                    who = {"process": os.getpid(), "computer": platform.node(), "since": since}
-                    os.ftruncate(file, 0)
-                    os.write(file, json.dumps(who).encode())
+                    _tell(file)
                     return file
         except BaseException:
             os.close(file)
             raise
         os.close(file)  # that of one who has just ended and removed it
+
+
+def _tell(file: int) -> None:
+    """Write down who holds it, if the disk has room for that."""
+    since = datetime.now().strftime("%Y-%m-%d %H:%M")
+    who = {"process": os.getpid(), "computer": platform.node(), "since": since}
+    with suppress(OSError):
+        os.ftruncate(file, 0)
+        os.write(file, json.dumps(who).encode())
 
 
 def _lock(file: int) -> bool:

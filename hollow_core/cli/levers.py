@@ -48,9 +48,9 @@ def chosen(
 ) -> tuple["Setting", str | None]:
     """The setting with all levers, and what was chosen of them in a sentence, which is told, too; None for nothing.
 
-    Levers that are named, on the command line or in a file, stay as they are; where all are, and where a run goes on in
-    `out`, or is tried again with other settings, and records are there, raises HollowError if that does not fit. Where no `budget` is given, nearly all that
-    is free on a GPU is one; on a CPU there is none, and nothing to choose.
+    Levers that are named, on the command line or in a file, stay as they are; where all are, and where a run has begun in
+    `out`, on which this one goes on or beside which it is tried, raises HollowError if that does not fit. Where no
+    `budget` is given, nearly all that is free on a GPU is one; on a CPU there is none, and nothing to choose.
     """
     import torch
 

@@ -246,7 +246,9 @@ def train(
     def placed(folder: Path) -> None:
         run_file.write(folder / run_file.RUN_FILE, ctx, options_of(setting), choice)
         if folder != out:
-            say(f"{out} has a LoRA of other settings, pictures or captions, which stays. This one is in {folder}.")
+            say(
+                f"{out} holds a training of other settings, pictures or captions, which stays. This one is in {folder}."
+            )
             run.append(folder.name)
 
     with holding(out):

@@ -543,7 +543,7 @@ def test_another_setting_goes_beside_and_each_has_its_options(
     file = Path(json.loads(second.stdout)["file"])
     assert file.parent.name.startswith("rank-4-")
     assert (
-        f"{out} has a LoRA of other settings, pictures or captions, which stays. This one is in {file.parent}."
+        f"{out} holds a training of other settings, pictures or captions, which stays. This one is in {file.parent}."
         in second.stderr
     )
     assert all(path.read_bytes() == content for path, content in before.items())
