@@ -23,7 +23,7 @@ from ..nets.schedule import NoiseSchedule
 from ..nets.transfer import Arriving
 from ..progress import Clock, Stop, Watch
 from .ahead import one_behind
-from .store import Fingerprint, Kind, Record, Store, store_id
+from .store import Fingerprint, Kind, OtherStore, Record, Store, store_id
 
 HELD_OUT_LOOKS = 4  # records of each held-out picture, in the middles of as many stretches of time
 
@@ -92,9 +92,7 @@ def precompute(
     records = plan_for(examples, samples, schedule, seed) if records is None else records
     if apart:
         folder = Path(folder) / store_id(fingerprint, records)[:12]
-    elif beside:
-        folder = _beside(Path(folder), fingerprint, records)
-    store = Store.open_or_create(folder, fingerprint, records, inputs)
+    store = _store(Path(folder), fingerprint, records, inputs, beside)
     if cut is None:
         return store
 
@@ -129,13 +127,23 @@ def precompute(
     return store
 
 
-def _beside(folder: Path, fingerprint: Fingerprint, records: Sequence[Record]) -> Path:
-    """`folder`, or where that has a store of something else, one named after it by what is asked."""
+def _store(
+    folder: Path,
+    fingerprint: Fingerprint,
+    records: Sequence[Record],
+    inputs: Mapping[str, torch.Tensor],
+    beside: bool,
+) -> Store:
+    """That in `folder`, or where this has one of something else and `beside` is asked, in one named after it."""
     own = folder.with_name(f"{folder.name}-{store_id(fingerprint, records)[:12]}")
-    if own.exists():
-        return own
-    taken = (folder / "store.json").exists() and Store.open(folder).fingerprint.differences(fingerprint)
-    return own if taken else folder
+    if beside and own.exists():
+        folder = own
+    try:
+        return Store.open_or_create(folder, fingerprint, records, inputs)
+    except OtherStore:
+        if not beside:
+            raise
+    return Store.open_or_create(own, fingerprint, records, inputs)
 
 
 def run_base(base: BasePath, schedule: NoiseSchedule, records: Sequence[Record], examples: Sequence[Example]) -> Stored:
