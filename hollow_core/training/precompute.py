@@ -79,9 +79,9 @@ def precompute(
     `apart` keeps the store in a folder of its own inside `folder`, named by what it is made from, so that other
     inputs never meet it; `beside` does so only where there is a store of other inputs in `folder`, beside which it then
     is. Either takes from stores beside it what they have of the same records, where these pass the network one by one.
-    `records` are those to make; None: what `plan_for` says. `progress` is called after each
-    record, on a GPU as soon as it is asked for; `stop` is asked before those that go together, and a stopped run gives
-    back a store with shards missing. A shard is written while the next one is made.
+    `records` are those to make; None: what `plan_for` says. `progress` is called after each record, on a GPU as soon as
+    it is asked for; `stop` is asked before those that go together, and a stopped run gives back a store with shards
+    missing. A shard is written while the next one is made.
 
     Raises HollowError for wrong arguments, for a store in `folder` that is damaged or was made from something
     else, for an activation that overflows, and where the disk is full. What is written by then stays good.
