@@ -1,9 +1,10 @@
 """Pictures from a base model with a LoRA: on two paths, as an ordinary LoRA, or without it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import singledispatch
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -135,37 +136,26 @@ def portions(
     stop: Stop | None = None,
 ) -> Iterator[list[Image.Image]]:
     """`sample` of encoded prompts, handing out some twenty pictures whenever they are drawn: to be written, before
-    the next ones are asked for. `stop` is asked at each denoising step: it ends with the pictures that are whole."""
+    the next ones are asked for. `stop` is asked before each such portion."""
     number, recipe = len(texts.guided), None if lora is None else texts.recipe
     _check_seeds(number, seeds)
     size = settings.together * max(AT_A_TIME // settings.together, 1)  # full batches
 
     def draw_portion(portion: slice) -> list[Image.Image]:
         latents: list[torch.Tensor] = []
-        with (
-            suppress(Stopped),
-            _lora(model, lora, settings.strength),
-            visiting(device, model.network.module),
-        ):
+        with _lora(model, lora, settings.strength), visiting(device, model.network.module):
             for few in slices(portion.start, portion.stop, settings.together):
                 generic = None if recipe is None else Conditioning.batch(texts.generic[few])
-                guided = model.batch_guided(texts.guided[few])
-                latents += draw(model, guided, seeds[few], settings, recipe, generic, stop).split(1)
+                latents += draw(
+                    model, model.batch_guided(texts.guided[few]), seeds[few], settings, recipe, generic
+                ).split(1)
                 if progress is not None:
                     progress(few.stop, number)
         with visiting(device, model.vae):
             return decode_images(model, latents)
 
-    def draw_all() -> Iterator[list[Image.Image]]:
-        for portion in slices(0, number, size):
-            if stop is not None and stop():
-                return
-            drawn = draw_portion(portion)
-            yield drawn
-            if len(drawn) < portion.stop - portion.start:
-                return
-
-    return draw_all()
+    of_all = slices(0, number, size)
+    return (draw_portion(portion) for portion in takewhile(lambda _: stop is None or not stop(), of_all))
 
 
 def _check_seeds(number: int, seeds: Sequence[int]) -> None:
