@@ -95,7 +95,7 @@ def test_mixed_sizes_go_the_whole_road(folders: dict[str, Path], photos: Path, t
 
         run(folders["sd21"], request, tmp_path / "stopped", stop=stop)
 
-    for call in (2, 6, 3):
+    for call in (40, 115, 20):  # within a class picture, before a record, and between
         run_until(call)
     again = run(folders["sd21"], request, tmp_path / "stopped")
     assert same(content(whole.file), content(again.file))
@@ -446,7 +446,7 @@ def test_patches_go_the_whole_road(folders: dict[str, Path], photos: Path, tmp_p
             prompts = outcome.store.fingerprint.prompts
             assert prompts[full.image] == prompts[low.image]
 
-    left = [14]
+    left = [90]  # behind the class pictures, which ask at each step
 
     def stop() -> bool:
         left[0] -= 1
