@@ -26,7 +26,8 @@ from benchmarks import held_out
 from benchmarks.paper.figures import Figure, plain, signed
 from benchmarks.selective import loss
 from hollow_core.data import grid
-from hollow_core.data.images import TrainingImage, load_images, open_picture
+from hollow_core.data.images import TrainingImage, load_images
+from hollow_core.data.picture_file import open_picture
 from hollow_core.demo import run, scorers, world
 from hollow_core.files import write_bytes, write_png
 from hollow_core.lora import file as lora_file

@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=[each.layout for each in MODELS], help="which (default all)")
     options = parser.parse_args()
-    kept = RESULTS.read_text().split("\n## ")[1:] if RESULTS.exists() else []
+    kept = RESULTS.read_text(encoding="utf-8").split("\n## ")[1:] if RESULTS.exists() else []
     sections = {section.partition("\n")[0]: section.strip() for section in kept}
     for model in MODELS:
         if options.models is None or model.layout in options.models:
@@ -110,7 +110,7 @@ def main() -> None:
             print(sections[model.title], flush=True)
             known = [f"## {sections[each.title]}" for each in MODELS if each.title in sections]
             head = HEAD.format(torch=torch.__version__.partition("+")[0], diffusers=diffusers.__version__)
-            RESULTS.write_text("\n\n".join([head, *known]) + "\n")
+            RESULTS.write_text("\n\n".join([head, *known]) + "\n", encoding="utf-8")
 
 
 HEAD = """# Memory of transformers

@@ -4,10 +4,14 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import mkdtemp
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import torch
 from PIL import Image
@@ -16,8 +20,16 @@ from safetensors.torch import save_file
 
 from .errors import HollowError
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_PLACE = ".hollow-"  # folders in which files are written, before they move to where they belong
+_DAY = 24 * 60 * 60
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -28,16 +40,31 @@ def write_json(path: Path, data: Any) -> None:
 def write_safetensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors contiguously; `path` appears whole or not at all. Raises HollowError if it cannot."""
+    """Write tensors contiguously, the same ones always as the same bytes; `path` appears whole or not at all. Raises
+    HollowError if it cannot."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
     def save(part: Path) -> None:
         part.touch()
         mode = part.stat().st_mode  # as the user's umask has it; safetensors lets the owner alone read
         save_file(contiguous, part, dict(metadata or {}))
+        _sort_metadata(part)
         part.chmod(mode)
 
     _write_beside(path, save)
+
+
+def _sort_metadata(path: Path) -> None:
+    """By name, where safetensors leaves them in another order each time: the header takes as many bytes in any."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            told = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(told) <= length:
+                file.seek(8)
+                file.write(told.ljust(length))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -65,8 +92,27 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise HollowError(f"{path} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HollowError(f"{path} is not valid JSON ({error}). Delete it and make it again.") from error
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether what was read from JSON is what a type says: any of bool, int, float, str, None, Any and Literal, and
+    list, dict, tuple and `|` of these. A float may be written as an integer, and a tuple is a list there."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in inside
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in inside)
+    if origin is list:
+        return isinstance(value, list) and all(fits(each, inside[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(each, inside[1]) for each in value.values())
+    if origin is tuple:
+        return isinstance(value, list | tuple) and len(value) == len(inside) and all(map(fits, value, inside))
+    if kind is float:
+        return type(value) in (int, float)
+    return kind is Any or type(value) is kind  # to isinstance a bool is an int
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -87,22 +133,75 @@ def digest(tensor: torch.Tensor) -> str:
     return sha.hexdigest()[:32]
 
 
+def digest_all(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A name for tensors by name, in any order."""
+    return hashlib.sha256(repr(sorted((name, digest(tensor)) for name, tensor in tensors)).encode()).hexdigest()[:32]
+
+
 def damaged(path: Path, error: Exception) -> HollowError:
     """What is said of a safetensors file that does not open."""
-    if not path.exists():
+    if not os.path.exists(path):  # Path's own raises where its folder may not be entered
         return HollowError(f"{path} does not exist. Check the path.")
+    if not os.access(path, os.R_OK):
+        return HollowError(f"{path} cannot be read (Permission denied).")
     return HollowError(f"{path} is not a whole safetensors file ({error}). Get or make it again.")
 
 
 def _write_beside(path: Path, write: Callable[[Path], Any]) -> None:
-    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        os.replace(part, path)
+        with _place_in(path.parent) as place:
+            part = place / f"{path.name}.part"
+            write(part)
+            os.replace(part, path)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise HollowError(
-            f"{path} could not be written ({error}). Free some space or choose another folder."
-        ) from error
+        why = getattr(error, "strerror", None) or error  # without the name of the part
+        raise HollowError(f"{path} could not be written ({why}). Free some space or choose another folder.") from error
+
+
+@contextmanager
+def _place_in(folder: Path) -> Iterator[Path]:
+    """A new folder in `folder`, so on the same disk, which is gone afterwards. It is this process' alone: others that
+    write the same file have their own, and what a process leaves that is killed, safetensors' own files of a moment
+    included, the next one sweeps that writes anything into `folder`."""
+    with suppress(OSError):
+        _sweep(folder)
+    with ExitStack() as held:
+        for last in (False, False, True):  # another process may take one for abandoned just as it is made
+            place = Path(mkdtemp(prefix=_PLACE, dir=folder))
+            if held.enter_context(_holding(place)) or last:
+                break
+            shutil.rmtree(place, ignore_errors=True)
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete the places of processes that are no more; where nothing can be held, those older than a day."""
+    for entry in [*os.scandir(folder)]:
+        if entry.name.startswith(_PLACE) and entry.is_dir(follow_symlinks=False):
+            with _holding(Path(entry)) as abandoned:
+                if abandoned or time.time() - entry.stat().st_mtime > _DAY:
+                    shutil.rmtree(entry, ignore_errors=True)
+
+
+@contextmanager
+def _holding(place: Path) -> Iterator[bool]:
+    """Whether `place` is there and can be held as one's own, which it then is while inside, or until the process ends,
+    however it does. False also where the system or the disk has no such locks."""
+    try:
+        handle = os.open(place, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = place.exists()
+        except (OSError, AttributeError):
+            held = False
+        yield held
+    finally:
+        os.close(handle)

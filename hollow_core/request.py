@@ -17,7 +17,16 @@ from .data.prompts import Subject, generic_prompt, personal_prompt
 from .errors import HollowError
 from .lora.metadata import recipe_for
 from .memory.setting import Setting
-from .models.base_model import decode_images, encode_images, encode_prompt, latent_mask, placed, told, visiting
+from .models.base_model import (
+    chunks_lacking,
+    decode_images,
+    encode_images,
+    encode_prompt,
+    latent_mask,
+    placed,
+    told,
+    visiting,
+)
 from .models.model import Model
 from .progress import Stop
 from .training.optimizer import optimizer_class
@@ -75,7 +84,7 @@ class Request:
     def subject_of(self, image: TrainingImage) -> Subject:
         """Whom a picture shows: as its folder says, else as is asked; without an identifier if none is asked."""
         own = image.subject or Subject(self.identifier, self.class_word)
-        return Subject(own.identifier if self.identifier.strip() else "", own.class_word or self.class_word)
+        return Subject(own.identifier if self.identifier.strip() else "", own.class_word or self.class_word).bare
 
     def personal_prompt(self, image: TrainingImage) -> str:
         """Its caption, or the usual sentence. Raises HollowError where the caption lacks the identifier, and where
@@ -183,6 +192,21 @@ class Request:
         return replace(
             self.setting, resolution=self.resolution, size=self.size, own_class_images=len(self.class_pictures)
         )
+
+
+def check_heard(model: Model, request: Request) -> None:
+    """Raises HollowError for a picture in whose caption the identifier is so far behind that no text encoder reads it:
+    both prompts would be the same, and nothing of the subject could be learned."""
+    for image in (*request.images, *request.held_out):
+        personal = request.personal_prompt(image)
+        generic = request.generic_prompt(personal)
+        if personal != generic and model.tokens(personal) == model.tokens(generic):
+            needed = chunks_lacking(model, personal)
+            raise HollowError(
+                f"The text encoder does not read as far as {request.subject_of(image).identifier!r} in the caption of "
+                f"{image.where}, so nothing of the subject could be learned. Move it to the front"
+                + (f", or take --prompt-chunks {needed}." if needed else ".")
+            )
 
 
 def make_examples(

@@ -14,7 +14,7 @@ from .lock import holding
 from .lora import file as lora_file
 from .lora.dialects import check_dora
 from .lora.file import Written
-from .lora.layers import ATTENTION
+from .lora.layers import ATTENTION, lora_paths
 from .lora.metadata import recipe_for
 from .memory.meter import Meter, free_bytes
 from .memory.planner import Planner
@@ -25,7 +25,7 @@ from .models.model import Model
 from .nets.network import Network, at_cut
 from .nets.residency import stream_middle
 from .progress import Progress, Stop, Stopped, Watch
-from .request import Request, low_examples, make_examples, patch_examples
+from .request import Request, check_heard, low_examples, make_examples, patch_examples
 from .sampling.prior import class_latents
 from .training.curve import save_losses
 from .training.place import STORE, place
@@ -104,9 +104,10 @@ def _walk(
     with meter.stage("encode"):
         model = load()
         check_cut(setting, model.network)
-        if training.dora:
-            check_dora(model.network.config)
+        check_lora(setting, model.network)
+        check_heard(model, request)
         schedule = model.schedule_for(setting.timestep_sampling, request.resolution)
+        schedule.check()
         torch.nn.Module.to(model.network.module, DTYPES[training.precision])  # without diffusers' advice
         told = partial(
             memory_told,
@@ -211,6 +212,14 @@ def _walk(
     if training.strategy == "selective" and result.stopped == "finished":
         save_schedule(folder / SCHEDULE_FILE, training.bp_low_probability, result.taken, len(schedule))
     return Outcome(file, result, store, meter, written)
+
+
+def check_lora(setting: Setting, network: Network) -> None:
+    """Raises HollowError where the LoRA would find no layer at its cut, or no file could hold it."""
+    training, left = setting.training, at_cut(network, setting.cut, None)
+    if training.dora:
+        check_dora(network.config)
+    lora_file.check_writable(lora_paths(left.module, training.targets, network.within), network.config)
 
 
 def check_cut(setting: Setting, network: Network) -> None:

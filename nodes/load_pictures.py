@@ -48,8 +48,8 @@ class HollowLoadPictures(io.ComfyNode):
                     "caption",
                     multiline=True,
                     default="a photo of a sks dog",
-                    tooltip="For pictures that have no text file of their own: rex.txt, or rex.caption, is the caption "
-                    "of rex.jpg.",
+                    tooltip="For pictures that have no text file of their own: rex.txt, rex.caption or rex.jpg.txt is "
+                    "the caption of rex.jpg, or metadata.jsonl has it.",
                 ),
                 io.Image.Input(
                     "images",

@@ -53,7 +53,7 @@ class HollowPrecompute(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=2**63 - 1,
+                    max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,  # left out, the front end would draw a new one, and precompute anew
                     tooltip="Of the noise in the records.",
                 ),

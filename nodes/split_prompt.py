@@ -1,5 +1,6 @@
 """Split Prompt: one text, the two prompts of the method."""
 
+import logging
 from typing import Any
 
 from comfy_api.v0_0_2 import io
@@ -47,7 +48,10 @@ class HollowSplitPrompt(io.ComfyNode):
     def execute(cls, clip: Any, text: str, identifier: str) -> io.NodeOutput:
         """Both prompts, encoded and as text."""
         from ..hollow_core.data.prompts import generic_prompt
-        from .host.conditioning import encode
+        from .host.conditioning import encode, same
 
         generic = generic_prompt(text, identifier)
-        return io.NodeOutput(encode(clip, text, identifier), encode(clip, generic, identifier), text, generic)
+        seen, base_sees = encode(clip, text, identifier), encode(clip, generic, identifier)
+        if text.split() != generic.split() and same(seen, base_sees):
+            logging.warning("Hollow: the text encoder does not read as far as %s in %r.", identifier, text)
+        return io.NodeOutput(seen, base_sees, text, generic)

@@ -89,7 +89,7 @@ class HollowTrainLoRA(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=2**63 - 1,
+                    max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,  # left out, the front end would draw a new one, and train anew
                     tooltip="Of the LoRA's start and the order of the records.",
                 ),

@@ -11,17 +11,25 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors import safe_open
 from tiny_pipelines import shallow_pipeline, tiny_pipeline
 from tiny_training import OutOfMemoryAt, same
 from tiny_training import content as tree
+from tiny_unets import make_shallow_unet
 
 from hollow_core.data.folders import check_outside
 from hollow_core.data.images import TrainingImage, load_images
 from hollow_core.errors import HollowError
+from hollow_core.files import read_safetensors, write_safetensors
+from hollow_core.lora import file as lora_file
+from hollow_core.lora.layers import add_lora, lora_state
+from hollow_core.lora.metadata import recipe_for
 from hollow_core.memory.setting import Setting
 from hollow_core.models.base_model import BaseModel, load
+from hollow_core.nets.unet import UNet
+from hollow_core.nets.unet_layers import check_config
 from hollow_core.progress import Progress
 from hollow_core.request import Request
 from hollow_core.road import Outcome, personalize
@@ -222,6 +230,52 @@ def test_class_pictures_of_another_model_are_not_taken(model_folder: Path, photo
     for base in (model_folder, tmp_path / "other"):  # both stay
         run(base)
         assert told == []
+
+
+def not_finite(path: Path) -> None:
+    """As versions that kept whatever was drawn left it."""
+    write_safetensors(path, {"latents": read_safetensors(path)[0]["latents"] * torch.nan})
+
+
+def of_another_shape(path: Path) -> None:
+    write_safetensors(path, {"latents": torch.zeros(1, 4, 8, 8)})
+
+
+def without_latents(path: Path) -> None:
+    write_safetensors(path, {"numbers": torch.zeros(3)})
+
+
+def one_bit_flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_class_pictures_that_are_damaged_are_named_and_drawn_again(
+    model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(model_folder)
+    made_by = model_id(model.network)
+
+    def run() -> list[torch.Tensor]:
+        return class_latents(model, [("a dog", (128, 128))] * 2, tmp_path, made_by=made_by, steps=1)
+
+    whole, damages = run(), (not_finite, of_another_shape, without_latents, one_bit_flipped, Path.touch)
+    for damage in damages:
+        caplog.clear()
+        damage(tmp_path / "class-00001.safetensors")
+        found = run()
+        assert all(torch.equal(*pair) for pair in zip(found, whole, strict=True)), damage
+        assert ("class-00001.safetensors is damaged. It is drawn again." in caplog.text) == (damage is not Path.touch)
+
+
+def test_class_pictures_that_are_not_finite_are_told_and_not_kept(model_folder: Path, tmp_path: Path) -> None:
+    model = load(model_folder)
+    model.unet.conv_out.bias.data.fill_(torch.nan)
+    said = r"class-00000\.safetensors, 'a dog', is not finite as the model draws it in float32\. Take another precision"
+    with pytest.raises(HollowError, match=said):
+        class_latents(model, [("a dog", (128, 128))], tmp_path, made_by="it", steps=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_class_pictures_drawn_together_are_what_each_would_be_alone(model_folder: Path, tmp_path: Path) -> None:
@@ -496,3 +550,50 @@ def test_a_picture_has_one_part_to_play(photos: Path) -> None:
             replace(ask(photos), **{part: images[1:2]}).check()
     with pytest.raises(HollowError, match="both of the class and held out"):
         replace(ask(photos, images=images[:1]), class_pictures=images[1:], held_out=images[2:]).check()
+
+
+def test_what_no_file_could_hold_is_refused_before_anything_is_made(
+    model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    def refusal(model: BaseModel, **training: Any) -> str:
+        request = ask(photos, class_images=1, training=TrainSettings(rank=2, steps=6, **training))
+        with pytest.raises(HollowError) as refused:
+            personalize(lambda: model, request, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        return str(refused.value)
+
+    model = load(model_folder)
+    assert "no layer 'attn3.to_q' to put a LoRA on" in refusal(model, targets=("attn3.to_q",))
+    zero_snr = DDPMScheduler(rescale_betas_zero_snr=True)
+    assert "zero terminal SNR cannot train on epsilon" in refusal(replace(model, scheduler=zero_snr))
+    # as another tool may leave a module behind, for which the config has no word
+    model.unet.up_blocks[-1].attentions[-1].add_module("to_q", torch.nn.Linear(8, 8))
+    said = "up_blocks.1.attentions.1.to_q is no layer of this U-Net by its config"
+    assert said in refusal(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"only_cross_attention": True},
+        {"layers_per_block": [1, 2]},
+        {"transformer_layers_per_block": [2, 1]},
+        {"resnet_time_scale_shift": "scale_shift"},
+        {"time_embedding_type": "fourier"},
+        {"time_embedding_act_fn": "silu", "timestep_post_act": "silu"},
+        {"conv_in_kernel": 5, "center_input_sample": True, "flip_sin_to_cos": False},
+        {"cross_attention_norm": "layer_norm"},
+    ],
+)
+def test_an_unusual_unet_that_is_let_through_goes_all_the_way(config: dict[str, Any], tmp_path: Path) -> None:
+    network = UNet(make_shallow_unet("sd15", **config))
+    check_config(network.config)
+    latents, prompt = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), network.inputs(16, 16)[1]
+    hollowed = network.hollow(1, [500])
+    found = hollowed.predict(latents, [500], prompt, network.base(1)(latents, [500], prompt))
+    torch.testing.assert_close(found, network.predict(latents, [500], prompt, {}))
+    add_lora(hollowed.module, 2, targets=network.targets.all, generator=torch.Generator())
+    file = tmp_path / "lora.safetensors"
+    recipe = recipe_for(1, "sks", "dog", "epsilon")
+    lora_file.save(file, lora_state(hollowed.module), network.config, alpha=2, layout="sd15", recipe=recipe)
+    assert lora_file.load(file, network.module).state.keys() == lora_state(hollowed.module).keys()

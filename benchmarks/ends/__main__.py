@@ -23,7 +23,7 @@ import torch
 from benchmarks import held_out
 from benchmarks.paper.figures import Figure, plain, signed
 from hollow_core.data import grid
-from hollow_core.data.images import open_picture
+from hollow_core.data.picture_file import open_picture
 from hollow_core.data.prompts import generic_prompt
 from hollow_core.demo import run, world
 from hollow_core.files import read_json, write_bytes, write_png

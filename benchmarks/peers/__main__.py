@@ -96,7 +96,7 @@ def versions(options: argparse.Namespace) -> dict[str, str]:
         asked = subprocess.run([options.python, "-c", ask, package], capture_output=True, text=True)
         found[package] = asked.stdout.strip() or "none"
     written = options.comfyui / "comfyui_version.py"
-    number = re.search(r'__version__ = "(.+)"', written.read_text()) if written.exists() else None
+    number = re.search(r'__version__ = "(.+)"', written.read_text(encoding="utf-8")) if written.exists() else None
     return found | {"ComfyUI": number[1] if number else "none"}
 
 

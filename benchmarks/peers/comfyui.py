@@ -35,7 +35,7 @@ def in_comfyui(
     url = f"http://127.0.0.1:{port}"
     before = gpu_bytes()
     with process(command + ([] if GPU else ON_CPU), options.comfyui, log) as running:
-        watched(running, lambda: "To see the GUI" in log.read_text(), log, before)
+        watched(running, lambda: "To see the GUI" in log.read_text(encoding="utf-8", errors="replace"), log, before)
         asked = queue(url, graph(options, steps))
 
         def done() -> bool:

@@ -45,7 +45,7 @@ def run(command: list[Any], cwd: Path, log: Path, done: Callable[[], bool]) -> C
 def process(command: list[Any], cwd: Path, log: Path) -> Iterator[psutil.Popen]:
     """One that writes to `log`, and has ended afterwards."""
     environment = os.environ | ({} if GPU else {"OMP_NUM_THREADS": "1"}) | {"HF_HUB_OFFLINE": "1"}
-    with log.open("w") as written:
+    with log.open("w", encoding="utf-8") as written:
         running = psutil.Popen(list(map(str, command)), cwd=cwd, env=environment, stdout=written, stderr=written)
     try:
         yield running
@@ -64,7 +64,9 @@ def watched(running: psutil.Popen, done: Callable[[], bool], log: Path, before: 
         if finished:
             break
         if ended:
-            *_, last = [line for line in log.read_text().splitlines() if line.strip()] or ["nothing"]
+            *_, last = [
+                line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+            ] or ["nothing"]
             raise HollowError(f"It ended and said: {last.strip().rstrip('.')}.")
         time.sleep(POLL)
     seconds = time.monotonic() - begun if GPU else sum(running.cpu_times()[:4])  # children's, too

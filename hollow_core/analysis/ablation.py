@@ -89,10 +89,12 @@ def grid(ablation: Ablation, prompt: str) -> Image.Image:
     return sheet
 
 
-def _without(lora: LoraFile, block: Block) -> LoraFile:
+def _without(lora: LoraFile, block: Block) -> LoraFile | None:
+    """None where nothing is left."""
     if is_dora(lora.state):  # whose magnitudes go with the matrices
         gone = {key for key in lora.state if inside(key.rsplit(".lora_", 1)[0], block)}
-        return lora._replace(state={key: each for key, each in lora.state.items() if key not in gone})
+        left = {key: each for key, each in lora.state.items() if key not in gone}
+        return lora._replace(state=left) if left else None
     off = dict.fromkeys(block.modules, 0.0)
     state = {
         key: matrix * factor_of(key.rsplit(".lora_", 1)[0], off) if key.endswith("lora_B.weight") else matrix

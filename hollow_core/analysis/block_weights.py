@@ -15,7 +15,7 @@ import torch
 from ..errors import HollowError
 from ..lora.delta import LoraLayer
 from ..lora.dialects import called_in
-from ..lora.file import Written, config_of, kind_of, read, write_dialect
+from ..lora.file import Written, config_of, kind_of, read_whole, write_dialect
 from ..lora.metadata import describe_converted
 from ..nets.families import family_in
 from ..nets.unet_layers import Config, layers
@@ -95,16 +95,20 @@ def scale(lora: Mapping[str, LoraLayer], factors: Mapping[str, float]) -> dict[s
 
 
 def scale_file(
-    source: Path, target: Path, text: str, *, config: Config | None = None, dtype: torch.dtype = torch.float16
+    source: Path,
+    target: Path,
+    text: str,
+    *,
+    config: Config | None = None,
+    unet_only: bool = False,
+    dtype: torch.dtype = torch.float16,
 ) -> Written:
     """Write the LoRA of a file, scaled as `text` says, in the dialect and with the metadata that it has.
 
-    `config` is the network's, needed where it is that of no public model. Raises HollowError as `read`,
-    `parse_block_weights`, `scale` and `write_dialect` do, and where the file holds more than LoRA.
+    `unet_only` leaves out what is for text encoders, and embeddings. `config` is the network's, needed where it is that
+    of no public model. Raises HollowError as `read_whole`, `parse_block_weights`, `scale` and `write_dialect` do.
     """
-    lora, metadata = read(source, config)
-    if lora.left_out:
-        raise HollowError(f"{source} holds {lora.left_out[0]}, which is no LoRA and would be lost. Scale one without.")
+    lora, metadata = read_whole(source, config, unet_only=unet_only)
     config = config or config_of(metadata, lora.shapes)
     factors = parse_block_weights(text, config)
     scaled = lora._replace(layers=scale(lora.layers, factors), text=scale(lora.text, factors))

@@ -22,9 +22,9 @@ class Change(NamedTuple):
     total: float
     """Σ|w - w'|."""
     squares: tuple[float, ...]
-    """By rank, from the largest: the squared singular values of ΔW, added up over the modules."""
+    """By rank, from the largest: the squared singular values of ΔW, added up over the modules that have LoRA."""
     squared: float
-    """‖ΔW‖², Frobenius; the sum of `squares` unless there are DoRA's magnitudes."""
+    """‖ΔW‖², Frobenius; the sum of `squares` unless there are DoRA's magnitudes or full differences."""
     base_squared: float | None
     """‖W‖² of the same weights; None without a base model."""
 
@@ -55,7 +55,7 @@ def measure(layer: LoraLayer, weight: Tensor | None = None) -> Change:
 
     ΔW exists in blocks of rows only. Its singular values are those of the product of two small triangular
     factors, B = Q₁R₁ and Aᵀ = Q₂R₂ so that ‖BA‖ = ‖R₁R₂ᵀ‖. With DoRA's magnitudes the change is that of the whole
-    weight, m·(W + BA)/‖W + BA‖ - W, for which `weight` is needed; without it, it is that of BA alone.
+    weight, m·(W + BA)/‖W + BA‖ - W, by outputs or inputs, for which `weight` is needed; without it, that of BA alone.
     Raises HollowError for a weight of another size.
     """
     up, down = layer.up.flatten(1).float(), layer.down.flatten(1).float()
@@ -67,26 +67,45 @@ def measure(layer: LoraLayer, weight: Tensor | None = None) -> Change:
     whole = layer.dora_scale is not None and weight is not None
     total, squared, base_squared = 0.0, 0.0, 0.0
     base = None if weight is None else weight.reshape(len(up), -1)
+    factors = None if base is None or layer.dora_scale is None else _magnifications(layer, base)
     for rows in _row_blocks(len(up), down.shape[1]):
         difference = layer.scale * up[rows] @ down
         if base is not None:
             of_base = base[rows].float()
             base_squared += of_base.square().sum().item()
-            if layer.dora_scale is not None:
-                moved = of_base + difference
-                magnitude = layer.dora_scale.flatten()[rows, None].float()
-                difference = magnitude * moved / moved.norm(dim=1, keepdim=True) - of_base
+            if factors is not None:
+                factor = factors if layer.by_input else factors[rows]
+                difference = factor * (of_base + difference) - of_base
         if whole:
             squared += difference.square().sum().item()
         total += difference.abs_().sum().item()  # pairwise, as `sum` adds up, where `norm` would lose digits
-    factors = [torch.linalg.qr(matrix, mode="r").R for matrix in (up, down.T)]
-    squares = (layer.scale * torch.linalg.svdvals(factors[0] @ factors[1].T)).double().square().tolist()
+    left, right = (torch.linalg.qr(matrix, mode="r").R for matrix in (up, down.T))
+    squares = (layer.scale * torch.linalg.svdvals(left @ right.T)).double().square().tolist()
     return Change(
         weights=len(up) * down.shape[1],
         total=total,
         squares=tuple(squares),
         squared=squared if whole else sum(squares),
         base_squared=None if weight is None else base_squared,
+    )
+
+
+@torch.no_grad()
+def measure_difference(difference: Tensor, weight: Tensor | None = None) -> Change:
+    """The change of one module whose ΔW stands in the file as it is, without ranks; `weight` as in `measure`, whose
+    size it must have, or HollowError is raised."""
+    if weight is not None and weight.numel() != difference.numel():
+        raise HollowError(
+            f"The file changes {difference.numel()} weights, the model has {tuple(weight.shape)} there. Give the model "
+            "that it was made for."
+        )
+    difference = difference.float()
+    return Change(
+        weights=difference.numel(),
+        total=difference.abs().sum().item(),
+        squares=(),
+        squared=difference.square().sum().item(),
+        base_squared=None if weight is None else weight.float().square().sum().item(),
     )
 
 
@@ -105,6 +124,21 @@ def together(changes: Iterable[Change]) -> Change | None:
         squared=sum(change.squared for change in changes),
         base_squared=sum(bases) if len(bases) == len(changes) else None,
     )
+
+
+def _magnifications(layer: LoraLayer, base: Tensor) -> Tensor:
+    """m / ‖W + ΔW‖ of a DoRA: (out, 1), or (1, in · kernel) of one by inputs."""
+    assert layer.dora_scale is not None
+    up, down = layer.up.flatten(1).float(), layer.down.flatten(1).float()
+    of_rows, of_columns = [], torch.zeros(down.shape[1])
+    for rows in _row_blocks(len(up), down.shape[1]):
+        squares = (base[rows].float() + layer.scale * up[rows] @ down).square()
+        of_rows.append(squares.sum(1))
+        of_columns += squares.sum(0)
+    into = layer.down.shape[1]
+    squared = of_columns.view(into, -1).sum(1) if layer.by_input else torch.cat(of_rows)
+    factors = layer.dora_scale.flatten().float() / squared.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return factors.repeat_interleave(down.shape[1] // into)[None] if layer.by_input else factors[:, None]
 
 
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:

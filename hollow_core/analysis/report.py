@@ -1,16 +1,19 @@
 """What is in a LoRA, or in several: by module, by block, by projection; and what looks wrong."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, pstdev
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ..errors import HollowError
 from ..lora.delta import LoraLayer
-from ..lora.dialects import called_in
-from ..lora.file import config_of, read, recipe_of
+from ..lora.dialects import called_in, differences_in
+from ..lora.file import config_of, differences, read, recipe_of
+from ..lora.keys import in_words, of_text
 from ..models.base_model import outline
 from ..nets.families import family_in
 from ..nets.network import Cut
@@ -18,7 +21,7 @@ from ..nets.unet_layers import Config, Layer
 from .base_weights import BaseWeights, base_weights
 from .block_weights import without
 from .blocks import Block, blocks, cuts, hollowed
-from .change import Change, measure, together
+from .change import Change, measure, measure_difference, together
 
 SMALL_SHARE = 0.1  # of all change: what a suggested cut may leave out
 USUAL_SCALE = (1 / 256, 2.0)  # alpha / rank: kohya's alpha 1 at rank 256, and twice the rank
@@ -50,6 +53,23 @@ class Analysis:
     """How much was hollowed when it was trained; None where nothing was, or where the file does not tell."""
     text_layers: int = 0
     """How many layers of text encoders the file has beside; they are not measured."""
+    differences: int = 0
+    """How many modules have the full difference of their weight in place of a LoRA, and are measured by that."""
+    not_measured: Sequence[str] = ()
+    """Keys of what else the file changes in the network: norms and biases, for example."""
+
+    @property
+    def besides(self) -> str:
+        """What the file changes beside its LoRA, in sentences; "" for nothing."""
+        said = []
+        if self.differences:
+            said.append(f"It holds full differences of {self.differences} weights, too, which are counted.")
+        if self.not_measured:
+            key = self.not_measured[0]
+            what = f"{key}, {known}" if (known := in_words(key)) else key
+            more = f", and {len(self.not_measured) - 1} more" if len(self.not_measured) > 1 else ""
+            said.append(f"It also holds {what}{more}, which no figure here counts: they may be most of what it does.")
+        return " ".join(said)
 
     def block(self, block: Block | Layer) -> Change | None:
         """Of one block; None where it has no LoRA."""
@@ -84,6 +104,9 @@ class Analysis:
             "name": self.name,
             "cut": self.cut,
             "text_layers": self.text_layers,
+            "besides": self.besides,
+            "differences": self.differences,
+            "not_measured": list(self.not_measured),
             "whole": _row(whole),
             "kept_by_rank": {rank: round(whole.kept(rank), 4) for rank in [*ranks, len(whole.squares)]},
             "blocks": [
@@ -114,12 +137,14 @@ def analyze(
     cut: Cut | None = None,
     base: BaseWeights | None = None,
     text_layers: int = 0,
+    differences: Iterable[tuple[str, Tensor]] = (),
+    not_measured: Sequence[str] = (),
     progress: Callable[[int, int], object] | None = None,
 ) -> Analysis:
     """Measure every module of a LoRA on a network with this config; `base` gives the relative change, too.
 
-    `cut` and `text_layers` are only noted. Raises HollowError for a LoRA of which no module belongs to this U-Net, and
-    for one without a finite number.
+    `differences` are (module, ΔW) of further modules; `cut`, `text_layers` and `not_measured` are only noted. Raises
+    HollowError for a LoRA of which no module belongs to this U-Net, and for one without a finite number.
     """
     known = blocks(config)
     if not any(inside(module, block) for module in lora for block in known):
@@ -131,38 +156,77 @@ def analyze(
         if progress is not None:
             progress(number, len(lora))
     described = {module: (len(layer.down), layer.alpha) for module, layer in lora.items()}
-    analysis = Analysis(name, config, described, changes, _flags(lora, changes, base is not None), cut, text_layers)
+    flags = _flags(lora, changes, base is not None)
+    counted = 0
+    for module, difference in differences:
+        if module in lora:
+            flags.append(Flag(module, "has a full difference beside its LoRA, which is not measured"))
+        elif difference.double().norm().item() < LARGEST:
+            changes[module] = measure_difference(difference, None if base is None else base(module))
+            counted += 1
+        else:
+            flags.append(Flag(module, "holds NaN, infinity or the like"))
+    analysis = Analysis(name, config, described, changes, flags, cut, text_layers, counted, not_measured)
     analysis.whole()
     return analysis
 
 
-def analyze_files(
-    paths: Sequence[Path], model: Path | None = None, progress: Callable[[int, int], object] | None = None
-) -> list[Analysis]:
-    """Analyze LoRA files of any dialect, all for one kind of network; with the base `model` (a .safetensors checkpoint
-    or a diffusers folder) in relation to its weights, too.
+def analyze_file(
+    path: Path,
+    config: Config | None = None,
+    *,
+    name: str | None = None,
+    base: BaseWeights | None = None,
+    unet_only: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> Analysis:
+    """`analyze` of a LoRA file of any dialect, with the full differences of weights that it may hold besides.
 
-    Raises HollowError as `lora.file.read` and `analyze` do, and for files of different kinds of networks.
+    `config` is the network's; None takes that of the public model of which the file tells. `unet_only` leaves out what
+    is for text encoders. Raises HollowError as `lora.file.read`, `lora.file.differences` and `analyze` do.
+    """
+    lora, metadata = read(path, config, unet_only=unet_only)
+    config = config or config_of(metadata, lora.shapes)
+    recipe, full = recipe_of(metadata), differences_in(lora.left_out, config)
+    return analyze(
+        name or path.stem,
+        lora.layers,
+        config,
+        cut=None if recipe is None else recipe.cut,
+        base=base,
+        text_layers=len(lora.text),
+        differences=differences(path, full, config),
+        not_measured=[key for key in lora.left_out if key not in full and not of_text(key)],
+        progress=progress,
+    )
+
+
+def analyze_files(
+    paths: Sequence[Path],
+    model: Path | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    *,
+    unet_only: bool = False,
+) -> list[Analysis]:
+    """`analyze_file` of several, all for one kind of network; with the base `model` (a .safetensors checkpoint or a
+    diffusers folder) in relation to its weights, too.
+
+    Raises HollowError as `analyze_file` does, and for files of different kinds of networks.
     """
     config = None if model is None else outline(str(model)).network.config
+    base = None if model is None or config is None else base_weights(model, config)
     analyses: list[Analysis] = []
     for number, path in enumerate(paths):
-        lora, metadata = read(path, config)
-        own = config or config_of(metadata, lora.shapes)
-        if analyses and own != analyses[0].config:
-            raise HollowError(f"{path} is for another base model than {paths[0]}. Analyze them one by one.")
-        recipe = recipe_of(metadata)
 
         def report(done: int, of: int, before: int = number) -> None:
             if progress is not None:  # in hundredths of a file
                 progress(100 * before + 100 * done // of, 100 * len(paths))
 
-        base = None if model is None else base_weights(model, own)
-        cut = None if recipe is None else recipe.cut
         name = path.name if [each.name for each in paths].count(path.name) == 1 else f"{path.parent.name}/{path.name}"
-        analyses.append(
-            analyze(name, lora.layers, own, cut=cut, base=base, text_layers=len(lora.text), progress=report)
-        )
+        analysis = analyze_file(path, config, name=name, base=base, unet_only=unet_only, progress=report)
+        if analyses and analysis.config != analyses[0].config:
+            raise HollowError(f"{path} is for another base model than {paths[0]}. Analyze them one by one.")
+        analyses.append(analysis)
     return analyses
 
 

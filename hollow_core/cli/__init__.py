@@ -5,6 +5,7 @@ from rich.text import Text
 from ..errors import HollowError
 from . import analyze, benchmark, compare, convert, demo, evaluate, plan, sample, scale, train
 from .app import app, console
+from .encoding import spell_out_signs
 
 __all__ = [
     "analyze",
@@ -23,6 +24,7 @@ __all__ = [
 
 def main() -> None:
     """Run the command; a HollowError is one sentence on stderr and exit status 1."""
+    spell_out_signs()
     try:
         app()
     except HollowError as error:

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -14,8 +14,11 @@ from rich.text import Text
 from ..errors import HollowError
 from ..progress import Progress
 from .app import app, console
-from .options import Json, Precision, device_of, load_model
+from .options import Json, Precision, UnetOnly, device_of, load_model
 from .watch import quiet, watching
+
+if TYPE_CHECKING:
+    from ..sampling.sample import SampleSettings
 
 
 @app.command()
@@ -26,6 +29,7 @@ def analyze(
     share: Annotated[float, typer.Option(help="How much of the change a recommended cut may leave out, from 0 to 1.")] = 0.1,
     ablate: Annotated[Path | None, typer.Option(help="Draw --prompt with each block switched off in turn into this .png; needs --model and one file.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Of --ablate, with the identifier.")] = None,
+    unet_only: UnetOnly = False,
     seed: Annotated[int, typer.Option(help="Of --ablate.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps of --ablate.")] = 30,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance of --ablate.")] = 7.5,
@@ -39,21 +43,30 @@ def analyze(
     from ..analysis.picture import picture
     from ..analysis.report import analyze_files
     from ..files import write_png
+    from ..sampling.sample import SampleSettings
+    from ..seeds import check_seed
 
+    settings = SampleSettings(steps, guidance)
+    check_seed(seed)
     for path in (out, ablate):
         if path is not None and path.suffix.lower() != ".png":
             raise HollowError(f"The name {path.name!r} does not end in .png. Choose one that does.")
     if ablate is not None and (model is None or prompt is None or len(files) != 1):
         raise HollowError("To ablate takes one file, its --model and a --prompt. Give all of them.")
     with watching() as watch:
-        analyses = analyze_files(files, model, lambda done, of: watch("analyze", Progress(done, of, 0.0)))
+        analyses = analyze_files(
+            files, model, lambda done, of: watch("analyze", Progress(done, of, 0.0)), unet_only=unet_only
+        )
+    for analysis in analyses:
+        if analysis.besides:
+            _say(f"{analysis.name}: {analysis.besides}", "yellow")
     console.print("Which cut, and what it would save, by a dry run …")
     result = figures(analyses, share, None if model is None else str(model))
     if out is not None:
         write_png(out, picture(analyses, share))
         result["chart"] = str(out)
     if ablate is not None and model is not None and prompt is not None:
-        result["influence"] = _ablate(files[0], model, prompt, seed, steps, guidance, precision, device, ablate)
+        result["influence"] = _ablate(files[0], model, prompt, unet_only, seed, settings, precision, device, ablate)
     if as_json:
         print(json.dumps(result, indent=1))
         return
@@ -76,9 +89,9 @@ def _ablate(
     file: Path,
     model: Path,
     prompt: str,
+    unet_only: bool,
     seed: int,
-    steps: int,
-    guidance: float,
+    settings: "SampleSettings",
     precision: Precision,
     device: str | None,
     out: Path,
@@ -87,17 +100,16 @@ def _ablate(
     from ..analysis.ablation import ablate, grid
     from ..files import write_png
     from ..lora import file as lora_file
-    from ..sampling.sample import SampleSettings
 
     base = load_model(model, precision, None)
-    lora = lora_file.load(file, base.network.module)
+    lora = lora_file.load(file, base.network.module, unet_only=unet_only)
     with watching() as watch:
         done = ablate(
             base,
             lora,
             prompt,
             seed,
-            SampleSettings(steps, guidance),
+            settings,
             device=device_of(device),
             progress=lambda number, of: watch("ablate", Progress(number, of, 0.0)),
         )

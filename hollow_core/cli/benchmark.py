@@ -34,12 +34,12 @@ def benchmark(
     out: Annotated[Path, typer.Option(help="Folder for everything; the same command goes on there.")] = Path("hollow-benchmark"),
     method: Annotated[list[str] | None, typer.Option(help="lora-r128, hollowed-k3-r128 and the like; may be given several times. (default: lora-r128, lora-r1, hollowed-k3-r128)")] = None,
     subject: Annotated[list[str] | None, typer.Option(help="A subject's name; may be given several times. (default: all)")] = None,
-    seeds: Annotated[int, typer.Option(help="Trainings of each subject by each method, with the seeds 0, 1, ….")] = 4,
-    images: Annotated[int, typer.Option(help="Pictures a prompt.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each subject by each method, with the seeds 0, 1, ….")] = 4,
+    images: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
     learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-4,
     samples: Annotated[int, typer.Option(help="Records to precompute.")] = 1000,
-    class_images: Annotated[int, typer.Option(help="Pictures of each class for prior preservation; 0 does without.")] = 1000,
+    class_images: Annotated[int, typer.Option(min=0, help="Pictures of each class for prior preservation; 0 does without.")] = 1000,
     resolution: Annotated[int | None, typer.Option(help="Side of the square pictures in pixels. (default: the model's own)")] = None,
     precision: Annotated[Precision, typer.Option(help="Of the base model and the arithmetic.")] = Precision.fp32,
     sampling_steps: Annotated[int, typer.Option(help="Denoising steps of a picture.")] = 50,
@@ -64,11 +64,6 @@ def benchmark(
     from ..sampling.sample import SampleSettings
     from ..training.settings import TrainSettings
 
-    state = PartialState(cpu=device_of(device) == "cpu")
-    to = device_of(device) if state.num_processes == 1 else str(state.device)
-    methods = [bench.Method.parse(name) for name in dict.fromkeys(method or bench.TABLE_1)]
-    subjects = load_subjects(dataset.value, data, subject or ())
-    judge = scores.load(dino or scores.DINO, clip or scores.CLIP)
     protocol = bench.Protocol(
         images=images,
         resolution=resolution,
@@ -77,6 +72,11 @@ def benchmark(
         training=TrainSettings(steps=steps, learning_rate=learning_rate, precision=precision.value, save_every=100),
         sampling=SampleSettings(steps=sampling_steps, guidance=guidance),
     )
+    state = PartialState(cpu=device_of(device) == "cpu")
+    to = device_of(device) if state.num_processes == 1 else str(state.device)
+    methods = [bench.Method.parse(name) for name in dict.fromkeys(method or bench.TABLE_1)]
+    subjects = load_subjects(dataset.value, data, subject or ())
+    judge = scores.load(dino or scores.DINO, clip or scores.CLIP)
     if state.is_main_process:
         bench.check_protocol(out, protocol, model=model.resolve().name, dataset=dataset.value, scorers=judge.digest)
     jobs = bench.make_jobs(out, methods, range(seeds), subjects)

@@ -36,7 +36,9 @@ def page(
     import torch
 
     from ..evaluation.ab_page import find_pairs, write_page
+    from ..seeds import check_seed
 
+    check_seed(seed)
     pairs = find_pairs(a, b, references, prompts, identifier)
     names = (a.name, b.name) if a.name != b.name else (str(a), str(b))
     key = write_page(out, pairs, names, torch.Generator().manual_seed(seed), tasks)

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from .app import app, console
-from .options import Json, Precision
+from .options import Json, Precision, UnetOnly
 from .watch import quiet
 
 
@@ -28,6 +28,7 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, overwritten if there; for peft a folder.")],
     to: Annotated[Dialect | None, typer.Option(help="(default: kohya, which A1111, Forge, ComfyUI, InvokeAI and diffusers read alike; for a transformer what ComfyUI and diffusers both read)")] = None,
     zero_pad: Annotated[bool, typer.Option(help="Write zeros for the blocks that have no LoRA, for tools that count blocks in order.")] = False,
+    unet_only: UnetOnly = False,
     dtype: Annotated[Precision, typer.Option(help="Of the numbers in the file.")] = Precision.fp16,
     model: Annotated[str | None, typer.Option(help="The base model: a diffusers folder or a checkpoint. (default: the public model that the LoRA tells of)")] = None,
     as_json: Json = False,
@@ -35,7 +36,7 @@ def convert(
     """Write a LoRA file in another tool's dialect, and read it back to see that every key is matched.
 
     The metadata come along, without paths of the disk where it was made. LoRA on text encoders comes along, too, but
-    for peft, whose files are for one model.
+    for peft, whose files are for one model, and with --unet-only.
     """
     quiet()
     from ..lora import file as lora_file
@@ -44,7 +45,13 @@ def convert(
 
     config = None if model is None else outline(model).network.config
     written = lora_file.convert(
-        source, target, to and to.value, config=config, zero_pad=zero_pad, dtype=DTYPES[dtype.value]
+        source,
+        target,
+        to and to.value,
+        config=config,
+        unet_only=unet_only,
+        zero_pad=zero_pad,
+        dtype=DTYPES[dtype.value],
     )
     if as_json:
         print(json.dumps(written._asdict() | {"path": str(written.path)}))

@@ -31,7 +31,8 @@ def evaluate(
     """Score pictures as the paper does: DINO and CLIP-I for the subject, CLIP-T for the prompt."""
     quiet()
     from ..data.folders import check_outside
-    from ..data.images import open_picture, picture_paths
+    from ..data.images import picture_paths
+    from ..data.picture_file import open_picture
     from ..data.prompts import generic_prompt
     from ..evaluation import scores
     from ..evaluation.score_grid import score_grid

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .app import console, say
+from .app import say
 from .options import cut_as_option
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def chosen(
     if going_on or named == set(LEVERS.values()):
         check_fits(planner(), setting, room, planner().road, going_on=going_on)
         return setting, None
-    with console.status("Looking for what fits"):
-        fit = choose(planner(), room - spare, setting, named=named, precisions=precisions_for(at, setting))
+    say("Looking for what fits …")
+    fit = choose(planner(), room - spare, setting, named=named, precisions=precisions_for(at, setting))
     prediction = fit.prediction
     sentence = f"Chosen: {prediction.setting}. Given up: {', '.join(fit.gave_up) or 'nothing'}."
     say(sentence)

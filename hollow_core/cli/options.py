@@ -208,6 +208,9 @@ Together = Annotated[
         rich_help_panel=MEMORY,
     ),
 ]
+UnetOnly = Annotated[
+    bool, typer.Option(help="Leave out what the file has for text encoders, and embeddings.", show_default="off")
+]
 PredictionType = Annotated[
     Prediction | None,
     typer.Option(
@@ -278,14 +281,17 @@ def setting_of(
     )
 
 
-def load_model(path: Path, precision: str, prediction_type: Prediction | None) -> Any:
+def load_model(path: Path, precision: str, prediction_type: Prediction | None, prompt_chunks: int = 1) -> Any:
     """`load`, as the options say."""
-    from ..models.base_model import load
+    from ..models.base_model import load, read_in_chunks
     from ..training.settings import DTYPES
 
-    return load(
+    model = load(
         path, DTYPES[Precision(precision).value], prediction_type=prediction_type.value if prediction_type else None
     )
+    if prompt_chunks != 1:
+        read_in_chunks(model, prompt_chunks)
+    return model
 
 
 def cut_of(asked: str, network: "Network") -> "Cut | None":

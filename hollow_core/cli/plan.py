@@ -106,7 +106,7 @@ def plan(
     lora_precision: LoraPrecisionOption = LoraPrecision.fp32,
     batch: Annotated[int, typer.Option(help="Records a step.", rich_help_panel=TRAINING)] = 1,
     samples: Annotated[int, typer.Option(help="Records to precompute.", rich_help_panel=TRAINING)] = 200,
-    class_images: Annotated[int, typer.Option(help="Pictures of the class that the base model draws; 0 does without.", rich_help_panel=TRAINING)] = 0,
+    class_images: Annotated[int, typer.Option(min=0, help="Pictures of the class that the base model draws; 0 does without.", rich_help_panel=TRAINING)] = 0,
     optimizer: Optimizer = OptimizerKind.adamw,
     budget: Annotated[str | None, typer.Option(help="Free memory, such as 4GB: pick the least hollowing and the fastest settings that fit. (default: none, a table of all)", rich_help_panel=MEMORY)] = None,
     cut: Annotated[list[str] | None, typer.Option(help=f"{CUT} -1 is an ordinary LoRA on all of it. (default: all that `hollow cuts` shows and that leave enough to train)", rich_help_panel=MEMORY)] = None,

@@ -4,11 +4,12 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from glob import glob, has_magic
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,6 +33,10 @@ from .options import (
 )
 from .watch import quiet, watching
 
+if TYPE_CHECKING:
+    from ..lora.file import LoraFile
+    from ..models.model import Model
+
 
 @app.command()
 def sample(
@@ -45,10 +50,12 @@ def sample(
     refresh: Annotated[int, typer.Option(help="Run the base path every n-th step only: faster, and a little less exact.", rich_help_panel=LORA)] = 1,
     generic: Annotated[str | None, typer.Option(help="The prompt of the base path. (default: the prompt without the identifier)", rich_help_panel=LORA)] = None,
     single_path: Annotated[bool, typer.Option(help="Use the file as an ordinary LoRA, as other tools do.", rich_help_panel=LORA)] = False,
+    unet_only: Annotated[bool, typer.Option(help="Leave out what the file has for text encoders, and embeddings.", show_default="off", rich_help_panel=LORA)] = False,
     # pictures
     negative: Annotated[str, typer.Option(help="The negative prompt.", show_default="none", rich_help_panel=PICTURES)] = "",
-    images: Annotated[int, typer.Option(help="Pictures a prompt.", rich_help_panel=PICTURES)] = 1,
-    seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count up.", rich_help_panel=PICTURES)] = 0,
+    prompt_chunks: Annotated[int, typer.Option(min=1, help="Of a U-Net: in how many chunks of 75 tokens, one by one, prompts are read, as ComfyUI and A1111 read long ones. What is behind them is not read.", rich_help_panel=PICTURES)] = 1,
+    images: Annotated[int, typer.Option(min=1, help="Pictures a prompt.", rich_help_panel=PICTURES)] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first picture, from 0 to 2^64 - 1; the next ones count up.", rich_help_panel=PICTURES)] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=PICTURES)] = 30,
     guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance, 1 for none, or what a distilled model is told of it. (default: 7.5, or the transformer's usual one)", rich_help_panel=PICTURES)] = None,
     width: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)", rich_help_panel=PICTURES)] = None,
@@ -74,19 +81,22 @@ def sample(
     from ..lora import file as lora_file
     from ..models.base_model import keep_small
     from ..sampling.sample import SampleSettings, encode, portions
+    from ..seeds import counted_up
 
+    settings = SampleSettings(steps, guidance, negative, strength, refresh, together=together)
+    seeds = counted_up(seed, images) * len(prompt)
     named = lora_files([*lora, *(more_loras or [])])
     to = device_of(device)
     _check_one_path(model, refresh, generic)
-    base = load_model(model, precision, prediction_type)
-    size = (height or base.resolution, width or base.resolution)
-    settings = SampleSettings(steps, guidance, negative, strength, refresh, size, together)
+    base = load_model(model, precision, prediction_type, prompt_chunks)
+    size = (base.resolution if height is None else height, base.resolution if width is None else width)
+    settings = replace(settings, size=size)
     loras = {
-        name: lora_file.load(file, base.network.module) for name, file in named.items()
+        name: lora_file.load(file, base.network.module, unet_only=unet_only) for name, file in named.items()
     }  # refuses before any is drawn
+    _warn_of_unheard(base, prompt, list(loras.values()))
     keep_small(base, to, base_bits=bits_of(base_bits), streaming=stream, tiled_vae=tiled_vae)
     prompts = [text for text in prompt for _ in range(images)]
-    seeds = [seed + number for _ in prompt for number in range(images)]
     titles = [f"{text}\nseed {number}" for text, number in zip(prompts, seeds, strict=True)]
     generics = None if generic is None else [generic] * len(prompts)
     written: list[dict[str, Any]] = []
@@ -122,6 +132,18 @@ def _check_one_path(model: Path, refresh: int, generic: str | None) -> None:
     for option in ("--refresh" if refresh != 1 else None, "--generic" if generic is not None else None):
         if family is not None and option is not None:
             raise HollowError(f"{family.title} draws on one path, which has no {option}. Leave it out.")
+
+
+def _warn_of_unheard(base: "Model", prompts: Sequence[str], loras: Sequence["LoraFile"]) -> None:
+    from ..models.base_model import chunks_lacking
+    from ..sampling.sample import unheard
+
+    for prompt in dict.fromkeys(text for lora in loras for text in unheard(base, prompts, lora)):
+        needed = chunks_lacking(base, prompt)
+        say(
+            f"The text encoder does not read as far as the identifier in {prompt[:40]!r} …, so the subject may not be "
+            "drawn. Move it to the front" + (f", or take --prompt-chunks {needed}." if needed else ".")
+        )
 
 
 def lora_files(asked: Sequence[Path]) -> dict[str, Path]:

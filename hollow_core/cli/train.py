@@ -52,7 +52,7 @@ from .options import (
     load_model,
     setting_of,
 )
-from .pictures import show_sizes, write_crops
+from .pictures import show_sizes, show_unread, write_crops
 from .plan import tables
 from .tracking import check_tensorboard, tracking
 from .watch import quiet, stopping, watching
@@ -66,7 +66,7 @@ def train(
     ctx: typer.Context,
     model: ModelPath,
     # pictures
-    images: Annotated[Path, typer.Option(help="Folder with four or five pictures of the subject, or with folders as kohya's trainer has them: 10_sks dog. NAME.txt or NAME.caption beside NAME.png is its caption, NAME-mask.png its mask: black is not learned.", rich_help_panel=PICTURES)],
+    images: Annotated[Path, typer.Option(help="Folder with four or five pictures of the subject, or with folders as kohya's trainer has them: 10_sks dog. NAME.txt, NAME.caption or NAME.png.txt beside NAME.png is its caption, or metadata.jsonl has it; NAME-mask.png is its mask: black is not learned.", rich_help_panel=PICTURES)],
     resolution: Annotated[int | None, typer.Option(help="In pixels: pictures keep about their shape, at the size in steps of 64 pixels, and with about the area of this number squared, that cuts off least. (default: the model's own)", rich_help_panel=PICTURES)] = None,
     square: Annotated[bool, typer.Option("--square", show_default="off", help="Crop pictures to squares of the resolution.", rich_help_panel=PICTURES)] = False,
     patches: Patches = None,
@@ -82,6 +82,7 @@ def train(
     caption_dropout: Annotated[float, typer.Option(help="Share of the records, from 0 to 1, that are learned without a caption.", rich_help_panel=PROMPTS)] = 0.0,
     shuffle_tags: Annotated[bool, typer.Option("--shuffle-tags", show_default="off", help="Bring the tags of a caption, the words between commas, in a new order for each record.", rich_help_panel=PROMPTS)] = False,
     keep_tags: Annotated[int, typer.Option(help="Of --shuffle-tags: so many tags, from the first on, stay where they are.", rich_help_panel=PROMPTS)] = 1,
+    prompt_chunks: Annotated[int, typer.Option(min=1, help="Of a U-Net: in how many chunks of 75 tokens, one by one, prompts are read, as ComfyUI and A1111 read long ones, and kohya's max_token_length has it. What is behind them is not read.", rich_help_panel=PROMPTS)] = 1,
     # LoRA
     rank: Annotated[int, typer.Option(help="Rank of the LoRA: how much it can hold.", rich_help_panel=LORA)] = 16,
     alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA, which counts alpha / rank times. (default: the rank)", rich_help_panel=LORA)] = None,
@@ -103,7 +104,7 @@ def train(
     seed: Annotated[int, typer.Option(help="The same seed gives the same LoRA on the same CPU, and on a GPU the same but for rounding.", rich_help_panel=TRAINING)] = 0,
     # class pictures
     class_folder: Annotated[Path | None, typer.Option(help="Folder of own pictures of the class for prior preservation, with captions or in folders named as 1_dog. (default: a folder reg or class in --images, if there is one)", rich_help_panel=CLASS_PICTURES)] = None,
-    class_images: Annotated[int, typer.Option(help="Pictures of the class that the base model draws for prior preservation; 0 does without.", rich_help_panel=CLASS_PICTURES)] = 0,
+    class_images: Annotated[int, typer.Option(min=0, help="Pictures of the class that the base model draws for prior preservation; 0 does without.", rich_help_panel=CLASS_PICTURES)] = 0,
     prior_weight: Annotated[float, typer.Option(help="Weight of the prior-preservation loss.", rich_help_panel=CLASS_PICTURES)] = 1.0,
     # memory
     budget: Annotated[str | None, typer.Option(help="Memory to stay within, such as 4GB. What of this group is not given, but for --fused-backward, is chosen: the least hollowing and the fastest that fit. (default: what is free on a GPU; on a CPU nothing is chosen)", rich_help_panel=MEMORY)] = None,
@@ -145,11 +146,13 @@ def train(
     from ..data.folders import check_outside, load_pictures
     from ..lock import holding
     from ..memory.planner import Planner
-    from ..request import Request
+    from ..models.base_model import outline
+    from ..request import Request, check_heard
     from ..road import check_cut, personalize
 
-    planner = cache(partial(Planner, str(model)))
-    side = resolution or planner().resolution
+    told = prediction_type.value if prediction_type else None
+    planner = cache(partial(Planner, partial(outline, str(model), prediction_type=told)))
+    side = planner().resolution if resolution is None else resolution
     setting = setting_of(
         network=planner().network,
         cut=cut,
@@ -201,7 +204,7 @@ def train(
         check_outside(show_crops.parent, *places)
     load = partial(load_pictures, resolution=side, square=square, alpha_mask=alpha_mask)
     found = load(images, class_folder=class_folder)
-    learned, held_out = found.images, []
+    learned, held_out, not_read = found.images, [], found.not_read
     if hold_out == 1:
         raise HollowError("--hold-out 1 leaves no picture to learn. Give 2 to hold every second one out, or more.")
     if hold_out:
@@ -210,7 +213,8 @@ def train(
             learned[hold_out - 1 :: hold_out],
         )
     if validation is not None:
-        held_out += load(validation).images
+        looked_at = load(validation)
+        held_out, not_read = [*held_out, *looked_at.images], [*not_read, *looked_at.not_read]
     request = Request(
         learned,
         subject,
@@ -224,7 +228,7 @@ def train(
         keep=keep,
     )
     request.check()
-    show_sizes(request, found.passed_over)
+    show_sizes(request, found.passed_over, not_read)
     if show_crops is not None:
         write_crops(show_crops, request)
 
@@ -252,7 +256,10 @@ def train(
             run.append(folder.name)
 
     with holding(out):
-        loaded = [load_model(model, setting.training.precision, prediction_type)]  # its pop hands over all references
+        # its pop hands over the only reference
+        loaded = [load_model(model, setting.training.precision, prediction_type, prompt_chunks)]
+        check_heard(loaded[0], request)
+        show_unread(loaded[0], request)
         if not begun(out):
             run_file.write(out / run_file.RUN_FILE, ctx, options_of(setting), choice)
         with watching() as watch, tracking(log_dir) as track, stopping() as stop:
@@ -287,9 +294,9 @@ def _tell(outcome: "Outcome", as_json: bool) -> None:
     if stopped == "stop":
         console.print("Stopped. The same command goes on from here.")
         raise typer.Exit(130)
-    if stopped != "finished":
+    if outcome.result is not None and stopped != "finished":
         raise HollowError(
-            f"Training met a {stopped} after {outcome.result.steps if outcome.result else 0} steps; the last good LoRA is "
-            f"{outcome.file}. Lower --learning-rate, or use --precision fp32."
+            f"Training met a {stopped} after {outcome.result.steps} steps; the last good LoRA is {outcome.file}. "
+            f"{outcome.result.trouble}"
         )
     say(outcome.written.sentence if outcome.written else "")

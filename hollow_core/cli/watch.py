@@ -1,7 +1,7 @@
 """What a person sees while a command works, and how they stop it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from ..progress import Progress
-from .app import console
+from .app import console, say
 
 
 def quiet() -> None:
@@ -25,9 +25,11 @@ def quiet() -> None:
 
 @contextmanager
 def watching() -> Iterator[Any]:
-    """Progress bars on stderr, one a stage, with losses, time left and memory in use."""
-    from ..memory.meter import used_bytes
-
+    """Progress bars on stderr, one a stage, with losses, time left and memory in use; where that is no terminal, a line
+    as a stage begins and at each ten percent of it."""
+    if not console.is_terminal:
+        yield _lines()
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -41,15 +43,36 @@ def watching() -> Iterator[Any]:
         def watch(stage: str, done: Progress) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=done.steps, note="")
-            minutes, seconds = divmod(round(done.seconds_left), 60)
-            note = f"{minutes}:{seconds:02} left, {used_bytes() / 2**30:.2f} GiB"
-            if done.validation is not None:
-                note = f"validation {done.validation:.4f}, {note}"
-            if done.loss is not None:
-                note = f"loss {done.loss:.4f}, {note}"
-            bars.update(tasks[stage], completed=done.step, note=note)
+            bars.update(tasks[stage], completed=done.step, note=_note(done))
 
         yield watch
+
+
+def _lines() -> Callable[[str, Progress], None]:
+    tenths: dict[str, int] = {}
+
+    def watch(stage: str, done: Progress) -> None:
+        tenth = 10 * done.step // max(done.steps, 1)
+        if tenths.get(stage) != tenth:
+            tenths[stage] = tenth
+            say(f"{stage} {done.step}/{done.steps}, {_note(done)}")
+
+    return watch
+
+
+def _note(done: Progress) -> str:
+    """The loss, where there is one, time left and memory in use."""
+    from ..memory.meter import used_bytes
+
+    minutes, seconds = divmod(round(done.seconds_left), 60)
+    return ", ".join(
+        [
+            *([f"loss {done.loss:.4f}"] if done.loss is not None else []),
+            *([f"validation {done.validation:.4f}"] if done.validation is not None else []),
+            *([f"{minutes}:{seconds:02} left"] if done.seconds_left else []),
+            f"{used_bytes() / 2**30:.2f} GiB",
+        ]
+    )
 
 
 @contextmanager

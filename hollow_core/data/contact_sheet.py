@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .grid import font
+from .grid import font, wrapped
 from .images import TrainingImage
 
 CELL = 240  # pixels; text is readable where a sheet of three columns is shown half as large
@@ -41,23 +41,25 @@ def cell(whole: Image.Image, image: TrainingImage, caption: str) -> Cell:
     return Cell(picture, caption, image.picture.size, image.enlarged)
 
 
-def contact_sheet(cells: Sequence[Cell], most: int = COLUMNS * ROWS) -> Image.Image:
-    """The first of `cells`, at most so many, with caption and size, and how many more there are, as an RGB picture."""
-    drawn = cells[:most]
-    more = len(cells) - len(drawn)
+def contact_sheet(cells: Sequence[Cell], note: str = "", most: int = COLUMNS * ROWS) -> Image.Image:
+    """The first of `cells`, at most so many, with caption and size, and how many more there are and a note below, as an
+    RGB picture."""
+    drawn, letters = cells[:most], font(20)
     columns = min(len(drawn), COLUMNS)
-    row_height = CELL + 3 * LINE + GAP
-    height = GAP + -(-len(drawn) // columns) * row_height + (LINE + GAP) * bool(more)
-    sheet = Image.new("RGB", (GAP + columns * (CELL + GAP), height), PAPER)
-    pen, letters = ImageDraw.Draw(sheet), font(20)
+    row_height, width = CELL + 3 * LINE + GAP, GAP + columns * (CELL + GAP)
+    below = [f"+ {len(cells) - len(drawn)} more"] if len(drawn) < len(cells) else []
+    below += wrapped(note, width - 2 * GAP, letters)
+    above = GAP + -(-len(drawn) // columns) * row_height
+    sheet = Image.new("RGB", (width, above + LINE * len(below) + GAP * bool(below)), PAPER)
+    pen = ImageDraw.Draw(sheet)
     for number, each in enumerate(drawn):
         left, top = GAP + number % columns * (CELL + GAP), GAP + number // columns * row_height
         sheet.paste(each.picture, (left + (CELL - each.picture.width) // 2, top + (CELL - each.picture.height) // 2))
         for line, text in enumerate(_lines(each.caption, letters)):
             pen.text((left, top + CELL + 4 + line * LINE), text, INK, letters)
         pen.text((left, top + CELL + 4 + 2 * LINE), *_size(each), letters)
-    if more:
-        pen.text((GAP, height - LINE - GAP), f"+ {more} more", GRAY, letters)
+    for line, text in enumerate(below):
+        pen.text((GAP, above + LINE * line), text, GRAY, letters)
     return sheet
 
 

@@ -5,10 +5,11 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from ..errors import HollowError
-from .images import TrainingImage, load_image, picture_paths
+from .caption_files import Captions
+from .images import TrainingImage, load_image, no_pictures, not_read, picture_paths
 from .prompts import Subject
 
 IMAGE_FOLDERS = ("img", "image", "images")  # below a project's, as kohya's own interface lays it out
@@ -25,6 +26,8 @@ class Pictures(NamedTuple):
     """Of their classes."""
     passed_over: list[Path]
     """Folders below that are named otherwise, into which nobody looked."""
+    not_read: list[Path]
+    """Files beside the pictures that are neither pictures nor their captions."""
 
 
 class Bucket(NamedTuple):
@@ -61,8 +64,14 @@ def load_pictures(
     HollowError as `load_images` does.
     """
 
-    def load(place: Path, subject: Subject | None, repeats: int) -> list[TrainingImage]:
-        loaded = [load_image(path, resolution, square, alpha_mask) for path in picture_paths(place)]
+    told: set[Path] = set()
+    unread: list[Path] = []
+
+    def load(place: Path, within: Path, subject: Subject | None, repeats: int) -> list[TrainingImage]:
+        captions = Captions(place, within)
+        loaded = [load_image(path, resolution, square, alpha_mask, captions) for path in picture_paths(place)]
+        told.update(captions.read)
+        unread.extend(not_read(place))
         return [image._replace(subject=subject, repeats=repeats) for image in loaded]
 
     inner = _called(folder, IMAGE_FOLDERS) if not picture_paths(folder) else []
@@ -72,16 +81,17 @@ def load_pictures(
         class_roots = [class_folder]
     images, of_class, passed_over = [], [], inner[1:]
     for place, subject, repeats in _sources(root, passed_over):
-        images += load(place, subject, repeats)
+        images += load(place, root, subject, repeats)
     for class_root in class_roots:
         for place, words, repeats in _sources(class_root, passed_over):
             subject = words and Subject("", f"{words.identifier} {words.class_word}".strip())
-            of_class += load(place, subject, repeats)
+            of_class += load(place, class_root, subject, repeats)
+    named_so = ", or name such a folder as 10_sks dog"
     if not images:
-        _refuse(root, "Put four or five of your subject there, .png or .jpg", passed_over)
+        raise no_pictures(root, "Put four or five of your subject there, .png or .jpg", named_so)
     if class_roots and not of_class:
-        _refuse(class_roots[0], "Put some of the class there, or remove it", passed_over)
-    return Pictures(images, of_class, passed_over)
+        raise no_pictures(class_roots[0], "Put some of the class there, or remove it", named_so)
+    return Pictures(images, of_class, passed_over, [file for file in unread if file not in told])
 
 
 def check_outside(out: Path, *places: Path) -> None:
@@ -101,13 +111,6 @@ def check_outside(out: Path, *places: Path) -> None:
 def _is_source(name: str) -> bool:
     """Whether a folder of this name may be looked into."""
     return name.lower() in (*IMAGE_FOLDERS, *CLASS_FOLDERS) or _NAMED.fullmatch(name) is not None
-
-
-def _refuse(folder: Path, advice: str, passed_over: Sequence[Path]) -> NoReturn:
-    """Raises HollowError for a folder without pictures."""
-    inside = [place.name for place in passed_over if place.parent == folder]
-    looked = f" Not looked into: {', '.join(inside)}; a folder counts if it is named as 10_sks dog." if inside else ""
-    raise HollowError(f"{folder} holds no pictures. {advice}.{looked}")
 
 
 def _called(folder: Path, names: Sequence[str]) -> list[Path]:

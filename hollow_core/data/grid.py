@@ -78,7 +78,8 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu, which comes with matplotlib: Pillow's own font has no letters beyond English."""
     import matplotlib
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(file), size)  # Pillow 10.1 takes no Path
 
 
 def wrapped(text: str, width: int, letters: ImageFont.FreeTypeFont) -> list[str]:

@@ -1,22 +1,22 @@
 """Training pictures from a folder: upright, without alpha, cropped and never squashed."""
 
 import glob
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ..errors import HollowError
+from .caption_files import Captions
+from .picture_file import SUFFIXES, open_picture, open_shown
 from .prompts import Subject
 
-# Apple's .heic and .heif are listed so that they are refused by name, not passed over in silence.
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
-CAPTIONS = (".txt", ".caption", ".TXT", ".CAPTION")  # what a caption's file ends with; the first that is there counts
 MASK = "-mask"  # behind the name of a picture: its mask
 MAX_UPSCALE = 8
 GRID = 64  # pixels, of which the sides of a picture that is no square are multiples
+OF_SYSTEMS = ("thumbs.db", "desktop.ini")  # which nobody put there
 
 
 class TrainingImage(NamedTuple):
@@ -25,7 +25,7 @@ class TrainingImage(NamedTuple):
     picture: Image.Image
     """RGB, at the size at which it is learned."""
     caption: str | None
-    """The text of NAME.txt or NAME.caption beside NAME.png, None without one."""
+    """As `Captions` finds it beside the picture, None without one."""
     name: str
     """The file's name, with its suffix."""
     crop: tuple[int, int, int, int]
@@ -85,15 +85,18 @@ def load_images(
     than eight times, for a mask that does not fit, and for a resolution that is no multiple of 64 (`square`: 8).
     """
     check_resolution(resolution)
-    return [load_image(path, resolution, square, alpha_mask) for path in training_paths(folder)]
+    paths, captions = training_paths(folder), Captions(folder)
+    return [load_image(path, resolution, square, alpha_mask, captions) for path in paths]
 
 
-def load_image(path: Path, resolution: int, square: bool = False, alpha_mask: bool = False) -> TrainingImage:
-    """One picture, as `load_images` loads it."""
+def load_image(
+    path: Path, resolution: int, square: bool = False, alpha_mask: bool = False, captions: Captions | None = None
+) -> TrainingImage:
+    """One picture, as `load_images` loads it; `captions` are those of its folder, if they are known already."""
     check_resolution(resolution)
     picture, mask = open_masked(path, alpha_mask)
     size = (resolution, resolution) if square else size_near(*picture.size, resolution)
-    image = fit(picture, size, path.name, caption_of(path), mask)
+    image = fit(picture, size, path.name, (captions or Captions(path.parent)).of(path), mask)
     return image._replace(path=path)
 
 
@@ -101,7 +104,7 @@ def training_paths(folder: Path) -> list[Path]:
     """The pictures in `folder`, by name. Raises HollowError for a folder that is missing or has none."""
     paths = picture_paths(folder)
     if not paths:
-        raise HollowError(f"{folder} holds no pictures. Put four or five of your subject there, .png or .jpg.")
+        raise no_pictures(folder, "Put four or five of your subject there, .png or .jpg")
     return paths
 
 
@@ -120,50 +123,50 @@ def is_picture(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
-def open_picture(path: Path) -> Image.Image:
-    """One picture, whole and upright. Raises HollowError for a file that is none."""
-    with opened(path) as file:
-        return upright_rgb(file)
+def not_read(folder: Path, told: Set[Path] = frozenset()) -> list[Path]:
+    """The files in `folder` that are neither pictures nor those `told` from which captions were read, by name."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and not is_picture(path)
+        and path not in told
+        and not path.name.startswith(".")
+        and path.name.lower() not in OF_SYSTEMS
+    ]
+
+
+def no_pictures(folder: Path, advice: str, or_else: str = "") -> HollowError:
+    """What is said of a folder without pictures: where there are some further down, and `or_else` what may be done; or
+    `advice`, and what is there instead."""
+    below = [place for depth in ("*", "*/*") for place in sorted(folder.glob(depth)) if _holds_pictures(place)]
+    if below:
+        where = named([place.relative_to(folder).as_posix() for place in below])
+        return HollowError(
+            f"{folder} holds no pictures itself, but there are some in {where}. Give {below[0]}{or_else}."
+        )
+    others = [path.name for path in not_read(folder)]
+    instead = f" What is there is not read: {named(others)}." if others else ""
+    return HollowError(f"{folder} holds no pictures. {advice}.{instead}")
+
+
+def _holds_pictures(place: Path) -> bool:
+    with suppress(OSError):
+        return place.is_dir() and not place.name.startswith(".") and any(map(is_picture, place.iterdir()))
+    return False
+
+
+def named(names: Sequence[str], most: int = 5) -> str:
+    """The first of them and how many more there are: "a.psd, b.psd and 3 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def open_masked(path: Path, alpha_mask: bool = False) -> tuple[Image.Image, Image.Image | None]:
     """One picture, whole and upright, and its mask of the same size (mode L), if it has one. Raises HollowError as
     `load_images` does."""
-    with opened(path) as file:
-        picture, alpha = upright_rgb(file), _alpha(file) if alpha_mask else None
-    return picture, _mask(path, picture.size) or alpha
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture as it lies in its file. Raises HollowError for a file that is none, also inside."""
-    try:
-        with Image.open(path) as file:
-            yield file
-    except Image.DecompressionBombError as error:
-        raise HollowError(f"{path} has too many pixels ({error}). Scale it down first.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise HollowError(
-            f"{path} cannot be read as a picture. Remove it from there, or save it again as .png or .jpg."
-        ) from error
-
-
-def caption_of(path: Path) -> str | None:
-    """The text of NAME.txt or NAME.caption beside the picture NAME.png, None without. Raises HollowError if it is no
-    UTF-8."""
-    for text in caption_paths(path):
-        try:
-            return text.read_text(encoding="utf-8-sig").strip() or None
-        except FileNotFoundError:
-            continue
-        except (OSError, UnicodeDecodeError) as error:
-            raise HollowError(f"The caption {text} is no readable text. Save it as UTF-8, or remove it.") from error
-    return None
-
-
-def caption_paths(path: Path) -> list[Path]:
-    """Where a picture's caption may be; the first that is there counts."""
-    return [path.with_suffix(suffix) for suffix in CAPTIONS]
+    picture, alpha = open_shown(path)
+    return picture, _mask(path, picture.size) or (alpha if alpha_mask else None)
 
 
 def fit(
@@ -219,31 +222,13 @@ def _mask(path: Path, size: tuple[int, int]) -> Image.Image | None:
     beside = mask_path(path)
     if beside is None:
         return None
-    with opened(beside) as file:
-        mask = upright_rgb(file).convert("L")
+    mask = open_picture(beside).convert("L")
     if abs(mask.width * size[1] - mask.height * size[0]) > 0.02 * mask.width * size[1]:
         raise HollowError(
             f"The mask {beside} is {mask.width}×{mask.height} pixels, its picture {size[0]}×{size[1]}. "
             "Draw it on the picture, in the same shape."
         )
     return mask.resize(size, Image.Resampling.BILINEAR)
-
-
-def _alpha(picture: Image.Image) -> Image.Image | None:
-    """How opaque a picture is, upright; None where it is so all over."""
-    picture = ImageOps.exif_transpose(picture)
-    return picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
-
-
-def upright_rgb(picture: Image.Image) -> Image.Image:
-    """The picture as a viewer shows it: turned as its EXIF says, transparency laid on white, 8-bit RGB."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):
-        picture = picture.convert("I").point(lambda value: value / 256).convert("L")
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return picture.convert("RGB")
 
 
 def size_near(width: int, height: int, resolution: int) -> tuple[int, int]:

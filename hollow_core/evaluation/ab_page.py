@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from ..data.images import SUFFIXES, open_picture, picture_paths
+from ..data.images import picture_paths
+from ..data.picture_file import SUFFIXES, open_picture
 from ..data.prompts import generic_prompt
 from ..errors import HollowError
 from ..files import read_json, write_bytes, write_json

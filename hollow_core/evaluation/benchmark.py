@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..data.images import load_images, open_picture, picture_paths
+from ..data.images import load_images, picture_paths
+from ..data.picture_file import open_picture
 from ..errors import HollowError
 from ..files import read_json, write_bytes, write_json, write_png
 from ..lora import file as lora_file
@@ -68,6 +69,10 @@ class Protocol:
     training: TrainSettings = field(default_factory=TrainSettings)
     """Rank and seed are the job's."""
     sampling: SampleSettings = field(default_factory=lambda: SampleSettings(steps=50, guidance=7.5))
+
+    def __post_init__(self) -> None:
+        """Raises HollowError for numbers that cannot be."""
+        Setting(resolution=self.resolution, samples=self.samples, class_images=self.class_images).check()
 
 
 class Job(NamedTuple):
@@ -143,7 +148,7 @@ def run_job(
     if not lora.exists():
         training = TrainSettings(**{**asdict(protocol.training), "rank": job.method.rank, "seed": job.seed})
         loaded = [load()]  # its pop hands over the only reference
-        side = protocol.resolution or loaded[0].resolution
+        side = loaded[0].resolution if protocol.resolution is None else protocol.resolution
         request = Request(
             load_images(job.subject.folder, side, square=True),
             job.subject.class_word,
@@ -158,8 +163,8 @@ def run_job(
             return False
         if outcome.result.stopped != "finished":
             raise HollowError(
-                f"Training {job.method.name} on {job.subject.name} met a {outcome.result.stopped}. Lower the learning "
-                "rate or use fp32, in another folder."
+                f"Training {job.method.name} on {job.subject.name} met a {outcome.result.stopped}. "
+                f"{outcome.result.trouble}"
             )
         write_bytes(lora, outcome.file.read_bytes())
         shutil.rmtree(work)  # hundreds of megabytes, of no further use

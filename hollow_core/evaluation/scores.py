@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
-from ..data.images import open_picture
+from ..data.picture_file import open_picture
 from ..errors import HollowError
 from ..files import read_json, read_safetensors, write_safetensors
 from ..models import layouts

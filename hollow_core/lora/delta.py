@@ -15,7 +15,12 @@ class LoraLayer(NamedTuple):
     alpha: float
     """Where a file has none, or zero, it is the rank."""
     dora_scale: Tensor | None = None
-    """DoRA's magnitudes, one an output; None for a plain LoRA."""
+    """DoRA's magnitudes: (out,), of each output, or (1, in), of each input; None for a plain LoRA."""
+
+    @property
+    def by_input(self) -> bool:
+        """Whether it is a DoRA with a magnitude for each input, W' = m (W + ΔW) / ‖W + ΔW‖ column by column."""
+        return self.dora_scale is not None and self.dora_scale.dim() == 2
 
     @property
     def scale(self) -> float:

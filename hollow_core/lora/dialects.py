@@ -19,6 +19,9 @@ transformer's file of ComfyUI's has matrices for which alpha is the rank, as dif
 other way. What is one layer in the original and several in diffusers' network (queries, keys and values) is put
 together where kohya's dialect cannot do without: one block of the matrices for each, and so of several times the rank,
 with the same ΔW.
+
+DoRA's magnitudes are one an output, or one an input as LyCORIS and OneTrainer have them unless told otherwise. kohya's
+and ComfyUI's dialects hold both in `.dora_scale`, of shape (out, 1, …) or (1, in, …), the other two only the first.
 """
 
 import json
@@ -37,6 +40,8 @@ from ..errors import HollowError
 from ..nets.families import Family, family_in
 from ..nets.unet_layers import Config, to_ldm
 from .delta import LoraLayer
+from .keys import MATRICES, OTHER_METHODS, in_words, split, text_module
+from .peft_config import Adapter
 
 DIALECTS = ("kohya", "diffusers", "peft", "comfy")
 
@@ -53,7 +58,7 @@ class Lora(NamedTuple):
     text: dict[str, LoraLayer]
     """Of the text encoders: "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "text_encoder_2.…"."""
     left_out: tuple[str, ...]
-    """Keys that are neither: trained norms and biases, for example."""
+    """Keys that are neither: trained norms and biases, for example; `keys.in_words` says what each is."""
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -64,16 +69,16 @@ class Lora(NamedTuple):
 def parse(
     tensors: Mapping[str, Tensor],
     config: Config,
-    adapters: Mapping[str, Mapping[str, Any]] | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
     *,
     source: str = "The LoRA",
 ) -> Lora:
     """Read the LoRA that `tensors` hold, for the network of `config`: a U-Net's, or that of one of `FAMILIES`.
 
-    `adapters` are of peft's configs {"network": …, "text_encoder": …} what tells the alpha of layers that have none of
-    their own: lora_alpha, alpha_pattern and use_rslora. Values may be infinite or undefined. Raises HollowError,
-    beginning with `source`, where it is no LoRA, or one of another method (LoHa, LoKr); where a layer lacks a matrix,
-    is not the network's or has other shapes, of which the sentence names the first.
+    `adapters` are peft's configs {"network": …, "text_encoder": …}, for the alpha of layers that have none of their
+    own. Values may be infinite or undefined. Raises HollowError, beginning with `source`, where it is no LoRA, or one
+    of another method (LoHa, LoKr); where a layer lacks a matrix, is not the network's or has other shapes, of which the
+    sentence names the first.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     return parse_lazily(shapes, tensors.__getitem__, config, adapters, source=source)
@@ -83,7 +88,7 @@ def parse_lazily(
     shapes: Mapping[str, Shape],
     tensor_of: Callable[[str], Tensor],
     config: Config,
-    adapters: Mapping[str, Mapping[str, Any]] | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
     *,
     source: str = "The LoRA",
 ) -> Lora:
@@ -91,25 +96,28 @@ def parse_lazily(
     weights, names = _known(json.dumps(dict(config)))
     prefixes, called = _prefixes(config), called_in(config)
     found: dict[tuple[str, ...], dict[str, str]] = {}  # {modules, which one layer of the file is for: {part: key}}
+    check_method(shapes, source)
     dialects, left_out = [], []
     for key in sorted(shapes):
-        name, part = _split(key)
-        if part in _OTHER_METHODS:
-            raise HollowError(f"{source} is {_OTHER_METHODS[part]}, which Hollow does not read. Choose a LoRA.")
-        text = _text_module(name)
+        name, part = split(key)
+        if part not in MATRICES:
+            left_out.append(key)
+            continue
+        text = text_module(name)
         modules: tuple[str, ...] = () if text is None else (text,)
-        if part and name in names:
+        if name in names:
             dialect, modules = names[name]
             dialects.append(dialect)
-        elif part and text is None and name.startswith(prefixes):
+        elif text is None and name.startswith(prefixes):
             raise other_model(source, name, f"is no layer of {called}")
-        if not part or not modules:
+        if not modules:
             left_out.append(key)
         elif found.setdefault(modules, {}).setdefault(part, key) != key:
             raise HollowError(f"{source} holds {' and '.join(modules)} twice. Get or make it again.")
     if not dialects:
+        instead = next((f", but {what} ({key})" for key in left_out if (what := in_words(key))), "")
         raise HollowError(
-            f"{source} holds no LoRA of {_any(called)}. Choose a file with {prefixes[0]}… keys, or the like."
+            f"{source} holds no LoRA of {_any(called)}{instead}. Choose a file with {prefixes[0]}… keys, or the like."
         )
     for modules, keys in found.items():
         parts_shapes = {part: shapes[key] for part, key in keys.items()}
@@ -117,8 +125,13 @@ def parse_lazily(
     layers: dict[str, LoraLayer] = {}
     for modules, keys in found.items():
         parts = {part: _number(source, key, tensor_of(key)) for part, key in keys.items()}
-        alpha = _configured_alpha(modules[0], shapes[keys["down"]][0], adapters or {})
+        alpha = _configured_alpha(source, modules[0], shapes[keys["down"]][0], adapters or {})
         whole = _layer(parts, _together(modules, weights), alpha)
+        if len(modules) > 1 and whole.by_input:
+            raise HollowError(
+                f"{source} holds one magnitude for each input of {' and '.join(modules)} together, which cannot be "
+                "told apart. Choose a LoRA, or a DoRA with a magnitude for each output."
+            )
         for module, layer in _apart(whole, modules, weights).items():
             if module in layers:
                 raise HollowError(f"{source} holds {module} twice. Get or make it again.")
@@ -139,7 +152,7 @@ def spell(
 
     Diffusers and peft files get matrices for which alpha is the rank, as many of their readers know no other. Raises
     HollowError for a peft file with layers of a text encoder, for a dialect that the family of transformers has not,
-    and for a DoRA of a transformer.
+    for a DoRA of a transformer, and for magnitudes of inputs in a dialect that has them of outputs only.
     """
     family = family_in(config)
     if dialect == "peft" and text:
@@ -153,6 +166,11 @@ def spell(
     tensors: dict[str, Tensor] = {}
     for name, layer in spelled:
         out, ones = len(layer.up), [1] * (layer.up.dim() - 1)
+        if layer.by_input and not keeps_alpha(config, dialect):
+            raise HollowError(
+                f"This DoRA has a magnitude for each input of {name}, and files in the dialect {dialect} only for each "
+                "output. Choose kohya or comfy."
+            )
         if not keeps_alpha(config, dialect):
             layer = with_alpha(layer, float(len(layer.down)))
             tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = layer.down, layer.up
@@ -163,18 +181,34 @@ def spell(
             tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = layer.down, layer.up
             tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
             if layer.dora_scale is not None:
-                tensors[f"{name}.dora_scale"] = layer.dora_scale.reshape(out, *ones)
+                shape = (1, -1, *ones[1:]) if layer.by_input else (out, *ones)
+                tensors[f"{name}.dora_scale"] = layer.dora_scale.reshape(shape)
     return tensors
+
+
+def check_method(keys: Iterable[str], source: str) -> None:
+    """Raises HollowError, beginning with `source`, where the keys of a file are those of another method than LoRA."""
+    found = {part for key in keys if (part := split(key)[1]) in OTHER_METHODS}
+    if found:
+        raise HollowError(f"{source} is {OTHER_METHODS[min(found)]}, which Hollow does not read. Choose a LoRA.")
 
 
 def fits(shapes: Mapping[str, Sequence[int]], config: Config) -> bool:
     """Whether a file's LoRA could be for this network: it has all of the layers, which take in as many numbers."""
+    into = {name: tuple(shape) for key, shape in shapes.items() for name, part in [split(key)] if part == "down"}
+    layers = {name: shape for name, shape in into.items() if text_module(name) is None}
+    if not layers:
+        return False
     weights, names = _known(json.dumps(dict(config)))
-    into = {name: tuple(shape) for key, shape in shapes.items() for name, part in [_split(key)] if part == "down"}
-    layers = {name: shape for name, shape in into.items() if _text_module(name) is None}
-    return bool(layers) and all(
-        name in names and shape[1:2] == weights[names[name][1][0]][1:2] for name, shape in layers.items()
-    )
+    return all(name in names and shape[1:2] == weights[names[name][1][0]][1:2] for name, shape in layers.items())
+
+
+def differences_in(left_out: Sequence[str], config: Config) -> dict[str, tuple[str, ...]]:
+    """Of the keys that `Lora.left_out` names, the full differences of layers' weights: {key: the modules that it is of,
+    one behind another}."""
+    names = _known(json.dumps(dict(config)))[1]
+    parts = {key: split(key) for key in left_out}
+    return {key: names[name][1] for key, (name, part) in parts.items() if part == "diff" and name in names}
 
 
 def usual_dialect(config: Config) -> str:
@@ -226,6 +260,8 @@ def with_alpha(layer: LoraLayer, alpha: float) -> LoraLayer:
     scale = layer.alpha / alpha
     down, up = float(layer.down.abs().max()), float(layer.up.abs().max())
     factor = math.sqrt(abs(scale) * up / down) if up and down else 1.0
+    if not (factor and math.isfinite(factor)):  # of sizes that no number can stand between
+        factor = 1.0
     return layer._replace(down=layer.down * factor, up=layer.up * (scale / factor), alpha=alpha)
 
 
@@ -267,7 +303,7 @@ def outlined(config: Config) -> nn.Module:
 
 def sets_magnitudes(key: str) -> bool:
     """Whether a key of any dialect holds DoRA's magnitudes."""
-    return _split(key)[1] in ("dora_scale", "magnitude")
+    return split(key)[1] in ("dora_scale", "magnitude")
 
 
 def kohya_name(module: str) -> str:
@@ -295,38 +331,8 @@ _UNET_PREFIXES = (
     "up_blocks.",
 )
 
-# How a key ends, after the name of its layer.
-_PARTS = {
-    "down": r"\.(lora_down|lora_A(\.default)?|lora\.down|lora_linear_layer\.down)\.weight|_lora\.down\.weight",
-    "up": r"\.(lora_up|lora_B(\.default)?|lora\.up|lora_linear_layer\.up)\.weight|_lora\.up\.weight",
-    "mid": r"\.lora_mid\.weight",
-    "alpha": r"\.alpha",
-    "dora_scale": r"\.dora_scale",
-    "magnitude": r"\.lora_magnitude_vector(\.default)?(\.weight)?",
-    "hada": r"\.hada_\w+",
-    "lokr": r"\.lokr_\w+",
-    "oft": r"\.oft_\w+",
-}
-_OTHER_METHODS = {"hada": "a LoHa", "lokr": "a LoKr", "oft": "an OFT"}
-_END = re.compile("(?:" + "|".join(f"(?P<{part}>{end})" for part, end in _PARTS.items()) + ")$")
 
-_TEXT_PREFIXES = {
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "text_encoder.": "text_encoder",
-    "text_encoder_2.": "text_encoder_2",
-    "text_encoders.clip_l.transformer.": "text_encoder",
-    "text_encoders.clip_h.transformer.": "text_encoder",
-    "text_encoders.clip_g.transformer.": "text_encoder_2",
-}
-_TEXT_LAYER = re.compile(
-    r"(?:text_model[._])?encoder[._]layers[._](\d+)[._](self_attn|mlp)[._]([a-z]+[12]?(?:_[a-z]+)?)"
-)
-_OLD_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-
-
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def _known(config: str) -> tuple[dict[str, Shape], dict[str, tuple[str, tuple[str, ...]]]]:
     """Of a network's config as JSON: {module: shape of its weight}, and {any spelling: (dialect, its modules)}."""
     told = json.loads(config)
@@ -465,7 +471,7 @@ def _spellings(weights: Mapping[str, Shape], config: Config) -> Iterator[tuple[s
         yield "kohya", module, f"lycoris_{module.replace('.', '_')}"
         yield from (("diffusers", module, f"{prefix}{module}") for prefix in ("unet.", ""))
         yield "peft", module, f"base_model.model.{module}"
-        yield "comfy", module, f"diffusion_model.{ldm}"
+        yield from (("comfy", module, f"{prefix}{ldm}") for prefix in ("diffusion_model.", "unet."))
 
 
 def _spelled(module: str, config: Config, dialect: str, *, ldm: bool) -> str:
@@ -495,31 +501,6 @@ def _kind(module: str) -> str:
     return re.sub(r"^(down_blocks|up_blocks|mid_block)\.", "", re.sub(r"(\w+s)\.\d+\.", r"\1.", module))
 
 
-def _split(key: str) -> tuple[str, str]:
-    """The name of the layer in `key`, and which part of it: one of _PARTS, or "" for none of them."""
-    end = _END.search(key)
-    if end is None:
-        return key, ""
-    name = key[: end.start()]
-    if ".processor.to_" in name:  # diffusers' LoRA as an attention processor
-        name = re.sub(r"\.to_out$", ".to_out.0", name.replace(".processor.", "."))
-    return name, next(part for part in _PARTS if end[part] is not None)
-
-
-def _text_module(name: str) -> str | None:
-    """Our name for a layer of a text encoder; None for anything else."""
-    for prefix, encoder in _TEXT_PREFIXES.items():
-        if name.startswith(prefix):
-            rest = name.removeprefix(prefix)
-            if rest == "text_projection":
-                return f"{encoder}.text_projection"
-            if layer := _TEXT_LAYER.fullmatch(rest):
-                number, group, projection = layer.groups()
-                projection = _OLD_PROJECTIONS.get(projection, projection)
-                return f"{encoder}.text_model.encoder.layers.{number}.{group}.{projection}"
-    return None
-
-
 def _check_shapes(
     source: str, called: str, module: str, keys: Mapping[str, str], parts: Mapping[str, Shape], weight: Shape | None
 ) -> None:
@@ -539,9 +520,14 @@ def _check_shapes(
     for part, shape in needed.items():
         if _trimmed(parts[part]) != _trimmed(shape):
             raise other_model(source, keys[part], f"has shape {parts[part]}, but {called} needs {shape}")
-    for part, dims in (("alpha", 1), ("dora_scale", out), ("magnitude", out)):
-        if part in parts and (math.prod(parts[part]) != dims or (part == "dora_scale" and parts[part][0] != out)):
+    for part, dims in (("alpha", 1), ("magnitude", out)):
+        if part in parts and math.prod(parts[part]) != dims:
             raise HollowError(f"{source} holds {keys[part]} of shape {parts[part]}, not {dims}. Get or make it again.")
+    if (given := parts.get("dora_scale")) is not None and _trimmed(given) not in ((out,), (out, 1), (1, into[0])):
+        raise HollowError(
+            f"{source} holds {keys['dora_scale']} of shape {given}, neither of {out} outputs nor of {into[0]} inputs. "
+            "Get or make it again."
+        )
 
 
 def _trimmed(shape: Sequence[int]) -> Shape:
@@ -553,7 +539,7 @@ def _trimmed(shape: Sequence[int]) -> Shape:
 
 
 def _number(source: str, key: str, tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point() and tensor.numel() > 1:  # alpha may be whole
+    if tensor.is_complex() or (not tensor.is_floating_point() and tensor.numel() > 1):  # alpha may be whole
         raise HollowError(f"{source} holds {key} as {tensor.dtype}. Get or make it again.")
     return tensor.float()
 
@@ -566,22 +552,22 @@ def _layer(parts: Mapping[str, Tensor], weight: Shape | None, configured_alpha: 
         down = torch.einsum("pqhw,qi->pihw", mid, down.flatten(1))
     alpha = float(parts["alpha"]) if "alpha" in parts else configured_alpha
     magnitude = parts.get("dora_scale", parts.get("magnitude"))
+    if magnitude is not None:
+        by_input = "dora_scale" in parts and len(magnitude) != len(up)
+        magnitude = magnitude.reshape((1, -1) if by_input else -1)
     return LoraLayer(
         down.reshape(rank, *into),
         up.reshape(len(up), rank, *[1] * (len(into) - 1)),
         alpha or float(rank),
-        None if magnitude is None else magnitude.flatten(),
+        magnitude,
     )
 
 
-def _configured_alpha(module: str, rank: int, adapters: Mapping[str, Mapping[str, Any]]) -> float | None:
+def _configured_alpha(source: str, module: str, rank: int, adapters: Mapping[str, Adapter]) -> float | None:
     """The alpha that peft's config of this part of the model gives a layer; None without one."""
     part, name = module.split(".", 1) if module.startswith("text_encoder") else ("network", module)
     adapter = adapters.get(part)
-    if not adapter:
-        return None
-    from peft.utils.other import get_pattern_key
-
-    alphas = adapter["alpha_pattern"]
-    alpha = float(alphas.get(get_pattern_key(list(alphas), name), adapter["lora_alpha"]))
-    return alpha * math.sqrt(rank) if adapter["use_rslora"] else alpha
+    try:
+        return None if adapter is None else adapter.alpha(name, rank)
+    except HollowError as error:
+        raise HollowError(f"In the config of peft's in or beside {source} {error}. Name the layers there.") from None

@@ -5,9 +5,10 @@ What a hollowed LoRA needs beyond its weights to be sampled on two paths lies in
 
 import glob
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,11 +25,14 @@ from ..nets.unet_layers import Config
 from . import dialects
 from .delta import LoraLayer
 from .dialects import Lora
+from .keys import LONGEST, in_words, of_text
 from .layers import MAGNITUDES, is_dora
 from .metadata import Recipe, describe, describe_converted, kohya_network, layout_of, recipe_of, thumbnail
+from .peft_config import Adapter
 
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PEFT_HEAD = {"peft_type": "LORA", "base_model_name_or_path": None, "inference_mode": True, "bias": "none"}
+_IN_UNET = re.compile(r"(down|up|mid|input|output|middle)_block")
 _ADVICE = "Lower the learning rate and train again, or write fp32."
 
 
@@ -140,8 +144,9 @@ def write_dialect(
     rank = max(len(layer.down) for layer in lora.layers.values())
     alpha = next(iter(lora.layers.values())).alpha
     dora = any(layer.dora_scale is not None for layer in lora.layers.values())
+    by_input = any(layer.by_input for layer in lora.layers.values())
     alpha = alpha if dialects.keeps_alpha(config, dialect) else rank
-    described = dict(metadata) | kohya_network(rank, alpha, dora=dora)
+    described = dict(metadata) | kohya_network(rank, alpha, dora=dora, by_input=by_input)
     file = path
     if dialect == "diffusers":
         described |= {"format": "pt", "lora_adapter_metadata": json.dumps(_diffusers_adapters(lora, config))}
@@ -163,6 +168,24 @@ def write_dialect(
     return Written(path, dialect, len(again.layers), len(again.text), _largest_change(again), dora, network)
 
 
+def check_writable(modules: Iterable[str], config: Config) -> None:
+    """Raises HollowError unless a LoRA of these layers of a network can be written in `usual_dialect` and read back: to
+    be asked before it is trained."""
+    weights, layers = dialects.weight_shapes(config), {}
+    for module in modules:
+        if module not in weights:
+            called = dialects.called_in(config)
+            raise HollowError(
+                f"{module} is no layer of {called} by its config, so no LoRA file could name it. Take it off."
+            )
+        out, *into = weights[module]
+        layers[module] = LoraLayer(torch.zeros(1, *into), torch.zeros(out, 1, *[1] * (len(into) - 1)), 1.0)
+    dialect = dialects.usual_dialect(config)
+    again = dialects.parse(dialects.spell(layers, {}, config, dialect, ldm=_is_sdxl(config)), config)
+    if lost := layers.keys() - again.layers.keys():
+        raise HollowError(f"A LoRA of {min(lost)} would not be read back from a file. Leave that layer out.")
+
+
 def write(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -177,18 +200,22 @@ def write(
     return written, told
 
 
-def read(path: Path, config: Config | None = None) -> tuple[Lora, dict[str, str]]:
+def read(path: Path, config: Config | None = None, *, unet_only: bool = False) -> tuple[Lora, dict[str, str]]:
     """The LoRA in a file of any dialect, or in peft's folder, and the file's metadata; values may be infinite or NaN.
 
-    `config` is the network's; None takes that of the public model of which the file tells. Raises
-    HollowError where the file is missing or damaged, where it does not tell the family, and as `dialects.parse` does;
-    what does not fit is not read at all.
+    `config` is the network's; None takes that of the public model of which the file tells. `unet_only` leaves out what
+    is for text encoders, and embeddings. Raises HollowError where the file is missing or damaged, where it does not
+    tell the family, and as `dialects.parse` does; what does not fit is not read at all.
     """
     if path.is_dir():
         path = path / _PEFT_FILE
     try:
         with safe_open(path, "pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no dict
+            keys = [key for key in file.keys() if not (unet_only and of_text(key))]  # noqa: SIM118 - no dict
+            if keys and len(longest := max(keys, key=len)) > LONGEST:
+                raise HollowError(f"{path} holds a name of {len(longest)} letters. Get or make it again.")
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
+            dialects.check_method(shapes, str(path))
             metadata = file.metadata() or {}
             config = config or config_of(metadata, shapes)
             adapters = _adapters(path, metadata)
@@ -197,20 +224,56 @@ def read(path: Path, config: Config | None = None) -> tuple[Lora, dict[str, str]
         raise damaged(path, error) from error
 
 
-def load(path: Path, network: nn.Module) -> LoraFile:
+def read_whole(path: Path, config: Config | None = None, *, unet_only: bool = False) -> tuple[Lora, dict[str, str]]:
+    """`read` of a file that is to be used or written again, so that nothing in it may be lost: raises HollowError where
+    it holds more than LoRA and DoRA, too, and where a value is not finite."""
+    lora, metadata = read(path, config, unet_only=unet_only)
+    if lora.left_out:
+        key = lora.left_out[0]
+        way = ", or leave out what is not for the network (--unet-only)" if of_text(key) else ""
+        what = f"{key}, {known}" if (known := in_words(key)) else key
+        raise HollowError(f"{path} holds {what}, which is no LoRA and would be lost. Choose one without{way}.")
+    _check_finite(lora, path)
+    return lora, metadata
+
+
+def differences(path: Path, keys: Mapping[str, Sequence[str]], config: Config) -> Iterator[tuple[str, Tensor]]:
+    """The full differences of layers' weights that a file holds beside its LoRA, one by one: (module, ΔW), in the
+    file's dtype and the weight's shape. `keys` are as `dialects.differences_in` gives them.
+
+    Raises HollowError where the file is damaged, and where a shape is not the layer's.
+    """
+    path = path / _PEFT_FILE if path.is_dir() else path
+    weights = dialects.weight_shapes(config)
+    try:
+        with safe_open(path, "pt") as file:
+            for key, modules in keys.items():
+                whole, shapes = file.get_tensor(key), [weights[module] for module in modules]
+                if whole.numel() != sum(map(math.prod, shapes)) or len(whole) != sum(shape[0] for shape in shapes):
+                    called = dialects.called_in(config)
+                    raise dialects.other_model(str(path), key, f"has shape {tuple(whole.shape)}, unlike {called}'s")
+                for module, shape, part in zip(modules, shapes, whole.split([s[0] for s in shapes]), strict=True):
+                    yield module, part.reshape(shape)
+    except (OSError, SafetensorError) as error:
+        raise damaged(path, error) from error
+
+
+def load(path: Path, network: nn.Module, *, unet_only: bool = False) -> LoraFile:
     """Read a LoRA or DoRA in any dialect for this U-Net or transformer of diffusers'.
 
-    Raises HollowError as `read` does, where the file is for a text encoder, too, where only some layers have
-    magnitudes, and where a value is not finite.
+    `unet_only` leaves out what is for text encoders, and embeddings. Raises HollowError as `read_whole` does, where the
+    file is for a text encoder, too, and where only some layers have magnitudes.
     """
     config = dict(cast(Config, network.config))
     if (name := type(network).__name__) in FAMILIES:
         config["_class_name"] = name
-    lora, metadata = read(path, config)
-    if extra := [*lora.left_out, *lora.text]:
+    lora, metadata = read_whole(path, config, unet_only=unet_only)
+    if lora.text:
         called = dialects.called_in(config).replace("this ", "a ")
-        raise HollowError(f"{path} is no plain LoRA of {called}: it holds {min(extra)} too. Choose one without.")
-    _check_finite(lora, path)
+        raise HollowError(
+            f"{path} is no plain LoRA of {called}: it holds {min(lora.text)} too. Choose one without, or leave text "
+            "encoders out (--unet-only)."
+        )
     alpha = next(iter(lora.layers.values())).alpha
     state: dict[str, Tensor] = {}
     for module, layer in lora.layers.items():
@@ -230,21 +293,17 @@ def convert(
     dialect: str | None = None,
     *,
     config: Config | None = None,
+    unet_only: bool = False,
     zero_pad: bool = False,
     dtype: torch.dtype = torch.float16,
 ) -> Written:
     """Write the LoRA of one file in another dialect, with its metadata as `describe_converted` says.
 
-    Layers of text encoders come along; peft has no place for them. `config` is the network's, needed where it is none
-    of `LAYOUTS`; `dialect` None is `usual_dialect`. Raises HollowError as `read` and `write_dialect` do, where a value
-    is not finite, and where the file holds more than LoRA and DoRA.
+    Layers of text encoders come along, unless `unet_only` leaves them out; peft has no place for them. `config` is the
+    network's, needed where it is none of `LAYOUTS`; `dialect` None is `usual_dialect`. Raises HollowError as
+    `read_whole` and `write_dialect` do.
     """
-    lora, metadata = read(source, config)
-    if lora.left_out:
-        raise HollowError(
-            f"{source} holds {lora.left_out[0]}, which is no LoRA and would be lost. Convert one without."
-        )
-    _check_finite(lora, source)
+    lora, metadata = read_whole(source, config, unet_only=unet_only)
     config = config or config_of(metadata, lora.shapes)
     described = describe_converted(metadata, target.stem, kind_of(config))
     return write_dialect(target, lora, config, described, dialect=dialect, zero_pad=zero_pad, dtype=dtype)
@@ -265,26 +324,37 @@ def keep_last(path: Path, most: int) -> None:
 
 
 def config_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] | None = None) -> Config:
-    """The config of the network that a LoRA is for: that of a public model.
+    """The config of the network that a LoRA is for: that of a public model, the one that the metadata name unless the
+    names and shapes of the tensors are those of another.
 
     Raises HollowError where neither the metadata nor the names and shapes of the tensors tell, and where its family of
     transformers has other sizes, too.
     """
     shapes = shapes or {}
-    public = list(map(transformer_config, TRANSFORMERS))
     try:
         layout = layout_of(metadata, shapes)
     except HollowError:
-        for config in public:
-            if dialects.fits(shapes, config):
-                return config
-        raise
-    if layout in LAYOUTS:
-        return layout_config(layout)
-    for config in public:
-        if kind_of(config) == layout and (not shapes or dialects.fits(shapes, config)):
+        if (fitting := _fitting(shapes)) is None:
+            raise
+        return fitting
+    public = [*map(layout_config, LAYOUTS), *map(transformer_config, TRANSFORMERS)]
+    told = [config for config in public if kind_of(config) == layout]
+    for config in told:
+        if not shapes or dialects.fits(shapes, config):
             return config
+    if (fitting := _fitting(shapes)) is not None:  # what the metadata tell is false
+        return fitting
+    if layout in LAYOUTS:
+        return layout_config(layout)  # reading says what of it does not fit
     raise HollowError(f"The LoRA is for {layout}, but of another size than the public model. Give its own.")
+
+
+def _fitting(shapes: Mapping[str, Sequence[int]]) -> Config | None:
+    """The one public model whose network has all of the layers; None where there is none, or where several have."""
+    unet = any(_IN_UNET.search(key) for key in shapes)
+    public = map(layout_config, LAYOUTS) if unet else map(transformer_config, TRANSFORMERS)
+    fitting = [config for config in public if dialects.fits(shapes, config)]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def kind_of(config: Config) -> str:
@@ -360,7 +430,7 @@ def _diffusers_adapters(lora: Lora, config: Config) -> dict[str, Any]:
     }
 
 
-def _adapters(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def _adapters(path: Path, metadata: Mapping[str, str]) -> dict[str, Adapter]:
     """peft's configs of the parts that a file is for, "network" and text encoders: diffusers' in the metadata, or
     peft's own beside the file.
 
@@ -375,21 +445,11 @@ def _adapters(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, An
             for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
                 part, _, name = key.rpartition(".")
                 told.setdefault("network" if part in ("", "unet", "transformer") else part, {})[name] = value
-        return {part: _checked(adapter) for part, adapter in told.items()}
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, re.error) as error:
+        return {part: Adapter(config) for part, config in told.items()}
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise HollowError(
             f"The config of peft's in or beside {path} is damaged. Get or make the LoRA again."
         ) from error
-
-
-def _checked(adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """What reading needs of peft's config, with what is missing as peft has it."""
-    alphas = (adapter.get("alpha_pattern") or {}).items()
-    return {
-        "lora_alpha": float(adapter.get("lora_alpha", 8)),
-        "alpha_pattern": {re.compile(name).pattern: float(alpha) for name, alpha in alphas},
-        "use_rslora": bool(adapter.get("use_rslora")),
-    }
 
 
 def _check_finite(lora: Lora, path: Path) -> None:

@@ -2,10 +2,11 @@
 
 A layer with LoRA computes W x + s (alpha / rank) B A x, with strength s (1 unless set). One with DoRA (Liu et al. 2024,
 arXiv 2402.09353) trains a magnitude m for each output, too: W + ΔW is brought to it, m (W + ΔW) / ‖W + ΔW‖, row by row.
+Files of others may have one for each input, and bring it there column by column.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +49,19 @@ def add_lora(
     if rank < 1:
         raise HollowError(f"A LoRA of rank {rank} holds nothing. Choose a rank of at least 1.")
     _make_room(unet)
+    paths = lora_paths(unet, targets, within)
+    _inject(unet, paths, rank, rank if alpha is None else alpha, dora=dora)
+    for key, matrix in named_lora_parameters(unet).items():
+        if MAGNITUDES in key:
+            continue
+        fresh = torch.zeros(matrix.shape)
+        if key.endswith("lora_A.weight"):
+            nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
+        matrix.data.copy_(fresh)
+
+
+def lora_paths(unet: nn.Module, targets: Sequence[str], within: tuple[str, ...] = ("",)) -> list[str]:
+    """Where `add_lora` puts layers. Raises HollowError for a target that is nowhere."""
     possible = [
         path
         for path, module in unet.named_modules()
@@ -57,15 +71,7 @@ def add_lora(
         if not any(f".{path}".endswith(f".{target}") for path in possible):
             raise HollowError(f"This network has no layer {target!r} to put a LoRA on. Check the targets.")
     ends = tuple(f".{target}" for target in targets)
-    paths = [path for path in possible if f".{path}".endswith(ends)]
-    _inject(unet, paths, rank, rank if alpha is None else alpha, dora=dora)
-    for key, matrix in named_lora_parameters(unet).items():
-        if MAGNITUDES in key:
-            continue
-        fresh = torch.zeros(matrix.shape)
-        if key.endswith("lora_A.weight"):
-            nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
-        matrix.data.copy_(fresh)
+    return [path for path in possible if f".{path}".endswith(ends)]
 
 
 def load_lora_state(unet: nn.Module, state: Mapping[str, Tensor], alpha: float) -> None:
@@ -81,7 +87,8 @@ def load_lora_state(unet: nn.Module, state: Mapping[str, Tensor], alpha: float) 
     rank = max(ranks.values())
     _make_room(unet)
     lower = {path: lower for path, lower in ranks.items() if lower < rank}
-    _inject(unet, paths, rank, alpha, lower, dora=is_dora(state))
+    by_input = {path for path in paths if state.get(f"{path}.{MAGNITUDES}.weight", torch.empty(0)).dim() == 2}
+    _inject(unet, paths, rank, alpha, lower, dora=is_dora(state), by_input=by_input)
     for key, matrix in named_lora_parameters(unet).items():
         matrix.data.copy_(state[key])
 
@@ -93,7 +100,7 @@ def is_dora(state: Mapping[str, Tensor]) -> bool:
 
 def lora_state(unet: nn.Module) -> dict[str, Tensor]:
     """A snapshot on the CPU of every LoRA matrix: {"down_blocks.0.….to_q.lora_A.weight": (rank, in), …};
-    magnitudes are "….lora_magnitude_vector.weight" (out,)."""
+    magnitudes are "….lora_magnitude_vector.weight" (out,), or (1, in) where they are of inputs."""
     return snapshot(named_lora_parameters(unet))
 
 
@@ -139,12 +146,11 @@ def lora_off(layers: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def lora_strength(unet: nn.Module, strength: float) -> Iterator[None]:
-    """`set_strength` of any LoRA, whoever put it in, and as before afterwards."""
+    """While inside, what any LoRA adds, whoever put it in and however strong it is set, counts so many times."""
     layers = layers_of_any_lora(unet)
     before = [dict(layer.scaling) for layer in layers]
     for layer in layers:
-        for adapter in layer.active_adapters:
-            layer.set_scale(adapter, strength)
+        layer.scale_layer(strength)
     try:
         yield
     finally:
@@ -173,6 +179,7 @@ def _inject(
     ranks: Mapping[str, int] | None = None,
     *,
     dora: bool,
+    by_input: Container[str] = (),
 ) -> None:
     config = LoraConfig(r=rank, target_modules=targets, rank_pattern=dict(ranks or {}), use_dora=dora)
     config.lora_alpha = alpha  # type: ignore[assignment]  # peft declares an int, and scales by any number
@@ -181,13 +188,13 @@ def _inject(
         inject_adapter_in_model(config, unet, _ADAPTER)
     # Views copy attributes, so this one would outlive the layers; they alone tell whether there is a LoRA.
     del unet.peft_config
-    for _, layer in _lora_layers(unet):
+    for path, layer in _lora_layers(unet):
         layer.cast_input_dtype_enabled = False
         for matrix in (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]):
             matrix.__class__ = _LoraConv2d if isinstance(matrix, nn.Conv2d) else _LoraLinear
             matrix.weight.data = matrix.weight.data.float()
         if dora:
-            _Magnitudes.take_over(layer)
+            (_MagnitudesOfInputs if path in by_input else _Magnitudes).take_over(layer)
 
 
 class _LoraLinear(nn.Linear):
@@ -222,33 +229,78 @@ class _Magnitudes(DoraLinearLayer):
         magnitudes = layer.lora_magnitude_vector[_ADAPTER]
         magnitudes.__class__ = cls
         magnitudes.trained_scaling = layer.scaling[_ADAPTER]
-        norms = torch.linalg.vector_norm(weight_of(layer.get_base_layer()).flatten(1), dim=1, dtype=torch.float32)
-        magnitudes.weight = nn.Parameter(norms)
-        magnitudes.register_buffer("squared", norms.square(), persistent=False)
+        squared = cls.squares(weight_of(layer.get_base_layer()))
+        magnitudes.weight = nn.Parameter(squared.sqrt())
+        magnitudes.register_buffer("squared", squared, persistent=False)
+
+    @staticmethod
+    def squares(weight: Tensor) -> Tensor:
+        """‖W‖² as `squared` has it."""
+        return torch.linalg.vector_norm(weight.flatten(1), dim=1, dtype=torch.float32).square()
 
     def forward(  # type: ignore[override]
         self, x: Tensor, *, lora_A: Any, lora_B: Any, scaling: float, base_layer: Any, base_result: Tensor,
         **_: Any,
     ) -> Tensor:  # fmt: skip
         """What is to be added to `base_result`, what the base makes of `x`."""
-        by_output = (-1, 1, 1) if isinstance(base_layer, nn.Conv2d) else (-1,)
         change = lora_B(lora_A(x)) * self.trained_scaling
-        changed = base_result + change
-        if base_layer.bias is not None:
-            changed = changed - base_layer.bias.to(x.dtype).view(by_output)
-        # its difference from 1, which is small, so that half precision does not swallow it
-        stretch = self.weight / self._norms(weight_of(base_layer), weight_of(lora_A), weight_of(lora_B)) - 1
-        added = torch.addcmul(change, changed, stretch.to(x.dtype).view(by_output))
+        changed = _without_bias(base_result, base_layer) + change
+        added = torch.addcmul(change, changed, self._stretch(x, lora_A, lora_B, base_layer))
         return added if scaling == self.trained_scaling else added * (scaling / self.trained_scaling)
+
+    def _stretch(self, x: Tensor, lora_A: Any, lora_B: Any, base_layer: Any) -> Tensor:
+        """m / ‖W + ΔW‖ - 1, which is small, so that half precision does not swallow it; shaped to multiply `x`."""
+        norms = self._norms(weight_of(base_layer), weight_of(lora_A), weight_of(lora_B))
+        stretch = (self.weight / norms - 1).to(x.dtype)
+        return stretch.view(-1, 1, 1) if isinstance(base_layer, nn.Conv2d) else stretch.view(-1)
 
     @torch.no_grad()  # as a constant, as in section 4.3 of the paper
     def _norms(self, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """‖W + sBA‖ of each output: ‖W‖² + 2s ⟨W, BA⟩ + s² ‖BA‖², of small matrices alone."""
-        s, weight, down, up = self.trained_scaling, weight.flatten(1), down.flatten(1), up.flatten(1)
-        across = ((weight @ down.to(weight.dtype).T) * up).sum(1, dtype=torch.float32)
-        own = (up @ (down @ down.T) * up).sum(1)
-        squared = self.squared + 2 * s * across + s**2 * own
+        """‖W + sBA‖ as `squared` has it: ‖W‖² + 2s ⟨W, BA⟩ + s² ‖BA‖²."""
+        across, own = self._products(weight, down, up)
+        squared = self.squared + 2 * self.trained_scaling * across + self.trained_scaling**2 * own
         return squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()  # a row of zeros stays one
+
+    def _products(self, weight: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """⟨W, BA⟩ and ‖BA‖² of each output, (out,), of small matrices alone."""
+        weight, down, up = weight.flatten(1), down.flatten(1), up.flatten(1)
+        across = ((weight @ down.to(weight.dtype).T) * up).sum(1, dtype=torch.float32)
+        return across, (up @ (down @ down.T) * up).sum(1)
+
+
+class _MagnitudesOfInputs(_Magnitudes):
+    """The same of inputs, (1, in), a convolution's over its kernel; `squared` is of each input, too. The base layer
+    runs twice, as its own result no longer tells the inputs apart."""
+
+    @staticmethod
+    def squares(weight: Tensor) -> Tensor:
+        """‖W‖² of each input, (1, in)."""
+        norms = torch.linalg.vector_norm(weight.transpose(0, 1).flatten(1), dim=1, dtype=torch.float32)
+        return norms.square()[None]
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *, lora_A: Any, lora_B: Any, scaling: float, base_layer: Any, base_result: Tensor,
+        **_: Any,
+    ) -> Tensor:  # fmt: skip
+        """What is to be added to `base_result`, what the base makes of `x`."""
+        more = x * self._stretch(x, lora_A, lora_B, base_layer)
+        added = _without_bias(base_layer(more), base_layer) + lora_B(lora_A(x + more)) * self.trained_scaling
+        return added if scaling == self.trained_scaling else added * (scaling / self.trained_scaling)
+
+    def _products(self, weight: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        into = weight.shape[1]
+        weight, down, up = weight.flatten(1), down.flatten(1), up.flatten(1)
+        across = (up.to(weight.dtype).T @ weight) * down
+        own = (up.T @ up @ down) * down
+        across, own = (each.sum(0, dtype=torch.float32).view(into, -1).sum(1)[None] for each in (across, own))
+        return across, own
+
+
+def _without_bias(result: Tensor, base_layer: Any) -> Tensor:
+    if base_layer.bias is None:
+        return result
+    by_output = (-1, 1, 1) if isinstance(base_layer, nn.Conv2d) else (-1,)
+    return result - base_layer.bias.to(result.dtype).view(by_output)
 
 
 def _lora_layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -276,9 +328,10 @@ def _checked_rank(unet: nn.Module, path: str, state: Mapping[str, Tensor]) -> in
         weight: Tensor = base.weight
     except AttributeError:
         raise HollowError(f"The LoRA changes {path}, which {called} has not. {advice}") from None
-    if is_dora(state) and (given := state.get(f"{path}.{MAGNITUDES}.weight", torch.empty(0))).shape != (len(up),):
+    given = state.get(f"{path}.{MAGNITUDES}.weight", torch.empty(0))
+    if is_dora(state) and given.shape not in ((len(up),), (1, down.shape[1])):
         raise HollowError(
-            f"The DoRA has {len(given)} magnitudes for {path}, not {len(up)}. Get or make the file again."
+            f"The DoRA has {given.numel()} magnitudes for {path}, not {len(up)}. Get or make the file again."
         )
     rank = down.shape[0]
     expected = (rank, *weight.shape[1:]), (weight.shape[0], rank, *[1] * (weight.dim() - 2))

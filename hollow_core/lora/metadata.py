@@ -18,6 +18,7 @@ from ..data.prompts import Subject, generic_prompt, personal_prompt
 from ..errors import HollowError
 from ..nets.families import FAMILIES
 from ..nets.network import Cut, read_cut
+from .privacy import without_paths
 
 # The values that kohya's trainer writes.
 _BASE_VERSION = {"sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0"}
@@ -50,8 +51,6 @@ _PRIVATE = {
     "ss_training_comment",
 }
 _STALE = ("sshs_", "modelspec.hash_", "lora_adapter_metadata", "format")
-_PATH = re.compile(r"""(^|[\s"'=(])([A-Za-z]:[\\/]|\\\\|~?/)[^\s"']""")
-
 _THUMBNAIL = 256  # pixels, what modelspec recommends
 
 
@@ -96,27 +95,37 @@ def describe(title: str, layout: str, rank: int, alpha: float, recipe: Recipe, *
 def describe_converted(metadata: Mapping[str, str], title: str, layout: str) -> dict[str, str]:
     """What of another file's metadata goes into its conversion, and what every file says.
 
-    Left out are paths on somebody's disk (any value that holds an absolute one, and kohya's lists of folders), the
-    trainer's comment, and hashes of the old bytes. An author's name and a licence stay: they were meant to be read.
+    `layout` is the network's, as the shapes tell; what names another base model is left out, too. So are paths on
+    somebody's disk (kohya's lists of folders, and what `privacy.without_paths` finds), the trainer's comment, and
+    hashes of the old bytes. An author's name and a licence stay: they were meant to be read.
     """
     told = metadata.get("modelspec.prediction_type") or metadata.get("ss_v_parameterization", "")
-    kept = {
-        key: value
-        for key, value in metadata.items()
-        if key not in _PRIVATE and not key.startswith(_STALE) and not _PATH.search(value)
-    }
-    return _common(title, layout, velocity=told in ("v", "True")) | kept
+    public = {key: value for key, value in metadata.items() if key not in _PRIVATE and not key.startswith(_STALE)}
+    true = {key: value for key, value in without_paths(public).items() if not _is_false(key, value, layout)}
+    return _common(title, layout, velocity=told in ("v", "True")) | true
 
 
-def kohya_network(rank: int, alpha: float, *, dora: bool = False) -> dict[str, str]:
-    """kohya's words for what a file holds; a DoRA is made with LyCORIS there, as kohya's own network knows none."""
+def _is_false(key: str, value: str, layout: str) -> bool:
+    """Whether an entry of another file names another base model than it is for."""
+    if key in ("ss_base_model_version", "modelspec.architecture"):
+        return layout_told({key: value}) not in ("", layout)
+    if key == "ss_v2":
+        return (value == "True") != (layout == "sd21")
+    return key == "modelspec.implementation" and value == _SGM and layout != "sdxl"
+
+
+def kohya_network(rank: int, alpha: float, *, dora: bool = False, by_input: bool = False) -> dict[str, str]:
+    """kohya's words for what a file holds; a DoRA is made with LyCORIS there, as kohya's own network knows none. Its
+    magnitudes are of outputs, or `by_input`."""
     described = {
         "ss_network_module": "lycoris.kohya" if dora else "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",
     }
     if dora:  # as kohya keeps what --network_args says: all of them words
-        described["ss_network_args"] = json.dumps({"algo": "lora", "dora_wd": "True", "wd_on_output": "True"})
+        described["ss_network_args"] = json.dumps(
+            {"algo": "lora", "dora_wd": "True", "wd_on_output": str(not by_input)}
+        )
     return described
 
 
@@ -131,17 +140,15 @@ def thumbnail(picture: Image.Image) -> dict[str, str]:
 
 
 def layout_of(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]] | None = None) -> str:
-    """ "sd15", "sd21", "sdxl" or the name of a family of transformers, as a file tells: by its metadata, but of U-Nets
-    rather by the width of the text that its cross-attention takes in, where the shapes of its tensors are given. Raises
+    """ "sd15", "sd21", "sdxl" or the name of a family of transformers, as a file tells: of U-Nets by the width of the
+    text that its cross-attention takes in, where the shapes of its tensors are given, else by its metadata. Raises
     HollowError where neither does."""
-    if (told := layout_told(metadata)) in _TRANSFORMERS:
-        return told
     for key, shape in (shapes or {}).items():
         if _TEXT_IN.search(key) and len(shape) > 1 and shape[1] in _TEXT_WIDTH:
             return _TEXT_WIDTH[shape[1]]
-    if told:
+    if told := layout_told(metadata):
         return told
-    version = metadata.get("ss_base_model_version", "")
+    version = metadata.get("ss_base_model_version", "")[:80]
     raise HollowError(f"The LoRA's base model is {version or 'not named'}. Give the model that it belongs to.")
 
 

@@ -278,7 +278,7 @@ def parse_bytes(text: str) -> int:
 
     Raises HollowError for anything else.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])(?:i?B)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*([GM])(?:i?B)?\s*", text, re.IGNORECASE)
     if match is None:
         raise HollowError(f"{text!r} is no amount of memory. Write it as 4GB or 800MB.")
     return int(float(match[1]) * {"G": GIB, "M": 2**20}[match[2].upper()])

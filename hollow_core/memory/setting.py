@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..data.images import check_resolution
 from ..errors import HollowError
 from ..models.base_model import keep_small
 from ..models.model import Model, TimestepSampling
@@ -58,6 +59,15 @@ class Setting:
     """The person's own pictures of the class, beside those that the base draws."""
     timestep_sampling: TimestepSampling | None = None
     """How time steps are drawn for a model of flow matching; None is the usual way, "shifted"."""
+
+    def __post_init__(self) -> None:
+        """Raises HollowError for a number that cannot be."""
+        if self.resolution is not None and self.resolution < 8:  # that of pictures of many shapes may be any above
+            check_resolution(self.resolution)
+        if self.low_resolution is not None:
+            check_resolution(self.low_resolution)
+        if self.class_images < 0:
+            raise HollowError(f"There cannot be {self.class_images} pictures of the class. Give 0 for none.")
 
     def keep_small(self, model: Model, device: torch.device | str) -> None:
         """`models.base_model.keep_small`, as it says."""

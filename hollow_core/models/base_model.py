@@ -36,12 +36,13 @@ from ..nets.network import Network
 from ..nets.residency import Bits, quantize, stream
 from ..nets.schedule import PREDICTIONS, NoiseSchedule
 from ..nets.unet import UNet
-from ..nets.unet_layers import Config
+from ..nets.unet_layers import Config, check_config
 from ..progress import Stop, unless_stopped
 from . import layouts
 from . import vae as any_vae
 from .layouts import layout_name
 from .model import Model, Outlines, TimestepSampling, maker_of, without_data
+from .schedulers import diffusion_scheduler
 from .single_file import (
     Pipeline,
     load_single_file,
@@ -57,7 +58,8 @@ from .transformer_model import family_at, load_transformer, outline_transformer
 
 @dataclass
 class BaseModel:
-    """The parts of a base model with a U-Net; a `Model`."""
+    """The parts of a base model with a U-Net; a `Model`. Raises HollowError for a U-Net that training, drawing or LoRA
+    files do not know, before any stage could find it out, and for a VAE that does not fit it."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL | AutoencoderTiny | None
@@ -70,6 +72,17 @@ class BaseModel:
     """"sd15", "sd21", "sdxl" or "other"."""
     resolution: int
     """The native side of a picture in pixels."""
+    prompt_chunks: int = 1
+    """In how many chunks of 75 tokens every prompt is read, one by one; what is behind them is not read."""
+
+    def __post_init__(self) -> None:
+        """As said."""
+        check_config(self.unet.config)
+        taken = self.unet.config.in_channels
+        if self.vae is not None and (made := any_vae.latent_channels(self.vae.config)) != taken:
+            raise HollowError(
+                f"The VAE makes latents of {made} channels, but the U-Net takes {taken}. Get the whole model."
+            )
 
     @property
     def network(self) -> Network:
@@ -148,33 +161,50 @@ class BaseModel:
     def encode_prompt(self, text: str, size: tuple[int, int] | None = None) -> Conditioning:
         """What the U-Net sees of a prompt: exactly what the diffusers pipeline hands it.
 
-        encoder_hidden_states are (1, 77, width). SDXL also sees the picture's `size`, (height, width) in pixels,
-        as original and as target size, uncropped; None is the native size.
+        encoder_hidden_states are (1, 77 · chunks, width). SDXL also sees the picture's `size`, (height, width) in
+        pixels, as original and as target size, uncropped; None is the native size.
         Raises HollowError where the text encoder was set free.
         """
         if not self.text_encoders:
             raise HollowError("The text encoder was set free already. Encode all prompts before free_encoders.")
         device = next(self.text_encoders[0].parameters()).device
         embeds, _, *pooled = self.pipeline().encode_prompt(
-            text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            self.chunks(text), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
+        embeds = embeds.flatten(0, 1)[None]
         if self.layout != "sdxl":
             return Conditioning(embeds, None, None)
         height, width = size or (self.resolution, self.resolution)
-        return Conditioning(embeds, pooled[0], pooled[0].new_tensor([[height, width, 0, 0, height, width]]))
+        return Conditioning(embeds, pooled[0][:1], embeds.new_tensor([[height, width, 0, 0, height, width]]))
 
     @torch.no_grad()
     def encode_guided(self, prompt: str, negative: str, guidance: float) -> dict[str, Any]:
         """A prompt and, where it guides, the negative one, by the pipeline's names."""
         embeds = self.pipeline().encode_prompt(
-            prompt,
+            prompt=self.chunks(prompt),
             device=next(self.text_encoders[0].parameters()).device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=guidance > 1,
-            negative_prompt=negative,
+            negative_prompt=self.chunks(negative),
         )
+        tokens = [part if part is None else part.flatten(0, 1)[None] for part in embeds[:2]]
+        pooled = [part if part is None else part[:1] for part in embeds[2:]]
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        return dict(zip(names, embeds, strict=False))
+        return dict(zip(names, [*tokens, *pooled], strict=False))
+
+    def chunks(self, text: str) -> list[str]:
+        """A prompt in the parts that are read, as many as `prompt_chunks`, the last of which may be empty."""
+        if self.prompt_chunks == 1:
+            return [text]
+        return [*in_chunks(text, self.tokenizers[0]), *[""] * self.prompt_chunks][: self.prompt_chunks]
+
+    def tokens(self, text: str) -> list[list[int]]:
+        """Those of a prompt that are read, by each text encoder and chunk."""
+        return [
+            list(tokenizer(chunk, truncation=True, max_length=tokenizer.model_max_length).input_ids)
+            for tokenizer in self.tokenizers
+            for chunk in self.chunks(text)
+        ]
 
     def batch_guided(self, texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Every tensor (batch, …)."""
@@ -197,10 +227,11 @@ def load(
     """Load a diffusers folder, or a single .safetensors file of SD 1.x, SD 2.x or SDXL, onto the CPU.
 
     `prediction_type` ("epsilon", "v_prediction", "sample") overrides what the model says of itself: a folder
-    in its scheduler's config, a file by the rule in `single_file`. `config` is for a single file whose layers
-    have other sizes than the public models': a diffusers folder with configs and tokenizers.
-    Transformers have none: they learned flow matching.
-    Raises HollowError for a path that does not exist, a pickle, a LoRA, and models of any other kind.
+    in its scheduler's config, a file by its markers. Transformers have none: they learned flow matching. `config` is
+    for a single file whose layers have other sizes than the public models': a diffusers folder with configs and
+    tokenizers.
+    Raises HollowError for a path that does not exist, a pickle, a LoRA, models of any other kind, and those that
+    learned other noise (EDM, LCM, flow matching with a U-Net).
     """
     if prediction_type not in (None, *PREDICTIONS):
         choices = ", ".join(PREDICTIONS)
@@ -213,8 +244,11 @@ def load(
                 "--prediction-type out."
             )
         return load_transformer(path, dtype)
+    configs, told = (path, {}) if path.is_dir() else recognise(path, config)
+    _check_folder(configs)
+    _check_unet(configs)
+    scheduler = diffusion_scheduler(configs, told | _override(prediction_type), path)
     pipeline = _load_folder(path, dtype) if path.is_dir() else load_single_file(path, dtype, config)
-    override = {"prediction_type": prediction_type} if prediction_type else {}
     encoders = (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
     tokenizers = (pipeline.tokenizer, getattr(pipeline, "tokenizer_2", None))
     return BaseModel(
@@ -222,17 +256,18 @@ def load(
         vae=pipeline.vae.eval(),
         text_encoders=tuple(encoder.eval() for encoder in encoders if encoder is not None),
         tokenizers=tuple(tokenizer for tokenizer in tokenizers if tokenizer is not None),
-        scheduler=DDPMScheduler.from_config(pipeline.scheduler.config, **override),
+        scheduler=scheduler,
         layout=layout_name(pipeline.unet.config),
         resolution=pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
     )
 
 
-def outline(model: str, dtype: torch.dtype = torch.float32) -> Model:
+def outline(model: str, dtype: torch.dtype = torch.float32, *, prediction_type: str | None = None) -> Model:
     """What `load` gives, of tensors that hold no data (on PyTorch's "meta" device): for a dry run.
 
     `model` is a layout ("sd15", "sd21", "sdxl", or one of transformers) or a path as for `load`; only configs and a
-    file's header are read. Raises HollowError as `load` does, but does not see whether weights are missing.
+    file's header are read. `prediction_type` as for `load`. Raises HollowError as it does, but does not see whether
+    weights are missing.
     """
     schedule: dict[str, Any] = {}
     folder = layouts.FOLDER / model
@@ -244,12 +279,14 @@ def outline(model: str, dtype: torch.dtype = torch.float32) -> Model:
     if family_at(folder) is not None:
         return outline_transformer(folder, dtype)
     _check_folder(folder)
+    _check_unet(folder)
+    scheduler = diffusion_scheduler(folder, schedule | _override(prediction_type), Path(model))
     kind = pipeline_class(folder)
     unet_config, vae_config = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
     unet_config["sample_size"] = sample_size(folder, schedule, unet_config["sample_size"])
     parts = ["text_encoder", "text_encoder_2"] if kind is StableDiffusionXLPipeline else ["text_encoder"]
     tokenizers = [folder / part.replace("text_encoder", "tokenizer") for part in parts]
-    vae_kind = AutoencoderTiny if vae_config["_class_name"] == "AutoencoderTiny" else AutoencoderKL
+    vae_kind = AutoencoderTiny if vae_config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
     makers = [partial(UNet2DConditionModel.from_config, unet_config), partial(vae_kind.from_config, vae_config)]
     with quiet():
         for encoder, part in zip((CLIPTextModel, CLIPTextModelWithProjection), parts, strict=False):
@@ -263,8 +300,8 @@ def outline(model: str, dtype: torch.dtype = torch.float32) -> Model:
             CLIPTokenizer.from_pretrained(path if path.exists() else layouts.FOLDER / "tokenizer")
             for path in tokenizers
         ),
-        scheduler=DDPMScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json") | schedule),
-        layout=layout_name(unet_config),
+        scheduler=scheduler,
+        layout=layout_name(unet.config),
         resolution=unet_config["sample_size"] * 2 ** (len(vae.config.block_out_channels) - 1),
     )
 
@@ -287,6 +324,43 @@ def encode_prompt(model: Model, text: str, size: tuple[int, int] | None = None) 
     the native size. Raises HollowError where the text encoder was set free.
     """
     return model.encode_prompt(text, size)
+
+
+def read_in_chunks(model: Model, number: int) -> None:
+    """Let every prompt be read in so many chunks of 75 tokens, as ComfyUI and A1111 read long ones, and kohya's trainer
+    with its max_token_length: each chunk by itself, what comes of them one behind the other, SDXL's pooled embedding
+    that of the first. Raises HollowError for a number below 1, and for a transformer, whose prompts may be long."""
+    if not isinstance(model, BaseModel):
+        raise HollowError("Transformers read long prompts at once. Leave --prompt-chunks out.")
+    if number < 1:
+        raise HollowError(f"A prompt cannot be read in {number} chunks. Take 1, or 2 or 3 for long ones.")
+    model.prompt_chunks = number
+
+
+def chunks_lacking(model: Model, text: str) -> int:
+    """In how many chunks a prompt would be read whole that is not now; 0 where it is, and of a transformer."""
+    needed = len(in_chunks(text, model.tokenizers[0])) if isinstance(model, BaseModel) else 0
+    return needed if isinstance(model, BaseModel) and needed > model.prompt_chunks else 0
+
+
+def in_chunks(text: str, tokenizer: CLIPTokenizer) -> list[str]:
+    """A prompt in parts of no more tokens than CLIP reads at once, broken between words where there are any."""
+    room = tokenizer.model_max_length - 2  # for what marks beginning and end
+
+    def length(words: str) -> int:
+        return len(tokenizer(words, add_special_tokens=False, verbose=False).input_ids)
+
+    chunks, used = [""], 0
+    for word in text.split():
+        # A letter has at most four bytes, and a byte is one token at most.
+        step = len(word) if length(word) <= room else room // 4
+        for part in (word[start : start + step] for start in range(0, len(word), step)):
+            if used + length(part) > room:
+                chunks.append("")
+                used = 0
+            chunks[-1] = f"{chunks[-1]} {part}".strip()
+            used += length(part)
+    return chunks
 
 
 def told(prompt: Conditioning, time_ids: Sequence[int]) -> Conditioning:
@@ -416,13 +490,30 @@ def _check_path(path: Path) -> None:
         )
 
 
+def _override(prediction_type: str | None) -> dict[str, str]:
+    """A person's word, as `diffusion_scheduler` takes it."""
+    return {"prediction_type": prediction_type} if prediction_type else {}
+
+
 def _check_folder(path: Path) -> None:
     if not (path / "model_index.json").exists():
         raise HollowError(f"{path} is no diffusers folder: it has no model_index.json. Give the folder with it.")
 
 
+def _check_unet(folder: Path) -> None:
+    """Raises HollowError for a U-Net of another class, or of another kind than `check_config` knows."""
+    kind, config = pipeline_class(folder), read_json(folder / "unet" / "config.json")
+    listed = read_json(folder / "model_index.json").get("unet")
+    named = listed[-1] if isinstance(listed, list) and listed else None, config.get("_class_name")
+    for name in named:
+        if name not in (None, "UNet2DConditionModel"):
+            raise HollowError(f"The unet of {folder} is a {name}. Hollow takes UNet2DConditionModel there.")
+    check_config(config)
+    if (kind is StableDiffusionXLPipeline) != (config.get("addition_embed_type") == "text_time"):
+        raise HollowError(f"{folder} is a {kind.__name__} with the U-Net of another. Get the whole model.")
+
+
 def _load_folder(path: Path, dtype: torch.dtype) -> Pipeline:
-    _check_folder(path)
     kind = pipeline_class(path)
     weights = path / "unet" / "diffusion_pytorch_model.safetensors"
     only_half = not weights.exists() and weights.with_suffix(".fp16.safetensors").exists()

@@ -87,6 +87,10 @@ class Model(Protocol):
         one."""
         ...
 
+    def tokens(self, text: str) -> list[list[int]]:
+        """Those of a prompt that are read, by each text encoder: what is alike in them is alike to the network."""
+        ...
+
     def encode_guided(self, prompt: str, negative: str, guidance: float) -> dict[str, Any]:
         """A prompt and, where it guides, the negative one, as `sampling.sample.draw` takes them of this kind."""
         ...

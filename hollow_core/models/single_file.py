@@ -22,6 +22,7 @@ from ..errors import HollowError
 from ..files import damaged, read_json
 from ..nets.families import TITLES
 from . import layouts
+from .schedulers import told_by_file
 
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 
@@ -31,7 +32,7 @@ _BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bia
 
 
 def load_single_file(path: Path, dtype: torch.dtype, config: Path | None = None) -> Pipeline:
-    """The pipeline in a .safetensors file, its scheduler set to the noise schedule that the file tells of.
+    """The pipeline in a .safetensors file; its scheduler is not the file's, but that of its configs.
 
     `config` is a diffusers folder with the configs and tokenizers of a model whose layers have other sizes
     than the public ones.
@@ -54,7 +55,6 @@ def load_single_file(path: Path, dtype: torch.dtype, config: Path | None = None)
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             _check_whole(path, name, part)
-    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **schedule)
     pipeline.unet.register_to_config(sample_size=sample_size(config, schedule, pipeline.unet.config.sample_size))
     return pipeline
 
@@ -65,7 +65,7 @@ def recognise(path: Path, config: Path | None = None) -> tuple[Path, dict[str, A
     """
     try:
         with safe_open(path, "pt") as file:
-            return config or layouts.FOLDER / _layout(path, file), _schedule(file)
+            return config or layouts.FOLDER / _layout(path, file), _schedule(path, file)
     except (OSError, SafetensorError) as error:
         raise damaged(path, error) from error
 
@@ -145,25 +145,15 @@ def _layout(path: Path, file: Any) -> str:
     return layout
 
 
-def _schedule(file: Any) -> dict[str, Any]:
-    """What a single file tells of its noise schedule, which is little.
-
-    In this order: the empty tensors "v_pred" and "ztsnr" that SDXL models of v-prediction carry; the metadata
-    "modelspec.prediction_type"; for SD 2.x the spread of one bias, by which ComfyUI tells the 768-pixel model
-    (v-prediction) from the 512-pixel one (epsilon). Without any of them it is epsilon.
-    """
+def _schedule(path: Path, file: Any) -> dict[str, Any]:
+    """What a single file tells of its noise schedule: by `told_by_file`, or for SD 2.x by the spread of one bias, as
+    ComfyUI tells the 768-pixel model (v-prediction) from the 512-pixel one (epsilon)."""
     keys = set(file.keys())
-    told = (file.metadata() or {}).get("modelspec.prediction_type")
-    if "v_pred" in keys or told in ("v", "v_prediction"):
-        velocity = True
-    elif told or _BIAS not in keys or file.get_slice(_TEXT).get_shape()[1] != 1024:
-        velocity = False
-    else:
-        velocity = bool(file.get_tensor(_BIAS).float().std(correction=0) > 0.09)
-    return {
-        "prediction_type": "v_prediction" if velocity else "epsilon",
-        "rescale_betas_zero_snr": "ztsnr" in keys,
-    }
+    told = told_by_file(path, keys, file.metadata() or {})
+    if "prediction_type" not in told and _BIAS in keys and file.get_slice(_TEXT).get_shape()[1] == 1024:
+        spread = float(file.get_tensor(_BIAS).float().std(correction=0))
+        told |= {"prediction_type": "v_prediction"} if spread > 0.09 else {}
+    return told
 
 
 def _tokenizers(config: Path) -> dict[str, CLIPTokenizer]:

@@ -23,6 +23,7 @@ from ..nets.schedule import NoiseSchedule
 from ..nets.transformer import Transformer
 from . import vae
 from .model import Outlines, TimestepSampling, maker_of, without_data
+from .schedulers import flow_scheduler
 from .single_file import quiet
 
 NETWORK = "transformer"
@@ -49,6 +50,17 @@ class TransformerModel:
     """To a side."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What model_index.json tells beside the parts."""
+
+    def __post_init__(self) -> None:
+        """Raises HollowError for a VAE that does not fit the network, as one for fills or edits takes more."""
+        if self.module is None or self.vae is None:
+            return
+        made, taken = vae.latent_channels(self.vae.config), self.family.channels(self.network.config)
+        if made != taken:
+            raise HollowError(
+                f"The VAE makes latents of {made} channels, but this {self.family.title} takes {taken}. Take the plain "
+                "model, whole."
+            )
 
     @property
     def network(self) -> Transformer:
@@ -159,6 +171,14 @@ class TransformerModel:
         with quiet():
             return family.encode(family, parts, text, weight.device, tokens)
 
+    def tokens(self, text: str) -> list[list[int]]:
+        """Those of a prompt that are read, by each text encoder; without what a family says around it."""
+        most = self.family.max_tokens
+        return [
+            list(tokenizer(text, truncation=True, max_length=min(most, tokenizer.model_max_length)).input_ids)
+            for tokenizer in self.tokenizers
+        ]
+
     def encode_guided(self, prompt: str, negative: str, guidance: float) -> dict[str, Any]:
         """The prompt, which tells a distilled network of the guidance, and the negative one that another needs; as
         lists, since prompts are of different lengths."""
@@ -211,10 +231,11 @@ def _assembled(folder: Path, part: Callable[[str, type[Any]], Any]) -> Transform
     missing = [name for name in (NETWORK, "vae", *family.text_encoders[:1], *family.tokenizers) if name not in kinds]
     if missing:
         raise HollowError(f"{folder} lacks its {missing[0]}. Get the whole {family.title}.")
+    scheduler = flow_scheduler(folder, family.shift)
     with quiet():
         network, pictures = part(NETWORK, kinds[NETWORK]), part("vae", kinds["vae"])
         per_latent = vae.pixels_per_latent(pictures.config)
-        own_side, scheduler = network.config.get("sample_size"), _scheduler(folder, family)
+        own_side = network.config.get("sample_size")
         return TransformerModel(
             module=network,
             vae=pictures,
@@ -284,10 +305,3 @@ def _outlined(folder: Path, name: str, kind: Any, *, dtype: torch.dtype) -> nn.M
 def _largest(scheduler: FlowMatchEulerDiscreteScheduler, pixels_per_latent: int) -> int:
     """Side of the largest picture, in patches of 2×2 latents, for which a scheduler is made."""
     return math.isqrt(scheduler.config.max_image_seq_len) * 2 * pixels_per_latent
-
-
-def _scheduler(folder: Path, family: Family) -> FlowMatchEulerDiscreteScheduler:
-    """As the folder has it, or with the family's shift where there is none."""
-    file = folder / "scheduler" / "scheduler_config.json"
-    config = read_json(file) if file.exists() else {}
-    return FlowMatchEulerDiscreteScheduler.from_config({"shift": family.shift or 1.0, **config})

@@ -34,6 +34,45 @@ class Layer(NamedTuple):
     channels: int  # of its output
 
 
+def check_config(config: Config) -> None:
+    """Raises HollowError unless a U-Net is of the kind of Stable Diffusion 1, 2 and XL: of blocks that have a map, it
+    sees a time step, a prompt and at most what SDXL is told, and gives what it takes. What a config leaves out is as
+    diffusers has it."""
+    _check_blocks(config)
+    inside, outside = config.get("in_channels", 4), config.get("out_channels", 4)
+    if inside != outside:
+        raise HollowError(
+            f"This U-Net takes {inside} channels and gives {outside}. Use a model that is not for inpainting, edits or "
+            "the like."
+        )
+    for key, (known, meaning) in _KNOWN_VALUES.items():
+        if (value := config.get(key) or known[0]) not in known:
+            raise HollowError(f"This U-Net has {key} {value!r}, for {meaning}. {_PLAIN}")
+    if not isinstance(width := config.get("cross_attention_dim", 1280), int):
+        raise HollowError(f"This U-Net has cross_attention_dim {width}, but prompts have one width. {_PLAIN}")
+    if config.get("addition_embed_type") == "text_time":
+        told, size = (config.get(key) for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim"))
+        if not (isinstance(told, int) and isinstance(size, int) and told > 6 * size):
+            raise HollowError(
+                f"This U-Net is told {told} numbers, of which six sizes would take {size} each, as in SDXL. {_PLAIN}"
+            )
+
+
+_PLAIN = "Take the plain model of SD 1.x, SD 2.x or SDXL that it was made from."
+_KNOWN_VALUES: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "time_cond_proj_dim": ((None,), "the scale of guidance, as LCM is told it"),
+    "class_embed_type": ((None,), "classes or pictures"),
+    "num_class_embeds": ((None,), "classes or noise levels, as upscalers are told them"),
+    "class_embeddings_concat": ((False,), "classes"),
+    "addition_embed_type": ((None, "text_time"), "more than SDXL is told"),
+    "encoder_hid_dim_type": ((None,), "prompts of another encoder, or pictures as IP-Adapter's"),
+    "encoder_hid_dim": ((None,), "prompts of another encoder"),
+    "attention_type": (("default",), "boxes, as GLIGEN is told them"),
+    "dual_cross_attention": ((False,), "two prompts"),
+}
+"""By the names of diffusers' config, the usual value first; another needs what training, drawing or files have not."""
+
+
 def layers(config: Config) -> list[Layer]:
     """The layers of a U-Net in the order in which they run, without conv_in and conv_out.
 
@@ -124,9 +163,10 @@ _KNOWN_BLOCKS = (
 
 def _check_blocks(config: Config) -> None:
     mid = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
-    for block in [*config["down_block_types"], mid, *config["up_block_types"]]:
+    for block in [*config.get("down_block_types", ()), mid, *config.get("up_block_types", ())]:
         if block not in _KNOWN_BLOCKS:
-            raise HollowError(f"Hollow cannot cut a U-Net with a {block}. It knows {', '.join(_KNOWN_BLOCKS)}.")
+            what = f"a {block}" if block else "no middle"
+            raise HollowError(f"Hollow cannot cut a U-Net with {what}. It knows {', '.join(_KNOWN_BLOCKS)}.")
 
 
 def _layers_per_block(config: Config) -> list[int]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby, takewhile
@@ -9,12 +10,17 @@ from pathlib import Path
 
 import torch
 
-from ..files import read_safetensors, write_safetensors
+from ..errors import HollowError
+from ..files import digest, read_safetensors, write_safetensors
 from ..models.base_model import visiting
 from ..models.model import Model
 from ..nets.residency import Bits
 from ..progress import Clock, Stop, Stopped, Watch
+from ..seeds import SEEDS, check_seed
 from .sample import SampleSettings, draw, encode_guided, slices
+
+_DIGEST = "digest"  # of the metadata, where older files have none
+_log = logging.getLogger(__name__)
 
 
 def class_latents(
@@ -37,13 +43,17 @@ def class_latents(
     Each is a file in `folder`, so that an interrupted run goes on; those of another model, prompt, seed or size stay
     beside them. Fewer come back when `stop` says so, which is asked at each denoising step. `together` of one size are
     drawn at once. `made_by` names the model, as `model_id` does before it is quantised to `base_bits`. Text encoders
-    and U-Net visit `device` in turn; None leaves them where they are. Raises HollowError for a damaged file.
+    and U-Net visit `device` in turn; None leaves them where they are. A file that is damaged is named in the log and
+    drawn again. Raises HollowError for a number that is no seed, and where what is drawn is not finite, which is not
+    kept.
     """
+    check_seed(seed)
     common = {"model": made_by, "base_bits": str(base_bits or ""), "steps": str(steps), "seed": str(seed)}
     made_for = [{**common, "resolution": _in_words(size), "prompt": prompt} for prompt, size in asked]
     files, latents = [], {}
     for index, what in enumerate(made_for):
-        file, found = _file(folder, index, what)
+        height, width = (side // model.pixels_per_latent for side in asked[index][1])
+        file, found = _file(folder, index, what, (height, width))
         files.append(file)
         if found is not None:
             latents[index] = found
@@ -60,13 +70,19 @@ def class_latents(
             if stop is not None and stop():
                 break
             text = model.batch_guided([texts[asked[index][0]] for index in few])
-            seeds = [seed * 1_000_003 + index for index in few]
+            seeds = [(seed * 1_000_003 + index) % SEEDS for index in few]
             try:
                 drawn = draw(model, text, seeds, replace(settings, size=size), stop=stop).cpu()
             except Stopped:
                 break
             for index, one in zip(few, drawn.split(1), strict=True):
-                write_safetensors(files[index], {"latents": one}, made_for[index])
+                if not one.isfinite().all():
+                    precision = str(model.network.dtype).removeprefix("torch.")
+                    raise HollowError(
+                        f"The class picture {files[index].name}, {asked[index][0]!r}, is not finite as the model draws "
+                        f"it in {precision}. Take another precision, or check the model."
+                    )
+                write_safetensors(files[index], {"latents": one}, {**made_for[index], _DIGEST: digest(one)})
                 latents[index] = one
                 if progress is not None:
                     progress(clock(len(latents)))
@@ -87,14 +103,32 @@ def _in_words(size: tuple[int, int]) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[1]}x{size[0]}"
 
 
-def _file(folder: Path, index: int, made_for: Mapping[str, str]) -> tuple[Path, torch.Tensor | None]:
-    """Where a picture is, or is to be, and its latents if they are there: behind its number, where another has that
-    name, stands what it is made for."""
+def _file(
+    folder: Path, index: int, made_for: Mapping[str, str], shape: tuple[int, int]
+) -> tuple[Path, torch.Tensor | None]:
+    """Where a picture is, or is to be, and its latents (1, channels, *shape) if they are there: where another has its
+    number for a name, a digest of what it is made for stands behind."""
     plain = folder / f"class-{index:05}.safetensors"
     name = hashlib.sha256(json.dumps(made_for, sort_keys=True).encode()).hexdigest()[:12]
     own = plain.with_stem(f"{plain.stem}-{name}")
     for path in filter(Path.exists, (own, plain)):
-        tensors, metadata = read_safetensors(path)
+        try:
+            tensors, metadata = read_safetensors(path)
+        except HollowError:
+            tensors, metadata = {}, {}
         if all(metadata.get(key, value) == value for key, value in made_for.items()):
-            return path, tensors["latents"]
+            return path, _whole(path, tensors, metadata, shape)
     return own if plain.exists() else plain, None
+
+
+def _whole(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], shape: tuple[int, int]
+) -> torch.Tensor | None:
+    """The latents of a file; None where they are others than were written, or not finite."""
+    latents = tensors.get("latents")
+    if latents is not None and latents.dim() == 4 and latents.shape[2:] == shape and latents.isfinite().all():
+        found = digest(latents)
+        if metadata.get(_DIGEST, found) == found:
+            return latents
+    _log.warning("%s is damaged. It is drawn again.", path)
+    return None

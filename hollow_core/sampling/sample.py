@@ -1,7 +1,8 @@
 """Pictures from a base model with a LoRA: on two paths, as an ordinary LoRA, or without it."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import singledispatch
 from itertools import takewhile
@@ -21,8 +22,9 @@ from ..models.model import Model
 from ..models.transformer_model import TransformerModel
 from ..nets.conditioning import Conditioning
 from ..progress import Stop, Stopped
+from ..seeds import check_seed
 from .flow import euler
-from .two_path import two_path
+from .two_path import check_paths, two_path
 
 AT_A_TIME = 20  # pictures that are drawn before they are written
 
@@ -55,6 +57,9 @@ class SampleSettings:
         """Raises HollowError for a value that cannot be."""
         if not 1 <= self.steps <= 1000:
             raise HollowError(f"{self.steps} denoising steps cannot be. Take from 1 to 1000; 30 are usual.")
+        check_paths(self.strength, self.refresh)
+        if self.guidance is not None and not 0 <= self.guidance < math.inf:
+            raise HollowError(f"A guidance of {self.guidance} cannot be. Take 1 for none; 7.5 is usual.")
         if self.together < 1:
             raise HollowError(f"{self.together} pictures cannot be drawn together. It must be at least 1.")
         for side in self.size or ():
@@ -89,8 +94,8 @@ def sample(
     A LoRA of a hollowed training is used on two paths (Hollowed Net, Sec. 4.3) with each prompt's
     generic form or, if given, its one of `generics`; any other LoRA, or `single_path`, on the ordinary one. Text
     encoders, U-Net and VAE visit `device` in turn; None leaves them where they are. `progress` is told how many of
-    how many are drawn. Raises HollowError for another number of seeds or generic prompts than of prompts, and for a
-    LoRA that does not fit the model.
+    how many are drawn. Raises HollowError for another number of seeds or generic prompts than of prompts, for a number
+    that is no seed, and for a LoRA that does not fit the model.
     """
     _check_seeds(len(prompts), seeds)
     texts = encode(model, prompts, settings, lora=lora, single_path=single_path, generics=generics, device=device)
@@ -122,6 +127,19 @@ def encode(
         generics = generics or [generic_prompt(prompt, recipe.identifier) for prompt in prompts]
         generic = {text: encode_prompt(model, text, size) for text in dict.fromkeys(generics)}
     return Texts([guided[prompt] for prompt in prompts], [generic[text] for text in generics], recipe)
+
+
+def unheard(model: Model, prompts: Sequence[str], lora: LoraFile) -> list[str]:
+    """Those of the prompts that name the LoRA's subject so far behind that no text encoder reads it."""
+    identifier = "" if lora.recipe is None else lora.recipe.identifier
+
+    def heard(prompt: str) -> bool:
+        with suppress(HollowError):  # nothing but the identifier, which is read
+            generic = generic_prompt(prompt, identifier)
+            return generic == prompt or model.tokens(generic) != model.tokens(prompt)
+        return True
+
+    return [prompt for prompt in dict.fromkeys(prompts) if not heard(prompt)]
 
 
 def portions(
@@ -161,6 +179,8 @@ def portions(
 def _check_seeds(number: int, seeds: Sequence[int]) -> None:
     if len(seeds) != number:
         raise HollowError(f"There are {number} prompts and {len(seeds)} seeds. Give one seed for each prompt.")
+    for seed in seeds:
+        check_seed(seed)
 
 
 def slices(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -196,9 +216,7 @@ def draw(
     paths: Any = nullcontext()
     if recipe is not None and generic is not None:
         assert not isinstance(recipe.cut, tuple)
-        paths = two_path(
-            pipeline, cut=recipe.cut, generic=generic, strength=settings.strength, refresh=settings.refresh
-        )
+        paths = two_path(pipeline, cut=recipe.cut, generic=generic, refresh=settings.refresh)
 
     def ask(*step: Any) -> dict[str, Any]:
         if stop is not None and stop():

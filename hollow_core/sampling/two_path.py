@@ -5,6 +5,7 @@ The personal path, hollowed and with the LoRA, takes its activation from there a
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -31,13 +32,12 @@ def two_path(
     Its U-Net carries the LoRA, put there by `load_lora_state` or by `pipeline.load_lora_weights`. `cut` is
     the one it was trained for, None for an ordinary LoRA, which takes the ordinary path. `generic` is the prompt
     without the identifier: one for all pictures, or one for each prompt of a batch; the negative prompt stands
-    for itself. `strength` scales the LoRA, 1 is as trained. `refresh` runs the base path at every n-th time step
-    only and uses its activation again between (as DeepCache does).
+    for itself. `strength` multiplies how strong the LoRA is set, or each of several; 1 leaves it. `refresh` runs the
+    base path at every n-th time step only and uses its activation again between (as DeepCache does).
     Afterwards the U-Net and its LoRA are as before. Raises HollowError for a cut out of range, a refresh below
-    1, and a generic prompt that does not fit the pipeline's prompts.
+    1, a strength that is no finite number, and a generic prompt that does not fit the pipeline's prompts.
     """
-    if refresh < 1:
-        raise HollowError(f"The base path cannot run every {refresh} steps. Choose a refresh of at least 1.")
+    check_paths(strength, refresh)
     host: Any = pipeline
     unet = host.unet
     with lora_strength(unet, strength):
@@ -47,6 +47,14 @@ def two_path(
             yield pipeline
         finally:
             host.unet = unet
+
+
+def check_paths(strength: float, refresh: int) -> None:
+    """Raises HollowError for a strength that is no finite number, and for a refresh below 1."""
+    if not math.isfinite(strength):
+        raise HollowError(f"The strength of a LoRA cannot be {strength}. Take 1 for as trained, 0 for none.")
+    if refresh < 1:
+        raise HollowError(f"The base path cannot run every {refresh} steps. Choose a refresh of at least 1.")
 
 
 class TwoPathUNet(UNet2DConditionModel):
@@ -79,7 +87,8 @@ class _TwoPaths:
         due = self.step % self.refresh == 0
         if due or self.exit_activation is None or len(self.exit_activation) != len(sample):
             self.exit_activation = self._run_base(sample, timestep, prompts, **kwargs)
-        return self.personal(sample, timestep, prompts, exit_activation=self.exit_activation, **kwargs)
+        # a copy, as FreeU for one writes into it
+        return self.personal(sample, timestep, prompts, exit_activation=self.exit_activation.clone(), **kwargs)
 
     def _count(self, timestep: Tensor | float) -> None:
         """Count time steps, not calls: schedulers of second order call twice at one, and each call of a step

@@ -67,8 +67,15 @@ class Averages:
         averages = {str(index): each.to("cpu", copy=True) for index, each in enumerate(self._ema.shadow_params)}
         return averages | {_STEP: torch.tensor(self._ema.optimization_step)}
 
+    def misfit(self, state: Mapping[str, Tensor]) -> str | None:
+        """Why `load` could not go on from this, in words; None where it can."""
+        fit = {name: tensor.shape for name, tensor in state.items()} == {
+            name: tensor.shape for name, tensor in self.state().items()
+        }
+        return None if fit else "its averages are not those of its LoRA"
+
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+        """Go on from what `state` gave, where it has no `misfit`."""
         if self._ema is not None:
             self._ema.optimization_step = int(state[_STEP])
             for index, average in enumerate(self._ema.shadow_params):

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from ..errors import HollowError
-from ..files import read_safetensors, write_safetensors
+from ..files import digest_all, fits, read_safetensors, write_safetensors
 from .settings import LATER, TrainSettings
 
 _KEY = "hollow.checkpoint"  # of the metadata; one key, as safetensors writes several in any order
+LOSS_SCALE = 2.0**16
+"""By which a loss in fp16 is multiplied at first; it only falls."""
+_LATER = ("validation", "digest")  # of what it says, which older checkpoints do not have
 
 
 class Checkpoint(NamedTuple):
@@ -37,18 +40,19 @@ class Checkpoint(NamedTuple):
         tensors |= {f"average {name}": tensor for name, tensor in self.averages.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         about = {"loss_scale": self.loss_scale, "made_for": self.made_for, "validation": self.validation}
+        about["digest"] = digest_all(tensors.items())
         write_safetensors(path, tensors, {_KEY: json.dumps(about)})
 
     @classmethod
     def load(cls, path: Path, made_for: Mapping[str, Any] | None = None) -> "Checkpoint":
         """The checkpoint at `path`, whatever it was made for if `made_for` is None.
 
-        Raises HollowError for a damaged file, and for one made for something else, saying what.
+        Raises HollowError for a file that is damaged or was edited, and for one made for something else, saying what.
         """
         tensors, metadata = read_safetensors(path)
         if _KEY not in metadata:
             raise HollowError(f"{path} is no checkpoint of a training. Choose another folder.")
-        about = json.loads(metadata[_KEY])
+        about = _read_about(path, metadata[_KEY])
         stored = about["made_for"]
         asked = stored if made_for is None else json.loads(json.dumps(made_for))
         if stored != asked:
@@ -56,6 +60,8 @@ class Checkpoint(NamedTuple):
                 f"{path} is of a training that differs: {', '.join(_differences(stored, asked))}. "
                 "Go back to what it was, choose another folder, or delete the file to start anew."
             )
+        if about.get("digest", found := digest_all(tensors.items())) != found:
+            raise damaged_checkpoint(path, "it does not hold what was written")
         lora, averages = {}, {}
         optimizers = defaultdict[str, dict[str, dict[str, Tensor]]](dict)
         for name, tensor in tensors.items():
@@ -64,11 +70,37 @@ class Checkpoint(NamedTuple):
                     lora[key] = tensor
                 case ["optimizer", way, index, part]:
                     optimizers[way].setdefault(index, {})[part] = tensor
-                case ["average", name]:
-                    averages[name] = tensor
+                case ["average", key]:
+                    averages[key] = tensor
+        losses = tensors.get("losses")
+        if losses is None or losses.dim() != 1 or not losses.is_floating_point():
+            raise damaged_checkpoint(path, "it has no losses of its steps")
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise damaged_checkpoint(path, f"{name} is not finite, as after a learning rate that is too high")
         validation = [(step, loss) for step, loss in about.get("validation", [])]
-        losses = tensors["losses"].tolist()
-        return cls(lora, optimizers, averages, losses, about["loss_scale"], stored, validation)
+        return cls(lora, optimizers, averages, losses.tolist(), about["loss_scale"], stored, validation)
+
+
+def damaged_checkpoint(path: Path, why: str) -> HollowError:
+    """What is said of one from which no training can go on."""
+    return HollowError(f"{path} cannot be gone on from: {why}. Delete it to start the training anew.")
+
+
+def _read_about(path: Path, text: str) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors. Raises HollowError for what `save` does not write."""
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise damaged_checkpoint(path, f"its metadata are not valid JSON ({error})") from error
+    kinds = {"loss_scale": float, "made_for": dict[str, Any], "validation": list[tuple[int, float]], "digest": str}
+    for name, kind in kinds.items():
+        if not isinstance(about, dict) or not (fits(about.get(name), kind) or (name in _LATER and name not in about)):
+            raise damaged_checkpoint(path, f"its metadata have no {name} that a training writes")
+    if not 0 < about["loss_scale"] <= LOSS_SCALE:
+        raise damaged_checkpoint(path, f"its loss_scale is {about['loss_scale']}")
+    checked: dict[str, Any] = about
+    return checked
 
 
 def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

@@ -59,6 +59,7 @@ class Optimizer:
     ) -> None:
         make = partial(optimizer_class(name, parameters[0].device.type), lr=learning_rate, weight_decay=weight_decay)
         self.parameters, self.fused, self.averages = parameters, fused, name == "schedulefree"
+        self._name = name
         self._learning_rate = learning_rate
         self._optimizers = [make([parameter]) for parameter in parameters] if fused else [make(parameters)]
         one_each = self._optimizers if fused else self._optimizers * len(parameters)
@@ -125,8 +126,25 @@ class Optimizer:
         }
         return states | ({_GROUP: of_all} if of_all else {})
 
+    def misfit(self, state: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+        """Why `load` could not go on from this, in words; None where it can."""
+        alike: dict[torch.Size, dict[str, tuple[torch.Size, torch.dtype]]] = {}
+        for index, parts in state.items():
+            if index == _GROUP:
+                continue
+            if not (index.isdecimal() and int(index) < len(self.parameters)):
+                return f"its optimizer has a state for matrix {index}, but there are {len(self.parameters)}"
+            matrix = self.parameters[int(index)]
+            found = usual = {part: (tensor.shape, tensor.dtype) for part, tensor in parts.items()}
+            if self._name == "adamw":  # whose kernel crashes the process where they are others
+                moment = (matrix.shape, matrix.dtype)
+                usual = {"step": (torch.Size(), torch.float32), "exp_avg": moment, "exp_avg_sq": moment}
+            if found != alike.setdefault(matrix.shape, usual):
+                return f"its optimizer's state for matrix {index} lacks a part, or has one of another shape"
+        return None
+
     def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Go on from what `state` gave."""
+        """Go on from what `state` gave, where it has no `misfit`."""
         for index, parts in state.items():
             if index == _GROUP:
                 for group in self._groups():

@@ -22,6 +22,7 @@ from ..nets.network import BasePath, Cut, Network, Stored
 from ..nets.schedule import NoiseSchedule
 from ..nets.transfer import Arriving
 from ..progress import Clock, Stop, Watch
+from ..seeds import check_seed
 from .ahead import one_behind
 from .store import Fingerprint, Kind, OtherStore, Record, Store, store_id
 
@@ -83,23 +84,25 @@ def precompute(
     it is asked for; `stop` is asked before those that go together, and a stopped run gives back a store with shards
     missing. A shard is written while the next one is made.
 
-    Raises HollowError for wrong arguments, for a store in `folder` that is damaged or was made from something
-    else, for an activation that overflows, and where the disk is full. What is written by then stays good.
+    What is damaged of a store in `folder` is named in the log and made anew. Raises HollowError for wrong arguments,
+    for a store whose index is damaged or that was made from something else, for an activation that overflows, and
+    where the disk is full. What is written by then stays good.
     """
-    _check(network, schedule, examples, cut=cut, samples=samples, dtype=dtype, together=together)
+    _check(network, schedule, examples, cut=cut, samples=samples, seed=seed, dtype=dtype, together=together)
     made_by = model_id(network) if made_by is None else made_by
     fingerprint, inputs = _fingerprint(made_by, schedule, examples, cut, samples, seed, dtype)
     records = plan_for(examples, samples, schedule, seed) if records is None else records
     if apart:
         folder = Path(folder) / store_id(fingerprint, records)[:12]
     store = _store(Path(folder), fingerprint, records, inputs, beside)
+    store.check_timesteps(schedule)
     if cut is None:
         return store
 
     base = network.base(cut)
     base.module.eval()
     examples = [replace(example, latents=example.latents.float().cpu()) for example in examples]  # where noise is made
-    elsewhere = _elsewhere(store, base) if (apart or beside) and together == 1 else {}
+    elsewhere = _elsewhere(store, base, schedule) if (apart or beside) and together == 1 else {}
     step = len(records) - sum(len(store.shard(shard)) for shard in store.missing) + len(elsewhere)
     clock = Clock(step, len(records))
     with one_behind() as later:
@@ -171,7 +174,7 @@ def _alike(
         yield from (alike[first : first + together] for first in range(0, len(alike), together))
 
 
-def _elsewhere(store: Store, base: BasePath) -> dict[int, tuple[Store, int]]:
+def _elsewhere(store: Store, base: BasePath, schedule: NoiseSchedule) -> dict[int, tuple[Store, int]]:
     """Of the records that are still to be made those that a store beside this one has, and under which number: of the
     same picture, prompt, time step and noise, left by the same base at the same cut."""
 
@@ -189,7 +192,8 @@ def _elsewhere(store: Store, base: BasePath) -> dict[int, tuple[Store, int]]:
     for path in store.folder.parent.glob("*/store.json"):
         with suppress(HollowError):  # a damaged one is no help, and no harm
             other = Store.open(path.parent)
-            if alike(other) == alike(store):
+            if store.missing and alike(other) == alike(store):
+                other.check(schedule)
                 missing = {index for shard in other.missing for index in other.shard(shard)}
                 whole = [index for index in range(len(other.records)) if index not in missing]
                 there |= {content(other, index): (other, index) for index in whole}
@@ -352,9 +356,11 @@ def _check(
     *,
     cut: Cut | None,
     samples: int,
+    seed: int,
     dtype: torch.dtype,
     together: int,
 ) -> None:
+    check_seed(seed)
     if cut is not None:
         network.check_cut(cut)
     if lora_parameters(network.module):

@@ -9,6 +9,7 @@ import torch
 from ..errors import HollowError
 from ..files import digest
 from ..lora.layers import ATTENTION
+from ..seeds import SEEDS
 from .optimizer import ALL_AT_ONCE, USUAL_RATES, OptimizerName
 from .rates import LRSchedule
 from .selective import Probability, Strategy, falling, heat_map
@@ -155,7 +156,7 @@ class TrainSettings:
                 self.checkpoint_levels is None or self.checkpoint_levels >= 1,
                 "It must be at least 1; without any, turn gradient checkpointing off.",
             ),
-            ("seed", 0 <= self.seed < 2**63, "It must be from 0 to 2⁶³ - 1."),
+            ("seed", 0 <= self.seed < SEEDS, "It must be from 0 to 2^64 - 1."),
             ("save_every", self.save_every >= 0, "It must be 0 or more."),
             ("validate_every", self.validate_every >= 0, "It must be 0 or more."),
             ("strategy", self.strategy in get_args(Strategy), "Choose bp, zo or selective."),

@@ -1,7 +1,7 @@
 """Stage 2: train a LoRA on the records of a store; the loop reads top to bottom."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ..errors import HollowError
-from ..lora.layers import add_lora, load_lora_state, lora_state, named_lora_parameters, snapshot
+from ..lora.layers import add_lora, lora_state, named_lora_parameters, snapshot
 from ..nets.network import Network
 from ..nets.schedule import NoiseSchedule
 from ..nets.transfer import Copies
 from ..progress import Clock, Stop, Watch
 from .ahead import one_ahead
 from .averages import Averages
-from .checkpoint import Checkpoint
+from .checkpoint import LOSS_SCALE, Checkpoint, damaged_checkpoint
 from .optimizer import Optimizer
 from .rates import rate_factor
 from .selective import Choice, Taken, choices, taken
@@ -42,6 +42,8 @@ class TrainResult:
     taken: list[Taken]  # of every step its image records, one after the other
     validation: list[tuple[int, float]] = field(default_factory=list)
     """After so many steps, the mean loss of the held-out records, each time of the same time steps and noise."""
+    trouble: str = ""
+    """After a non-finite loss or gradient: what is not finite, and what to do, in two sentences."""
 
     @property
     def steps(self) -> int:
@@ -73,8 +75,8 @@ def train(
     as its backward pass is not the same twice; called with more `steps`, it goes on, but for "selective" and for
     learning rates that fall, whose schedules end with the last of them.
 
-    Raises HollowError for a store that is unfinished or does not fit `network` and `schedule`; for a checkpoint
-    that is damaged or of other settings, as going on would give a LoRA of neither and a fresh start would
+    Raises HollowError for a store that is unfinished, damaged or does not fit `network` and `schedule`; for a
+    checkpoint that is damaged or of other settings, as going on would give a LoRA of neither and a fresh start would
     overwrite what may have taken hours; and for a full disk. Where memory runs out in a pass, torch's
     OutOfMemoryError is passed on, after a checkpoint; in an update, without a new one. Called again with less around,
     or with smaller settings, it goes on.
@@ -94,21 +96,22 @@ def train(
     module.eval()  # the records, too, were made without dropout
     if settings.gradient_checkpointing:
         network.checkpoint(settings.checkpoint_levels)
-    if begun is None:
-        generator = torch.Generator().manual_seed(_seeds(settings)[0])
-        add_lora(
-            module,
-            settings.rank,
-            settings.lora_alpha,
-            settings.targets,
-            within=network.within,
-            dora=settings.dora,
-            generator=generator,
-        )
-    else:
-        load_lora_state(module, begun.lora, settings.lora_alpha)
+    add_lora(
+        module,
+        settings.rank,
+        settings.lora_alpha,
+        settings.targets,
+        within=network.within,
+        dora=settings.dora,
+        generator=torch.Generator().manual_seed(_seeds(settings)[0]),
+    )
     named = named_lora_parameters(module)
     parameters = list(named.values())
+    if begun is not None:
+        if {key: tensor.shape for key, tensor in begun.lora.items()} != {key: p.shape for key, p in named.items()}:
+            raise damaged_checkpoint(path, "its LoRA lacks a matrix, or has one of another shape")
+        for key, matrix in named.items():
+            matrix.data.copy_(begun.lora[key])
     for matrix in parameters:
         matrix.data = matrix.data.to(DTYPES[settings.lora_precision])
     optimizer_at = partial(Optimizer, parameters, settings.optimizer, weight_decay=settings.weight_decay)
@@ -119,6 +122,9 @@ def train(
     }
     averages = Averages(parameters, [*optimizers.values()], settings.ema)
     if begun is not None:
+        misfits = [optimizer.misfit(begun.optimizers[way]) for way, optimizer in optimizers.items()]
+        for misfit in filter(None, [*misfits, averages.misfit(begun.averages)]):
+            raise damaged_checkpoint(path, misfit)
         for way, optimizer in optimizers.items():
             optimizer.load(begun.optimizers[way])
         averages.load(begun.averages)
@@ -139,6 +145,11 @@ def train(
         state = averages.state()
         Checkpoint(snapshot(named), moments, state, losses, loss_scale, made_for, validation).save(path)
 
+    def give_out() -> None:
+        if saved is not None:
+            with averages.as_used():
+                saved(len(losses), lora_state(module))
+
     # held-out pictures, always at the same time steps and noise
     validation = [] if begun is None else begun.validation
     held_out = store.indices("held-out image")
@@ -150,9 +161,12 @@ def train(
 
     before, good = Copies(parameters), Copies(parameters)  # of a step's start, and of the last finite loss's
     good.take()
-    loss_scale = (2.0**16 if settings.precision == "fp16" else 1.0) if begun is None else begun.loss_scale
+    loss_scale = (LOSS_SCALE if settings.precision == "fp16" else 1.0) if begun is None else begun.loss_scale
     stopped: Stopped = "finished"
+    trouble = ""
     validate()
+    if settings.save_every and losses and len(losses) % settings.save_every == 0 and len(losses) < settings.steps:
+        give_out()  # again: a kill may have come between
     clock = Clock(len(losses), settings.steps)
     left = islice(ahead, settings.steps - len(losses))
     for choice, parts in one_ahead(read, left):
@@ -179,7 +193,7 @@ def train(
         # where Python waits for the device, once a step
         loss, scaled_norm = torch.stack([loss_there, optimizer.norm()]).tolist()
         if not math.isfinite(loss):
-            stopped = "non-finite loss"
+            stopped, trouble = "non-finite loss", _trouble(store, choice, losses, settings)
             break
         good, before = before, good
 
@@ -190,7 +204,7 @@ def train(
         elif loss_scale > 1:
             loss_scale /= 2
         else:
-            stopped = "non-finite gradient"
+            stopped, trouble = "non-finite gradient", _trouble(store, choice, losses, settings)
             break
         losses.append(loss)
         trained_on += taken(store, choice)
@@ -201,9 +215,7 @@ def train(
             validate()
         if settings.save_every and step_number % settings.save_every == 0 and step_number < settings.steps:
             save()
-            if saved is not None:
-                with averages.as_used():
-                    saved(step_number, lora_state(module))
+            give_out()
         if progress is not None:
             held_out_now = validation[-1][1] if validation else None
             now = {"validation": held_out_now, "learning_rate": optimizer.rate, "as_used": averages.as_used}
@@ -218,7 +230,7 @@ def train(
             saved(len(losses), lora_state(module))
     else:
         good.give_back()
-    return TrainResult(lora_state(module), losses, stopped, trained_on, validation)
+    return TrainResult(lora_state(module), losses, stopped, trained_on, validation, trouble)
 
 
 def steps_ahead(store: Store, schedule: NoiseSchedule, settings: TrainSettings) -> Iterator[Choice]:
@@ -242,6 +254,27 @@ def _seeds(settings: TrainSettings) -> list[int]:
     return seeds
 
 
+def _trouble(store: Store, choice: Choice, losses: Sequence[float], settings: TrainSettings) -> str:
+    """What is not finite in a step after `losses`: one of its records, the network by itself, or what was learned."""
+    for index, _ in choice.weighted:
+        record = store.record(index)
+        latents, prompt = store.inputs(record.image)
+        if not all(tensor.isfinite().all() for tensor in record.stored.values()):
+            return (
+                f"Record {index} in {store.file_of(index)} is not finite. Delete that file and run again: it is made "
+                "anew, and the rest is kept."
+            )
+        if not all(tensor is None or tensor.isfinite().all() for tensor in (latents, *prompt)):
+            return f"Example {record.image} in {store.folder} is not finite. Delete that folder and run again."
+    other = "" if settings.precision == "fp32" else ", or take the precision fp32"
+    if not losses:
+        return (
+            "The records are finite, but the network makes of them what is not, before anything is learned. "
+            f"Check the model{other}."
+        )
+    return f"The records are finite, the training is not: it went too far. Lower the learning rate{other}."
+
+
 def _check(network: Network, schedule: NoiseSchedule, store: Store, settings: TrainSettings) -> None:
     if (dtype := network.dtype) != DTYPES[settings.precision]:
         raise HollowError(
@@ -257,5 +290,6 @@ def _check(network: Network, schedule: NoiseSchedule, store: Store, settings: Tr
             f"The U-Net has cut {cut}, the store in {store.folder} has cut {store.cut} (None: not hollowed). "
             "Hollow the U-Net at the cut of the store."
         )
+    store.check(schedule)
     if settings.prior_weight > 0 and store.indices("prior"):
         check_unfused(settings)

@@ -9,10 +9,10 @@ from comfy.model_patcher import ModelPatcher
 from ...hollow_core.analysis.base_weights import BaseWeights
 from ...hollow_core.analysis.block_weights import parse_block_weights, scale
 from ...hollow_core.analysis.figures import figures
-from ...hollow_core.analysis.report import Analysis, analyze
+from ...hollow_core.analysis.report import Analysis, analyze, analyze_file
 from ...hollow_core.errors import HollowError
 from ...hollow_core.lora import dialects
-from ...hollow_core.lora.file import config_of, read, recipe_of
+from ...hollow_core.lora.file import config_of
 from ...hollow_core.models.layouts import layout_name
 from ...hollow_core.nets.unet_layers import Config, to_ldm
 from ..handles import HollowLora
@@ -32,11 +32,8 @@ def analyses_of(lora: HollowLora | None, model: ModelPatcher | None, files: str)
         name = lora.metadata.get("ss_output_name") or "the LoRA"
         found.append(analyze(name, parsed(lora, config).layers, _config(lora, config), cut=lora.recipe.cut, base=base))
     for path in paths:
-        content, metadata = read(path, config)
-        own, recipe = config or config_of(metadata, content.shapes), recipe_of(metadata)
-        cut = None if recipe is None else recipe.cut
-        found.append(analyze(path.stem, content.layers, own, cut=cut, base=base, text_layers=len(content.text)))
-        if own != found[0].config:
+        found.append(analyze_file(path, config, base=base))
+        if found[-1].config != found[0].config:
             raise HollowError(f"{path.name} is for another base model than the first LoRA. Analyze them apart.")
     return found
 

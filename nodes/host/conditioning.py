@@ -61,6 +61,12 @@ def encode(clip: Any, text: str, identifier: str) -> Conditionings:
     return node_helpers.conditioning_set_values(encoded, {TEXT: text, IDENTIFIER: identifier})
 
 
+def same(one: Conditionings, other: Conditionings) -> bool:
+    """Whether the text encoder gave the same of two prompts."""
+    pairs = zip(one, other, strict=False)
+    return len(one) == len(other) and all(a[0].shape == b[0].shape and torch.equal(a[0], b[0]) for a, b in pairs)
+
+
 def text_of(given: Conditionings) -> str:
     """The prompt's text, if "Split Prompt" made it; otherwise nothing."""
     return str(given[0][1].get(TEXT, ""))

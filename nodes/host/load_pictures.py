@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...hollow_core.data import images
+from ...hollow_core.data.caption_files import Captions, in_words
 from ...hollow_core.data.contact_sheet import cell, contact_sheet
 from ...hollow_core.errors import HollowError
 from .files import inside
@@ -29,7 +30,7 @@ class Loaded(NamedTuple):
     masks: list[Tensor]
     """(1, height, width) in 0…1 for each picture, white where it has none."""
     sheet: Tensor
-    """The contact sheet, likewise an IMAGE."""
+    """The contact sheet, likewise an IMAGE; it also says how many have captions, and what was not read."""
 
 
 def picture_folders() -> list[str]:
@@ -65,10 +66,11 @@ def folder_of(name: str) -> Path:
 
 
 def state_of(name: str) -> list[tuple[str, int, int]]:
-    """Name, time and size of every picture in a folder, of its text and its mask; differs when one of them does."""
-    paths = images.training_paths(folder_of(name))
-    beside = (file for path in paths for file in (path, *images.caption_paths(path), images.mask_path(path)))
-    files = [file for file in beside if file is not None and file.exists()]
+    """Name, time and size of every picture in a folder, of its texts and its mask; differs when one of them does."""
+    folder = folder_of(name)
+    paths, captions = images.training_paths(folder), Captions(folder)
+    beside = (file for path in paths for file in (path, *captions.beside(path), images.mask_path(path)))
+    files = [file for file in (*beside, *captions.tables) if file is not None]
     return [(file.name, (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files]
 
 
@@ -82,8 +84,8 @@ def load(
     """
     images.check_resolution(resolution)
     caption = caption.strip()
-    loaded, cells = [], []
-    for picture, mask, name, text in _given(given) if given else _in_folder(folder_of(folder), alpha_mask):
+    loaded, cells, not_read = [], [], list[Path]()
+    for picture, mask, name, text in _given(given) if given else _in_folder(folder_of(folder), alpha_mask, not_read):
         size = (resolution, resolution) if square else images.size_near(*picture.size, resolution)
         image = images.fit(picture, size, name, text, mask)
         loaded.append(image)
@@ -92,16 +94,21 @@ def load(
     if not any(image.caption for image in loaded):
         captions = [caption]  # or what is drawn from the captions would be drawn once for each
     masks = [to_mask(image.mask or Image.new("L", image.picture.size, "white")) for image in loaded]
-    return Loaded([to_image(image.picture) for image in loaded], captions, masks, to_image(contact_sheet(cells)))
+    told = f"{in_words([image.caption for image in loaded])}."
+    if not_read:
+        told += f" Not read: {images.named([path.name for path in not_read])}."
+    return Loaded([to_image(image.picture) for image in loaded], captions, masks, to_image(contact_sheet(cells, told)))
 
 
 Picture = tuple[Image.Image, Image.Image | None, str, str | None]
 """Whole and upright; its mask, its name and its text."""
 
 
-def _in_folder(folder: Path, alpha_mask: bool) -> Iterator[Picture]:
-    for path in images.training_paths(folder):
-        yield *images.open_masked(path, alpha_mask), path.name, images.caption_of(path)
+def _in_folder(folder: Path, alpha_mask: bool, not_read: list[Path]) -> Iterator[Picture]:
+    paths, captions = images.training_paths(folder), Captions(folder)
+    for path in paths:
+        yield *images.open_masked(path, alpha_mask), path.name, captions.of(path)
+    not_read += images.not_read(folder, captions.read)
 
 
 def _given(batches: Sequence[Tensor]) -> Iterator[Picture]:

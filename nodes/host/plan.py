@@ -14,6 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from PIL import Image
 from torch import Tensor
 
+from ...hollow_core.errors import HollowError
 from ..handles import HollowedModel
 from .memory import free_bytes
 from .plan_table import Row, draw
@@ -45,13 +46,16 @@ def plan(asked: HollowedModel, budget: float, resolution: int, rank: int, *, nod
 
     From the cut that was asked outwards, as many as SECONDS allow are planned; the next time there are more.
 
-    Raises HollowError for a cut that is none and where the budget leaves no choice; ComfyUI's exception on Cancel.
+    Raises HollowError for a cut or a budget that is none and where the budget leaves no choice; ComfyUI's exception on
+    Cancel.
     """
     from ...hollow_core.memory.planner import GIB
     from ...hollow_core.memory.remedy import advice
     from ...hollow_core.memory.setting import Setting
     from ...hollow_core.training.settings import TrainSettings
 
+    if not 0 <= budget < math.inf:
+        raise HollowError(f"A budget of {budget} GiB cannot be. Give 0 for what is free.")
     planner = planner_of(asked.model)
     free = round(budget * GIB) or free_bytes(asked.model)
     setting = Setting(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...hollow_core.errors import HollowError
 from ..handles import HollowActivations, HollowedModel
-from .conditioning import Conditionings, identifier_of, text_of, to_conditioning
+from .conditioning import Conditionings, identifier_of, same, text_of, to_conditioning
 from .files import store_folder
 from .memory import alone_on_device, clear_device, free_bytes
 from .plan import PIXELS, planner_of, setting_of
@@ -146,6 +146,14 @@ def _personal_examples(
             raise HollowError(
                 f"There are {len(prompts)} {name} prompts for {len(pictures)} pictures. "
                 "Connect one for all of them, or as many as there are pictures."
+            )
+    for number in range(max(len(personal), len(generic))):
+        seen, base_sees = personal[number % len(personal)], generic[number % len(generic)]
+        if (identifier := identifier_of(seen)) and same(seen, base_sees):
+            raise HollowError(
+                f"The personal prompt {text_of(seen)!r} is to the text encoder the same as the generic one, so nothing "
+                f"of the subject could be learned. Write {identifier!r} into it, near the front, or leave the "
+                "identifier of Split Prompt empty for a style."
             )
     if hold_out == 1 or hold_out > len(pictures):
         raise HollowError(

@@ -30,7 +30,9 @@ class LoraLayer(NamedTuple):
     up: Tensor  # (out, rank) or (out, rank, 1, 1)
     scale: float  # alpha / rank
     stretch: Tensor | None = None
-    """(out,) or (out, 1, 1): by how much DoRA makes each output longer, 0 for not at all."""
+    """(out,) or (out, 1, 1): by how much DoRA makes each output longer, 0 for not at all; or each input."""
+    by_input: bool = False
+    """Whether `stretch` is of inputs."""
 
 
 def lora_layers(model: ModelPatcher, state: Mapping[str, Tensor]) -> list[LoraLayer]:
@@ -61,21 +63,29 @@ def _layer(unet: Any, paths: Mapping[str, str], name: str, state: Mapping[str, T
         )
     scale = alpha_of(state, name, len(down)) / len(down)
     magnitudes = state.get(f"{name}.{_MAGNITUDES}")
+    if magnitudes is None:
+        return LoraLayer(path, down, up, scale)
+    by_input = len(magnitudes) != len(weight)  # of shape (1, in, …), else (out, 1, …)
     return LoraLayer(
-        path, down, up, scale, None if magnitudes is None else _stretch(name, magnitudes, weight, scale, down, up)
+        path, down, up, scale, _stretch(name, magnitudes, weight, scale, down, up, by_input=by_input), by_input
     )
 
 
-def _stretch(name: str, magnitudes: Tensor, weight: Tensor, scale: float, down: Tensor, up: Tensor) -> Tensor:
-    """m / ‖W + ΔW‖ - 1 of each output, W being the MODEL's own, without patches."""
+def _stretch(
+    name: str, magnitudes: Tensor, weight: Tensor, scale: float, down: Tensor, up: Tensor, *, by_input: bool
+) -> Tensor:
+    """m / ‖W + ΔW‖ - 1 of each output, or input, W being the MODEL's own, without patches."""
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise HollowError(
             f"The LoRA is a DoRA, which needs the weights of this MODEL as they are, but they are in {weight.dtype}. "
             "Load the MODEL in fp16 or bf16."
         )
-    if magnitudes.numel() != len(weight):
-        raise HollowError(f"The DoRA has {magnitudes.numel()} magnitudes for {name}, not {len(weight)}. {_ADVICE}")
+    needed = weight.shape[1] if by_input else len(weight)
+    if magnitudes.numel() != needed:
+        raise HollowError(f"The DoRA has {magnitudes.numel()} magnitudes for {name}, not {needed}. {_ADVICE}")
     changed = weight.detach().cpu().float().flatten(1) + scale * up.float().flatten(1) @ down.float().flatten(1)
+    if by_input:
+        changed = changed.view(weight.shape).transpose(0, 1).flatten(1)
     norms = torch.linalg.vector_norm(changed, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     return (magnitudes.float().flatten() / norms - 1).view(-1, *[1] * (weight.dim() - 2))
 
@@ -111,17 +121,20 @@ class ScopedLora:
         def with_lora(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             down, up, stretch = self._on_device(layer, x)
             unchanged = forward(x, *args, **kwargs)
+            more = x * stretch if stretch is not None and layer.by_input else None
+            learned = x if more is None else x + more
             if isinstance(module, nn.Conv2d):
-                added = F.conv2d(module._conv_forward(x, down, None), up)  # stride and padding are the layer's
+                added = F.conv2d(module._conv_forward(learned, down, None), up)  # stride and padding are the layer's
             else:
-                added = F.linear(F.linear(x, down), up)
+                added = F.linear(F.linear(learned, down), up)
             scale = layer.scale
             if stretch is not None:
                 added, scale = added * scale, 1.0
-                changed = unchanged + added
+                changed = unchanged + added if more is None else forward(more, *args, **kwargs)
                 if module.bias is not None:
-                    changed = changed - module.bias.to(x).view(stretch.shape)
-                added = torch.addcmul(added, changed, stretch)
+                    by_output = (-1, 1, 1) if isinstance(module, nn.Conv2d) else (-1,)
+                    changed = changed - module.bias.to(x).view(by_output)
+                added = torch.addcmul(added, changed, stretch) if more is None else added + changed
             if rows is not None:  # patches may have cut the pictures of a batch into tiles
                 of_each = rows.repeat_interleave(len(added) // len(rows))
                 added = added * of_each.view(-1, *[1] * (added.dim() - 1))

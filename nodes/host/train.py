@@ -149,10 +149,7 @@ def train(
                 look()
     watch.finish()
     if result.stopped != "finished":
-        raise HollowError(
-            f"Training stopped at step {result.steps} ({result.stopped}). "
-            "Lower the learning rate, or choose another precision."
-        )
+        raise HollowError(f"Training stopped at step {result.steps} ({result.stopped}). {result.trouble}")
     told = f"{result.steps} steps: {watch.made(result.steps)}.\n"
     if result.validation:
         told += f"Mean loss {curve.mean(result.steps):.4f}, held out {result.validation[-1][1]:.4f}."

@@ -24,6 +24,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from ...hollow_core.errors import HollowError
+from ...hollow_core.sampling.two_path import check_paths
 from ..handles import HollowLora
 from .conditioning import Conditionings, only, pooled_embedding
 from .paths import Inputs, max_cut, run_from_exit, run_to_exit
@@ -52,11 +53,10 @@ def two_path_model(
     (as DeepCache does). `lora_on_negatives` False spares negative prompts the LoRA. An ordinary LoRA, whose recipe
     has no cut, takes the ordinary path, without generic prompt.
     Raises HollowError for a MODEL that is no U-Net, is compiled, runs on several GPUs or has two paths already, for a
-    cut or a LoRA that does not fit it, for a refresh below 1, and for a generic prompt that is not a single one of
-    this model's.
+    cut or a LoRA that does not fit it, for a strength that is no finite number, for a refresh below 1, and for a
+    generic prompt that is not a single one of this model's.
     """
-    if refresh < 1:
-        raise HollowError(f"The base path cannot run every {refresh} steps. Choose a refresh of at least 1.")
+    check_paths(strength, refresh)
     _refuse_compiled_or_split(model)
     unet = unet_of(model)
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
@@ -189,6 +189,7 @@ class _Run:
         if not self.exit_activations.keys() >= set(keys):
             fresh = run_to_exit(executor, cut, base, **kwargs).chunk(len(uuids))
             self.exit_activations = dict(zip(keys, fresh, strict=True)) | self.exit_activations
+        # a copy in any case, as FreeU for one writes into it
         return torch.cat([self.exit_activations[key] for key in keys])
 
 

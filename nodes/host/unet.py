@@ -1,5 +1,7 @@
 """ComfyUI's MODEL as a diffusers U-Net with its noise schedule, sharing memory wherever it can."""
 
+import json
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import comfy.lora
@@ -15,7 +17,7 @@ from ...hollow_core.errors import HollowError
 from ..handles import HollowedModel
 
 if TYPE_CHECKING:
-    from ...hollow_core.nets.schedule import NoiseSchedule
+    from ...hollow_core.nets.schedule import NoiseSchedule, PredictionKind
     from ...hollow_core.nets.unet import UNet
 
 PREFIX = "diffusion_model."
@@ -72,7 +74,31 @@ def unet_config(model: ModelPatcher) -> dict[str, Any]:
             "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": model.model.adm_channels,
         }
+    _check_layers(model, described)
     return described
+
+
+def _check_layers(model: ModelPatcher, config: dict[str, Any]) -> None:
+    """Raises HollowError where the MODEL's U-Net has other layers than its config tells: distilled ones lack some."""
+    found = {key for key in unet_of(model).state_dict() if key.endswith((".weight", ".bias"))}
+    if other := _ldm_names(json.dumps(config)) ^ found:
+        name, which = type(model.model.model_config).__name__, "has" if min(other) in found else "lacks"
+        raise HollowError(
+            f"This {name} {which} {min(other)}, unlike SD1.5, SD2.1 and SDXL, which training knows. Load one of these."
+        )
+
+
+@lru_cache(maxsize=4)
+def _ldm_names(config: str) -> frozenset[str]:
+    """Of every weight and bias of a U-Net that diffusers would make of this config, the original's names."""
+    from diffusers import UNet2DConditionModel
+
+    from ...hollow_core.nets.unet_layers import to_ldm
+
+    described = json.loads(config)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(described)
+    return frozenset(to_ldm(described, key) for key in unet.state_dict())
 
 
 def base_dtype(model: ModelPatcher) -> torch.dtype:
@@ -153,29 +179,60 @@ def refuse_injections(model: ModelPatcher) -> None:
 
 
 def noise_schedule(model: ModelPatcher) -> "NoiseSchedule":
-    """On which the MODEL samples: epsilon or v-prediction, zero terminal SNR or not.
+    """On which the MODEL samples: epsilon, v-prediction or sample, zero terminal SNR or not.
 
-    Raises HollowError for a MODEL that samples in another way (EDM, flow).
+    Raises HollowError for a MODEL that samples in another way (EDM, flow, LCM), whether it or a patch does.
     """
-    from ...hollow_core.nets.schedule import PREDICTIONS, NoiseSchedule
+    from ...hollow_core.nets.schedule import NoiseSchedule
 
     sampling = model.get_model_object("model_sampling")
-    kinds = {comfy.model_sampling.V_PREDICTION: "v_prediction", comfy.model_sampling.EPS: "epsilon"}
-    kind = next(
-        (
-            base
-            for base in type(sampling).__mro__
-            if base.__module__ == "comfy.model_sampling" and not issubclass(base, torch.nn.Module)
-        ),
-        None,
-    )
-    if kind not in kinds or not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
-        raise HollowError("This MODEL predicts neither noise nor velocity. Take the sampling patch before it out.")
+    prediction = _prediction(sampling)
+    if prediction is None:
+        name = " and ".join(kind.__name__ for kind in type(sampling).__bases__)
+        patched = "model_sampling" in model.object_patches
+        advice = (
+            "Take the sampling patch before it out." if patched else "Load another, such as SD1.5, SD2.1 or SDXL base."
+        )
+        raise HollowError(
+            f"This MODEL samples by {name}, but training knows only noise, velocity and sample prediction at SD's time "
+            f"steps. {advice}"
+        )
     alphas_cumprod = 1 / (sampling.sigmas.double().cpu() ** 2 + 1)
     before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     betas = (1 - alphas_cumprod / before).float()
     # from the betas and in float32, as a diffusers scheduler has them: stores go by the last digit
-    return NoiseSchedule(PREDICTIONS[kinds[kind]], torch.cumprod(1 - betas, 0))
+    return NoiseSchedule(prediction, torch.cumprod(1 - betas, 0))
+
+
+def _prediction(sampling: Any) -> "PredictionKind | None":
+    """What the network predicts, by what a MODEL's sampling makes of it, whatever its classes are called; None for what
+    is none of `PREDICTIONS`, and for other time steps than training's."""
+    from ...hollow_core.nets.schedule import PREDICTIONS
+
+    if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
+        return None
+    sigmas = sampling.sigmas.detach().cpu()
+    steps = torch.arange(len(sigmas))
+    if not torch.equal(sampling.timestep(sampling.sigmas).cpu().round().long(), steps):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    some = sigmas[steps[:: max(len(steps) // 8, 1)]].view(-1, 1, 1, 1)
+    latents, predicted = torch.randn(2, len(some), 1, 2, 2, generator=generator)
+    alpha, sigma = 1 / (some**2 + 1) ** 0.5, some / (some**2 + 1) ** 0.5
+    flat = some.flatten().to(sampling.sigmas)
+    noisy = sampling.calculate_input(flat, latents.to(sampling.sigmas)).cpu()
+    denoised = sampling.calculate_denoised(flat, predicted.to(sampling.sigmas), latents.to(sampling.sigmas)).cpu()
+    if not torch.allclose(noisy, alpha * latents, rtol=1e-3, atol=1e-4):
+        return None
+    kinds = PREDICTIONS.values()
+    return next(
+        (
+            each
+            for each in kinds
+            if torch.allclose(each.clean(alpha * latents, predicted, alpha, sigma), denoised, rtol=1e-3, atol=1e-3)
+        ),
+        None,
+    )
 
 
 def layout(model: ModelPatcher) -> str:

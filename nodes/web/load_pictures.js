@@ -4,8 +4,11 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 const NODE = "HollowLoadPictures";
-const PICTURE = /\.(png|jpg|jpeg|webp|bmp|gif|tif|tiff|avif|heic|heif)$/i; // as in hollow_core/data/images.py
+// as in hollow_core/data/picture_file.py, and caption_files.py beside it
+// prettier-ignore
+const PICTURE = /\.(png|apng|jpg|jpeg|jpe|jfif|jif|mpo|webp|bmp|dib|gif|tif|tiff|tga|jp2|j2k|jpf|jpx|ppm|pgm|pbm|pnm|pfm|avif|heic|heif|hif)$/i;
 const TEXT = /\.(txt|caption)$/i;
+const TABLE = /^metadata\.(jsonl|csv)$/;
 
 function say(severity, summary, detail) {
   app.extensionManager.toast.add({ severity, summary, detail, life: severity === "error" ? 20000 : 5000 });
@@ -16,8 +19,9 @@ function picturesAndTexts(files) {
   const direct = files.filter((file) => file.webkitRelativePath.split("/").length === 2 && !file.name.startsWith("."));
   const pictures = direct.filter((file) => PICTURE.test(file.name));
   const stem = (file) => file.name.replace(/\.[^.]*$/, "");
-  const stems = new Set(pictures.map(stem));
-  return [...pictures, ...direct.filter((file) => TEXT.test(file.name) && stems.has(stem(file)))];
+  const names = new Set(pictures.flatMap((file) => [stem(file), file.name])); // rex.txt or rex.jpg.txt
+  const texts = direct.filter((file) => (TEXT.test(file.name) && names.has(stem(file))) || TABLE.test(file.name));
+  return [...pictures, ...texts];
 }
 
 /** `name`, or `name 2` and so on: what is uploaded is never mixed with what is there. */

@@ -44,3 +44,9 @@ def test_each_block_is_off_in_turn() -> None:
     assert all(torch.equal(before[key], state[key]) for key in state)
     assert {block.name for block in done.without} <= {layer.name for layer in layers(model.unet.config)}
     assert grid(done, "a cup").width > 4 * 128
+    of_inputs = {key: matrix for key, matrix in state.items() if key.startswith(strong)}
+    of_inputs[f"{strong}.lora_magnitude_vector.weight"] = torch.ones(1, len(state[f"{strong}.lora_A.weight"][0]))
+    alone = ablate(model, LoraFile(of_inputs, 2.0, None, {}), "a cup", 3, settings)
+    [left] = alone.without.values()
+    assert ImageChops.difference(left, done.base).getbbox() is None
+    assert alone.influence(left) > 0

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import original_checkpoint, tiny_pipeline
 
 from hollow_core.analysis.base_weights import base_weights
 from hollow_core.analysis.change import measure, together
 from hollow_core.analysis.picture import picture
-from hollow_core.analysis.report import analyze, analyze_files, spread, suggest
+from hollow_core.analysis.report import analyze, analyze_file, analyze_files, spread, suggest
 from hollow_core.errors import HollowError
 from hollow_core.lora.delta import LoraLayer
 from hollow_core.lora.dialects import Lora
@@ -113,6 +113,49 @@ def test_doras_magnitudes_count_as_peft_applies_them() -> None:
     change = layer.base_layer.weight - weight
     assert found.mean == pytest.approx(change.abs().mean().item(), rel=1e-5)
     assert found.squared == pytest.approx(change.norm().item() ** 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_magnitudes_of_inputs_count_by_columns(kernel: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, magnitudes = torch.randn(10, 6, *kernel, generator=generator), torch.rand(1, 6, generator=generator)
+    layer = LoraLayer(torch.randn(2, 6, *kernel), torch.randn(10, 2, *[1] * len(kernel)), 3.0, magnitudes)
+    moved = weight + (3.0 / 2 * layer.up.flatten(1) @ layer.down.flatten(1)).view_as(weight)
+    columns = moved.transpose(0, 1).flatten(1)
+    moved = (columns * (magnitudes[0] / columns.norm(dim=1))[:, None]).view(6, 10, *kernel).transpose(0, 1)
+    monkeypatch.setattr("hollow_core.analysis.change.CHUNK", 100)
+    found = measure(layer, weight)
+    assert found.mean == pytest.approx((moved - weight).abs().mean().item(), rel=1e-5)
+    assert found.squared == pytest.approx((moved - weight).square().sum().item(), rel=1e-5)
+
+
+def test_full_differences_are_counted_and_what_is_not_is_told(tmp_path: Path, tiny_unet: TinyUNet) -> None:
+    """As LyCORIS and ComfyUI's extraction of a LoRA write them; a cut that hollows them out is not recommended."""
+    unet, path = tiny_unet("sd15"), tmp_path / "a.safetensors"
+    lora = trained(unet, inside=0.01, cut=4)
+    module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    del lora[module]
+    write_dialect(path, Lora("kohya", lora, {}, ()), unet.config, {}, dtype=torch.float32)
+    difference = 1e4 * torch.randn(24, 24, generator=torch.Generator().manual_seed(0))
+    more = {f"lora_unet_{module.replace('.', '_')}.diff": difference}
+    others = {"lora_unet_conv_norm_out.w_norm": torch.ones(8), "lora_unet_conv_in.diff_b": torch.ones(8)}
+    save_file(load_file(path) | more | others | {"bundle_emb.x.clip_l": torch.ones(1, 4)}, path)
+    analysis = analyze_file(path, unet.config, base=lambda name: unet.get_submodule(name).base_layer.weight)
+    assert analysis.changes[module].total == pytest.approx(difference.abs().sum().item(), rel=1e-5)
+    weight = unet.get_submodule(module).base_layer.weight
+    assert analysis.changes[module].relative == pytest.approx((difference.norm() / weight.norm()).item(), rel=1e-5)
+    assert analysis.hollow_share(0) > 0.9
+    assert suggest([analysis]) is None
+    assert analysis.besides == (
+        "It holds full differences of 1 weights, too, which are counted. It also holds lora_unet_conv_in.diff_b, the "
+        "change of a bias, and 1 more, which no figure here counts: they may be most of what it does."
+    )
+    assert analysis.row()["besides"] == analysis.besides
+    assert picture([analysis]).width > 100
+    small = {next(iter(more)): difference[:12]}
+    save_file(load_file(path) | small, path)
+    with pytest.raises(HollowError, match=r"another kind of model: lora_unet_mid\S+diff has shape \(12, 24\), unlike"):
+        analyze_file(path, unet.config)
 
 
 def test_untrained_layers_have_no_figure(tiny_unet: TinyUNet) -> None:

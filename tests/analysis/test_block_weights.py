@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hollow_core.analysis.block_weights import (
     block_weights,
@@ -137,6 +138,42 @@ def test_a_scaled_file_changes_so_much_less(family: str, dialect: str, tmp_path:
         change = again.layers[module].scale * again.layers[module].up @ again.layers[module].down
         assert torch.allclose(change, factor * layer.scale * layer.up @ layer.down, atol=2e-2, rtol=2e-3)
     assert metadata["modelspec.author"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "sentence"),
+    [
+        ("lora_down.weight", float("inf"), "holds infinite or undefined values in mid_block"),
+        ("alpha", float("inf"), "holds infinite or undefined values in mid_block"),
+        ("alpha", float("nan"), "holds infinite or undefined values in mid_block"),
+        ("alpha", 0.0, ""),  # which stands for the rank
+        ("alpha", 1e-45, ""),
+        ("lora_up.weight", 1e-45, ""),
+    ],
+)
+def test_sizes_that_are_none_are_refused_or_scaled(part: str, value: float, sentence: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    write_dialect(source, Lora("kohya", random_lora("sd15"), {}, ()), SD, {})
+    tensors = load_file(source)
+    key = next(key for key in sorted(tensors) if key.startswith("lora_unet_mid") and key.endswith(part))
+    tensors[key] = torch.full(tensors[key].shape, value, dtype=torch.float32)
+    save_file(tensors, source)
+    if sentence:
+        with pytest.raises(HollowError, match=sentence):
+            scale_file(source, target, "IN08=0.5")
+        assert not target.exists()
+    else:
+        assert scale_file(source, target, "IN08=0.5", dtype=torch.float32).layers == 3
+
+
+def test_sizes_far_apart_do_not_divide_by_zero(tmp_path: Path) -> None:
+    """Of alphas such as peft's config may name."""
+    layers = {
+        name: LoraLayer(torch.full((1, 768), 3e38), torch.full((1280, 1), 2e-45), alpha)
+        for name, alpha in zip(random_lora("sd15"), (1e-300, 1.0, 1.0), strict=True)
+    }
+    lora = Lora("kohya", layers, {}, ())
+    assert write_dialect(tmp_path / "a.safetensors", lora, SD, {}, dtype=torch.float32).layers == 3
 
 
 def test_a_dora_is_not_scaled() -> None:

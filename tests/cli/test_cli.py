@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,25 @@ def test_train_then_sample(hollow: Hollow, model_folder: Path, photos: Path, tmp
     for picture in drawn:
         with Image.open(picture["file"]) as opened:
             assert opened.size == (128, 128)
+    assert "does not read" not in done.stderr
+
+    draw[draw.index("a sks dog in snow")] = "a photo, " * 40 + "of a sks dog"
+    done = hollow(*draw, "--out", pictures, "--steps", 1)
+    assert "does not read as far as the identifier in 'a photo, a photo," in done.stderr
+    assert "or take --prompt-chunks 2." in done.stderr
+
+
+@pytest.mark.slow
+def test_what_is_read_of_a_folder_is_said(hollow: Hollow, shallow_folder: Path, photos: Path, tmp_path: Path) -> None:
+    (photos / "0.jpg.txt").write_text("a sks dog")
+    (photos / "notes.md").touch()
+    (photos / "old").mkdir()
+    Image.new("RGB", (150, 130)).save(photos / "old" / "2.jpg")
+    done = hollow("train", shallow_folder, "--images", photos, "--subject", "dog", "--resolution", 128, "--plan-only")
+    assert done.status == 0, done.stderr
+    assert "Captions for 1 of 2 pictures.\n" in done.stderr
+    assert "Not read: notes.md." in done.stderr
+    assert "Not looked into: old." in done.stderr
 
 
 @pytest.mark.slow
@@ -250,6 +270,39 @@ def test_analyze_draws_with_each_block_off(
     assert "To ablate takes one file, its --model and a --prompt." in done.stderr
 
 
+def test_what_is_not_for_the_unet_is_left_out_on_request(
+    hollow: Hollow, model_folder: Path, middle_lora: Path, tmp_path: Path
+) -> None:
+    """A text encoder's layers and embeddings; what else a file changes is told before any figure."""
+    lora, out = tmp_path / "a.safetensors", tmp_path / "out"
+    text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    more = {f"{text}.lora_down.weight": torch.ones(1, 12), f"{text}.lora_up.weight": torch.ones(12, 1)}
+    save_file(load_file(middle_lora) | more | {"bundle_emb.sks.clip_l": torch.ones(1, 12)}, lora)
+    sample = ["sample", model_folder, "--lora", lora, "--prompt", "a cup", "--steps", 1, "--device", "cpu"]
+    ablate = ["analyze", lora, "--model", model_folder, "--ablate", out / "off.png", "--prompt", "a cup", "--steps", 1]
+    commands = [
+        [*sample, "--out", out],
+        [*ablate, "--device", "cpu", "--json"],
+        ["convert", lora, out / "b.safetensors", "--to", "diffusers", "--model", model_folder],
+        ["scale", lora, out / "c.safetensors", "--block", "MID=0.5", "--model", model_folder],
+    ]
+    for command in commands:
+        done = hollow(*command)
+        assert done.status == 1, command[0]
+        assert "bundle_emb.sks.clip_l, an embedding," in done.stderr, command[0]
+        assert "(--unet-only)" in done.stderr, command[0]
+    assert not out.exists()
+    for command in commands:
+        done = hollow(*command, "--unet-only")
+        assert done.status == 0, (command[0], done.stderr)
+    assert sorted(path.name for path in out.iterdir()) == ["000-seed0.png", "b.safetensors", "c.safetensors", "off.png"]
+    assert "1 layers of the U-Net, every key matched" in done.stderr
+    save_file(load_file(middle_lora) | {"lora_unet_conv_norm_out.w_norm": torch.ones(8)}, lora)
+    done = hollow("analyze", lora, "--model", model_folder)
+    assert done.status == 0, done.stderr
+    assert "which no figure here counts" in done.stderr.split("Which cut")[0]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
@@ -337,6 +390,10 @@ def refusals(folder: Path, photos: Path, model_folder: Path) -> dict[str, tuple[
     save_file(
         {f"{name}.lora_down.weight": torch.ones(2, width), f"{name}.lora_up.weight": torch.ones(width, 2)}, foreign
     )
+    long = folder / "long"
+    long.mkdir()
+    Image.new("RGB", (128, 128)).save(long / "rex.png")
+    (long / "rex.txt").write_text("a photo, " * 40 + "of a sks dog")
     cut_off = folder / "cut-off.safetensors"
     cut_off.write_bytes(foreign.read_bytes()[:-10])
 
@@ -351,6 +408,10 @@ def refusals(folder: Path, photos: Path, model_folder: Path) -> dict[str, tuple[
         "an empty folder": (train(images=empty), "holds no pictures"),
         "a text file named .png": (train(images=text), "cannot be read as a picture"),
         "a picture of one pixel": (train(images=dot), "is only 1×1 pixels"),
+        "an identifier behind the last token": (
+            train(images=long),
+            "does not read as far as 'sks' in the caption of",
+        ),
         "an empty class word": (train(subject=" "), "The class word is empty"),
         "a cut that is not there": (train(cut=12), "Choose a cut from 0 to 11"),
         "a rank of nothing": (train(rank=0), "rank is 0"),
@@ -396,6 +457,44 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("verb", ["train", "plan", "cuts", "sample", "analyze"])
+def test_a_model_of_another_noise_is_refused_by_every_command(
+    hollow: Hollow, shallow_folder: Path, photos: Path, tmp_path: Path, verb: str
+) -> None:
+    model, lora, out = tmp_path / "model", tmp_path / "lora.safetensors", tmp_path / "out"
+    shutil.copytree(shallow_folder, model)
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "EDMEulerScheduler"}))
+    save_file({"lora_unet_mid_block_attentions_0_proj_in.alpha": torch.tensor(1.0)}, lora)
+    done = hollow(
+        *{
+            "train": ["train", model, "--images", photos, "--subject", "dog", "--out", out],
+            "plan": ["plan", model],
+            "cuts": ["cuts", model],
+            "sample": ["sample", model, "--lora", lora, "--prompt", "a dog", "--out", out],
+            "analyze": ["analyze", lora, "--model", model],
+        }[verb]
+    )
+    assert done.status == 1
+    assert "has the scheduler EDMEulerScheduler, but Hollow trains U-Nets on DDPM's noise alone" in done.stderr
+    assert done.stdout == ""
+    assert not out.exists()
+
+
+def test_train_takes_a_persons_word_for_a_prediction_that_a_model_calls_otherwise(
+    hollow: Hollow, shallow_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(shallow_folder, model)
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "velocity"}))
+    train = ["train", model, "--images", photos, "--subject", "dog", "--out", tmp_path / "out", "--steps", 1]
+    train += ["--samples", 2, "--resolution", 128, "--cut", 1, "--device", "cpu"]
+    assert "is said to predict 'velocity', which Hollow does not know" in hollow(*train).stderr
+    done = hollow(*train, "--prediction-type", "v_prediction")
+    assert done.status == 0, done.stderr
+
+
 def test_train_chooses_what_fits_and_goes_on_with_it(
     hollow: Hollow, shallow_folder: Path, photos: Path, tmp_path: Path
 ) -> None:

@@ -139,14 +139,16 @@ def test_a_lora_on_every_kind_of_layer(layout: str, trained: Trained, tmp_path: 
     assert_same(ours, draw(Reference(tiny_unet(layout), lora, tmp_path, GENERIC, strength=0.5).patched(native(layout))))
 
 
-@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
-def test_a_dora(layout: str, trained: Trained, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "of"), [("sd15", "outputs"), ("sdxl", "outputs"), ("sd15", "inputs")])
+def test_a_dora(layout: str, of: str, trained: Trained, tmp_path: Path) -> None:
     lora, unet = trained(layout, 3, EVERY_KIND), tiny_unet(layout)
-    content = parse(lora.state, unet.config)
-    layers = {
-        module: layer._replace(dora_scale=unet.get_submodule(module).weight.detach().flatten(1).norm(dim=1) * 1.1)
-        for module, layer in content.layers.items()
-    }
+    content, layers = parse(lora.state, unet.config), {}
+    for module, layer in content.layers.items():
+        weight = unet.get_submodule(module).weight.detach()
+        if of == "inputs":
+            layers[module] = layer._replace(dora_scale=1.1 * weight.transpose(0, 1).flatten(1).norm(dim=1)[None])
+        else:
+            layers[module] = layer._replace(dora_scale=1.1 * weight.flatten(1).norm(dim=1))
     dora = lora._replace(state=spell(layers, {}, unet.config, "kohya", ldm=layout == "sdxl"))
     ours = draw(two_path_model(native(layout), dora, GENERIC, strength=0.5))
     assert_same(ours, draw(Reference(unet, dora, tmp_path, GENERIC, strength=0.5).patched(native(layout))))
@@ -416,6 +418,22 @@ def test_guidance_that_asks_twice_keeps_two_activations(trained: Trained) -> Non
     assert apart[1] > 1e-3
 
 
+@pytest.mark.parametrize("patch", ["FreeU", "FreeU V2"])
+def test_what_writes_into_an_activation_meets_it_fresh_at_every_reuse(patch: str, trained: Trained) -> None:
+    came_in: list[Tensor] = []
+
+    def look(h: Tensor, skip: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if options["block"][1] == 3:
+            came_in.append(h.clone())
+        return h, skip
+
+    patched = two_path_model(native(), trained("sd15", 3), GENERIC, refresh=4)
+    patched.set_model_output_block_patch(look)
+    draw(PATCHES[patch](patched), steps=4, cfg=1.0)
+    assert len(came_in) == 4
+    assert all(torch.equal(each, came_in[0]) for each in came_in)
+
+
 def test_a_second_run_starts_anew(trained: Trained) -> None:
     patched = two_path_model(native(), trained("sd15", 3), GENERIC, refresh=3)
     expected = draw(patched)
@@ -497,6 +515,7 @@ def test_what_cannot_run_is_refused(trained: Trained) -> None:
     lora, xl = trained("sd15", 3), trained("sdxl", 3)
     assert "is a Flux, which has no U-Net to hollow. Load an" in refusal(tiny_flux(), lora)
     assert "cannot run every 0 steps. Choose a refresh" in refusal(native(), lora, refresh=0)
+    assert "strength of a LoRA cannot be nan. Take 1" in refusal(native(), lora, strength=float("nan"))
     deep = lora._replace(recipe=lora.recipe._replace(cut=12))
     assert "with cut 12, but this MODEL has cuts from 0 to 11. Use it" in refusal(native(), deep)
     negative = lora._replace(recipe=lora.recipe._replace(cut=-1))

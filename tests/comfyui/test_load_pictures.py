@@ -14,6 +14,7 @@ import torch
 from comfyui_server import Server
 from hollow_pack.hollow_core.errors import HollowError
 from hollow_pack.nodes.host.load_pictures import ITSELF, NONE
+from hollow_pack.nodes.host.load_pictures import load as load_folder
 from hollow_pack.nodes.load_pictures import HollowLoadPictures
 from PIL import Image
 
@@ -80,6 +81,18 @@ def test_captions_are_one_for_each_as_soon_as_one_has_its_own(inputs: Path) -> N
     assert load("rex").args[1] == [CAPTION]
     put(inputs / "rex", "b.png", text="a photo of a sks dog on grass\n")
     assert load("rex", caption=f"{CAPTION}\n").args[1] == [CAPTION, "a photo of a sks dog on grass", CAPTION]
+
+
+def test_captions_of_other_tools_are_read_and_what_is_not_is_told(inputs: Path) -> None:
+    for name in "abc":
+        put(inputs / "rex", f"{name}.png")
+    (inputs / "rex" / "a.png.txt").write_text("a sks dog")
+    (inputs / "rex" / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "on grass"}')
+    assert load("rex").args[1] == ["a sks dog", CAPTION, "on grass"]
+    lower = load_folder("rex", (), 64, True, CAPTION).sheet.shape[1]
+    for number in range(5):
+        (inputs / "rex" / f"notes on a walk with rex {number}.md").touch()
+    assert load_folder("rex", (), 64, True, CAPTION).sheet.shape[1] > lower  # a line more, which says so
 
 
 def test_pictures_are_squares_or_keep_their_shape(inputs: Path) -> None:
@@ -160,6 +173,8 @@ def test_a_change_is_seen(inputs: Path) -> None:
         lambda: (inputs / "rex" / "a.png").unlink(),
         lambda: (inputs / "rex" / "b.txt").unlink(),
         lambda: (inputs / "rex" / "b.caption").write_text("on sand"),
+        lambda: (inputs / "rex" / "b.png.txt").write_text("on a rock"),
+        lambda: (inputs / "rex" / "metadata.jsonl").write_text("{}"),
         lambda: put(inputs / "rex", "b-mask.png"),
         lambda: put(inputs / "rex", "b-mask.png", (30, 20)),
     ):

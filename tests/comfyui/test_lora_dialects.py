@@ -13,9 +13,10 @@ import comfy.utils
 import torch
 from tiny_models import tiny_model, tiny_unet
 
+from hollow_core.analysis.change import measure
 from hollow_core.lora.delta import LoraLayer
 from hollow_core.lora.dialects import Lora, spell, weight_shapes
-from hollow_core.lora.file import write_dialect
+from hollow_core.lora.file import load, write_dialect
 from hollow_core.nets.unet_layers import to_ldm
 
 
@@ -75,6 +76,32 @@ def test_comfyui_sets_a_doras_magnitudes_but_for_what_its_norm_is_of(name: str, 
         theirs = ours * (lengths / norms[module])[:, None]
         same = [torch.allclose(found, expected, rtol=1e-4, atol=1e-4) for expected in (ours, theirs)]
         assert any(same), module
+    assert len(patched.patches) == len(layers)
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "comfy"])
+def test_comfyui_brings_each_input_to_its_magnitude(dialect: str, tmp_path: Path) -> None:
+    """As we measure it."""
+    unet, generator = tiny_unet("sd15"), torch.Generator().manual_seed(0)
+    weights = {module: unet.get_submodule(module).weight.detach().clone() for module in weight_shapes(unet.config)}
+    layers = {
+        module: random_layer(len(weight), list(weight.shape[1:]), number, generator)._replace(
+            dora_scale=weight.transpose(0, 1).flatten(1).norm(dim=1)[None] * 1.2
+        )
+        for number, (module, weight) in enumerate(weights.items())
+    }
+    lora = Lora("kohya", layers, {}, ())
+    path = write_dialect(tmp_path / "a.safetensors", lora, unet.config, {}, dialect=dialect, dtype=torch.float32).path
+    patched, _ = comfy.sd.load_lora_for_models(
+        tiny_model("sd15"), None, comfy.utils.load_torch_file(str(path)), 1.0, 1.0
+    )
+    loaded = load(path, unet)
+    for module, weight in weights.items():
+        key = f"diffusion_model.{to_ldm(unet.config, module)}.weight"
+        found = comfy.lora.calculate_weight(patched.patches[key], weight.clone(), key)
+        measured = measure(layers[module], weight)
+        assert measured.mean == pytest.approx((found - weight).abs().mean().item(), rel=1e-3), module
+        assert torch.equal(loaded.state[f"{module}.lora_magnitude_vector.weight"], layers[module].dora_scale)
     assert len(patched.patches) == len(layers)
 
 

@@ -427,7 +427,7 @@ def test_a_style_has_no_identifier_and_several_subjects_have_one_each(demo: Any)
     assert torch.equal(drawn, alone)
 
     both = split(demo.clip, "a sks dog and an xyz cup", "sks, xyz").args
-    assert both[3] == "a dog and an cup"
+    assert both[3] == "a dog and a cup"
     each = [split(demo.clip, f"a {word} dog", word).args for word in ("sks", "xyz")]
     assert learned([prompt[0] for prompt in each], [prompt[1] for prompt in each]).recipe.identifier == "sks, xyz"
 
@@ -671,6 +671,8 @@ def test_wrong_wires_are_refused(demo: Any) -> None:
         run([hollowed], demo.latents, [demo.personal[0] * 2], demo.generic, *rest)
     with pytest.raises(Exception, match="does not stay inside"):
         run([hollowed], demo.latents, demo.personal, demo.generic, [6], [0], ["float32"], ["../away"])
+    with pytest.raises(Exception, match=r"to the text encoder the same as the generic one.* Write 'sks' into it, near"):
+        run([hollowed], demo.latents, demo.personal, [*demo.generic[:4], demo.personal[4]], *rest)
     nothing = [{"samples": torch.zeros(0, 8, 16, 16)}]
     with pytest.raises(Exception, match=r"There are no pictures to learn from\. Connect four or five"):
         run([hollowed], nothing, demo.personal, demo.generic, *rest)

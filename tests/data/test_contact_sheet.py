@@ -84,3 +84,16 @@ def test_a_sheet_can_hold_all() -> None:
     whole = Image.new("RGB", (64, 64), RED)
     cells = [cell(whole, fit(whole, (64, 64), "a"), "")] * 14
     assert contact_sheet(cells, most=14).height > contact_sheet(cells).height
+
+
+def test_a_note_stands_below_all_in_as_many_lines_as_it_takes() -> None:
+    whole = Image.new("RGB", (64, 64), RED)
+    cells = [cell(whole, fit(whole, (64, 64), "a"), "")]
+    plain, short, long = (
+        np.asarray(contact_sheet(cells, note)) for note in ("", "Captions for 0 of 1", "Not read: notes.md. " * 4)
+    )
+    assert len(plain) < len(short) < len(long)
+    for sheet in (short, long):
+        assert (sheet[: len(plain)] == plain).all()
+        assert (sheet[len(plain) :] != 255).any()
+        assert (sheet[:, -GAP:] == 255).all()

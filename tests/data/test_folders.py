@@ -56,6 +56,16 @@ def test_one_folder_with_others_in_it(tmp_path: Path) -> None:
     ]
     assert [(image.name, image.caption) for image in found.of_class] == [("d.png", "a dog")]
     assert found.passed_over == [tmp_path / "images", tmp_path / "old"]
+    assert found.not_read == []
+
+    # what is no picture, and what no caption was taken of
+    put(tmp_path / "b.jfif", caption="a dog").with_suffix(".caption").write_text("another")
+    for place in ("a.cr2", "notes.md", "typo.txt", "5_sks/c.jxl", "class/d.caption"):
+        (tmp_path / place).touch()
+    not_read = load_pictures(tmp_path, 128).not_read
+    told = ["a.cr2", "b.caption", "notes.md", "typo.txt", "5_sks/c.jxl", "class/d.caption"]
+    assert [path.relative_to(tmp_path).as_posix() for path in not_read] == told
+    (tmp_path / "b.jfif").unlink()
 
     put(tmp_path / "elsewhere" / "g.png")
     found = load_pictures(tmp_path, 128, class_folder=tmp_path / "elsewhere")
@@ -68,12 +78,23 @@ def test_one_folder_with_others_in_it(tmp_path: Path) -> None:
         ("missing", None, "missing does not exist. Give the folder"),
         (".", None, r"img holds no pictures\. Put four or five"),
         ("whole", "img", r"img holds no pictures\. Put some of the class there, or remove it\.$"),
-        ("unnumbered", None, r"\.jpg\. Not looked into: dog; a folder counts if it is named as 10_sks dog\."),
+        (
+            "unnumbered",
+            None,
+            r"holds no pictures itself, but there are some in dog\. Give .*dog, or name such a folder",
+        ),
+        ("above", None, r"no pictures itself, but there are some in old, 2024/may\. Give .*old, or name such"),
+        ("others", None, r"others holds no pictures\. Put four .*\.jpg\. What is there is not read: a\.psd, b\.jxl\.$"),
     ],
 )
 def test_empty_folders_are_told(tmp_path: Path, folder: str, class_folder: str | None, said: str) -> None:
     put(tmp_path / "whole" / "a.png")
     put(tmp_path / "unnumbered" / "dog" / "b.png")
+    put(tmp_path / "above" / "2024" / "may" / "b.png")
+    put(tmp_path / "above" / "old" / "b.png")
+    (tmp_path / "others").mkdir()
+    for name in ("a.psd", "b.jxl", "Thumbs.db", ".DS_Store"):
+        (tmp_path / "others" / name).touch()
     (tmp_path / "img").mkdir()
     with pytest.raises(HollowError, match=said):
         load_pictures(tmp_path / folder, 128, class_folder=None if class_folder is None else tmp_path / class_folder)
@@ -151,10 +172,3 @@ def test_a_mask_that_cannot_be_is_refused(tmp_path: Path, size: tuple[int, int],
     put(tmp_path / "a-mask.png", size, color)
     with pytest.raises(HollowError, match=said):
         load_images(tmp_path, 128)
-
-
-def test_captions_may_end_with_caption(tmp_path: Path) -> None:
-    put(tmp_path / "a.png").with_suffix(".caption").write_text("a sks dog")
-    put(tmp_path / "b.png", caption="of the .txt").with_suffix(".caption").write_text("of the other")
-    put(tmp_path / "c.PNG").with_suffix(".TXT").write_text("from a camera")
-    assert [image.caption for image in load_images(tmp_path, 64)] == ["a sks dog", "of the .txt", "from a camera"]

@@ -11,6 +11,60 @@ def test_personal_prompt_is_the_papers() -> None:
 
 
 @pytest.mark.parametrize(
+    ("identifier", "class_word", "prompt"),
+    [
+        ("sks", "a cup", "a photo of a sks cup"),
+        ("sks", "The  tabby cat", "a photo of a sks tabby cat"),
+        ("sks", "my an owl", "a photo of a sks owl"),
+        ("", "a cup", "a photo of a cup"),
+        ("", "owl", "a photo of an owl"),
+        ("", "unicorn", "a photo of a unicorn"),
+        ("", "hourglass", "a photo of an hourglass"),
+        ("ohwx", "owl", "a photo of a ohwx owl"),
+        ("sks", "shoes", "a photo of sks shoes"),
+        ("", "some sneakers", "a photo of sneakers"),
+        ("sks", "dress", "a photo of a sks dress"),
+        ("sks", "bus", "a photo of a sks bus"),
+        ("sks, xyz", "a dog, the cat", "a photo of a sks dog, xyz cat"),
+        ("my own", "cup of tea", "a photo of a my own cup of tea"),
+        ("sks", "theatre", "a photo of a sks theatre"),
+    ],
+)
+def test_a_class_word_may_come_with_an_article(identifier: str, class_word: str, prompt: str) -> None:
+    assert personal_prompt(identifier, class_word) == prompt
+
+
+@pytest.mark.parametrize(
+    ("personal", "generic"),
+    [
+        ("a photo of sks's dog", "a photo of dog"),
+        ("sks’s dog on grass", "dog on grass"),
+        ("a photo of SKS's dog, SKS' ball", "a photo of dog, ball"),
+        ("a sks owl, and an sks dog", "an owl, and a dog"),
+        ("A sks owl", "An owl"),
+        ("a sks unicorn with an sks hourglass", "a unicorn with an hourglass"),
+        ("a photo of a sks, on grass", "a photo of, on grass"),
+        ("sks: a dog on grass", "a dog on grass"),
+        ("sks - a dog", "a dog"),
+        ("Sks, dog, grass", "dog, grass"),
+        ("dog, grass, sks!", "dog, grass!"),
+        ("a dog called 'sks'", "a dog called"),
+        ('a dog called "sks dog"', 'a dog called "dog"'),
+        ("a (sks:1.3) owl, ((sks)), [sks], {sks} and <sks>", "an owl, and"),
+        ("grass (sks, dog), ball (dog, sks)", "grass (dog), ball (dog)"),
+        ("two sks dogs\nand a sks\tapple", "two dogs and an apple"),
+        ("it's a sks dog", "it's a dog"),
+    ],
+)
+def test_nothing_of_the_identifier_stays(personal: str, generic: str) -> None:
+    assert generic_prompt(personal, "sks") == generic
+
+
+def test_of_identifiers_that_hold_one_another_each_goes_whole() -> None:
+    assert generic_prompt("a red sks dog and a sks cat", "sks, red sks") == "a dog and a cat"
+
+
+@pytest.mark.parametrize(
     ("personal", "generic"),
     [
         ("a photo of a sks dog", "a photo of a dog"),

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_pipelines import tiny_pipeline
@@ -23,8 +24,11 @@ from hollow_core.lora import file as lora_file
 from hollow_core.lora.delta import LoraLayer
 from hollow_core.lora.dialects import DIALECTS, Lora, kohya_name, weight_shapes
 from hollow_core.lora.file import read, write_dialect
+from hollow_core.lora.keys import split
 from hollow_core.lora.metadata import layout_of
+from hollow_core.lora.peft_config import Adapter
 from hollow_core.models.layouts import layout_config
+from hollow_core.nets.unet_layers import to_ldm
 
 Config = Mapping[str, Any]
 TINY: dict[str, Config] = {layout: dict(make_tiny_unet(layout).config) for layout in ("sd15", "sd21", "sdxl")}
@@ -377,6 +381,35 @@ def test_alpha_of_diffusers_and_peft_is_in_their_configs(tmp_path: Path) -> None
             assert [found.layers[name].scale for name in names] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("pattern", [r"(\w|.)*\d{3}", "(", f"({'a' * 2000})"])
+def test_a_pattern_for_alpha_cannot_take_for_ever(pattern: str, tmp_path: Path) -> None:
+    """The first could part the name in more ways than can be tried."""
+    path, name = tmp_path / "a.safetensors", f"unet.{PLACE}.to_q"
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 24), f"{name}.lora_B.weight": torch.ones(24, 2)}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": {pattern: 3}})})
+    with pytest.raises(HollowError, match=r"In the config of peft's in or beside \S+a.safetensors the alpha_pattern"):
+        read(path, TINY["sd15"])
+
+
+def test_of_patterns_for_alpha_the_first_that_matches_holds() -> None:
+    """Names, ends of names and regular expressions, as peft takes them."""
+    patterns = {"attn2.to_k": 1, r".*attn1\.to_(k|v)": 2, "to_k": 3, "unet.to_k": 4, "to_v": 5, "(q|to_q)": 6}
+    adapter = Adapter({"lora_alpha": 7, "alpha_pattern": patterns})
+    names = (
+        "a.attn2.to_k",
+        "a.attn1.to_k",
+        "to_k",
+        "a.attn1.to_v",
+        "a.attn2.to_v",
+        "a.to_q",
+        "a.xto_q",
+        "b.x_attn2.to_q",
+    )
+    for name in names:
+        expected = patterns.get(get_pattern_key(list(patterns), name), 7)
+        assert adapter.alpha(name, 4) == expected, name
+
+
 def test_three_convolutions_are_folded_into_two() -> None:
     """LyCORIS' LoCon in Tucker form: 1×1 down, 3×3 between, 1×1 up."""
     generator, module = torch.Generator().manual_seed(0), "mid_block.resnets.0.conv1"
@@ -395,7 +428,10 @@ def test_shapes_that_no_layer_has_are_refused() -> None:
     whole = {f"{name}.lora_down.weight": torch.ones(2, 24), f"{name}.lora_up.weight": torch.ones(24, 2)}
     for more, sentence in (
         ({f"{name}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "is for a convolution, which this layer is not"),
-        ({f"{name}.dora_scale": torch.ones(1, 24)}, r"dora_scale of shape \(1, 24\), not 24"),
+        (
+            {f"{name}.dora_scale": torch.ones(2, 12)},
+            r"dora_scale of shape \(2, 12\), neither of 24 outputs nor of 24 in",
+        ),
         ({f"{name}.alpha": torch.ones(3)}, r"alpha of shape \(3,\), not 1"),
         ({f"{name}.lora_up.weight": torch.ones(24, 3)}, r"has shape \(24, 3\), but this U-Net needs \(24, 2\)"),
         ({f"unet.{PLACE}.to_q.lora_A.weight": torch.ones(2, 24)}, "attn1.to_q twice"),
@@ -425,8 +461,12 @@ def test_text_encoders_come_along(tmp_path: Path) -> None:
     with pytest.raises(HollowError, match=r"changes a text encoder, too\. Choose diffusers"):
         lora_file.convert(source, tmp_path / "peft", "peft", config=pipeline.unet.config)
     assert not (tmp_path / "peft").exists()
-    with pytest.raises(HollowError, match="is no plain LoRA of a U-Net: it holds text_encoder"):
+    with pytest.raises(HollowError, match=r"is no plain LoRA of a U-Net: it holds text_encoder.*\(--unet-only\)"):
         lora_file.load(source, pipeline.unet)
+    alone = lora_file.load(source, pipeline.unet, unet_only=True)
+    assert {key.rsplit(".lora_", 1)[0] for key in alone.state} == lora.layers.keys()
+    written = lora_file.convert(source, tmp_path / "peft", "peft", config=pipeline.unet.config, unet_only=True)
+    assert (written.layers, written.text_layers) == (len(lora.layers), 0)
 
 
 @pytest.mark.parametrize(
@@ -434,12 +474,121 @@ def test_text_encoders_come_along(tmp_path: Path) -> None:
     [
         ("hada_w1_a", "is a LoHa, which Hollow does not read. Choose a LoRA"),
         ("lokr_w1", "is a LoKr, which Hollow does not read. Choose a LoRA"),
+        ("hada_w1_b.default", "is a LoHa, which Hollow does not read. Choose a LoRA"),
         ("oft_blocks", "is an OFT, which Hollow does not read. Choose a LoRA"),
+        ("boft_R", "is a BOFT, which Hollow does not read. Choose a LoRA"),
+        ("a1.weight", "is a GLoRA, which Hollow does not read. Choose a LoRA"),
+        ("on_input", "is an IA³, which Hollow does not read. Choose a LoRA"),
+        ("ia3_l", "is an IA³, which Hollow does not read. Choose a LoRA"),
+        ("vera_lambda_b", "is a VeRA, which Hollow does not read. Choose a LoRA"),
+        ("diff", r"holds no LoRA of a U-Net, but the full difference of a weight \(lora_unet_mid_block\S+_to_q.diff\)"),
     ],
 )
-def test_other_methods_are_named_and_refused(part: str, sentence: str) -> None:
+def test_other_methods_are_named_and_refused(part: str, sentence: str, tmp_path: Path) -> None:
+    """Also where nothing tells the base model."""
+    key = f"{kohya_name(PLACE)}_to_q.{part}"
     with pytest.raises(HollowError, match=sentence):
-        dialects.parse({f"{kohya_name(PLACE)}_to_q.{part}": torch.zeros(24, 2)}, TINY["sd15"])
+        dialects.parse({key: torch.zeros(24, 2)}, TINY["sd15"])
+    if part != "diff":
+        alphas = {"lora_unet_a.alpha": torch.ones(()), "lora_unet_a.lora_down.weight": torch.ones(1, 1)}
+        save_file({key: torch.zeros(24, 2), **alphas}, tmp_path / "a.safetensors")
+        with pytest.raises(HollowError, match=sentence):
+            read(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("lora_unet_conv_in.diff", "the full difference of a weight"),
+        ("lora_unet_conv_in.diff_b", "the change of a bias"),
+        ("lora_unet_conv_norm_out.w_norm", "the change of a norm"),
+        ("lora_unet_conv_norm_out.b_norm", "the change of a norm"),
+        ("lora_unet_conv_in.scalar", "a trained scalar, by which some tools multiply the change and others do not"),
+        ("diffusion_model.out.2.set_weight", "a weight in place of the model's, or its new shape"),
+        ("lora_te3_encoder_block_0_layer_0_SelfAttention_k.lora_down.weight", "part of a text encoder"),
+        ("bundle_emb.sks.clip_l", "an embedding"),
+        ("emb_params", "an embedding"),
+    ],
+)
+def test_what_is_no_lora_is_named(key: str, what: str, tmp_path: Path) -> None:
+    lora, source, target = random_lora(TINY["sd15"], every=60), tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    tensors = dialects.spell(lora.layers, {}, TINY["sd15"], "kohya", ldm=False)
+    save_file(tensors | {key: torch.zeros(8)}, source)
+    of_text = what in ("part of a text encoder", "an embedding")
+    with pytest.raises(HollowError) as refused:
+        lora_file.convert(source, target, config=TINY["sd15"])
+    assert f"holds {key}, {what}, which is no LoRA and would be lost. Choose one without" in str(refused.value)
+    assert ("(--unet-only)" in str(refused.value)) == of_text
+    assert not target.exists()
+    if of_text:
+        written = lora_file.convert(source, target, config=TINY["sd15"], unet_only=True)
+        assert_same_change(read(written.path, TINY["sd15"])[0].layers, lora.layers, 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("unet.unet.{}", "unet.{}"),
+        ("unet.unet.unet.{}", "unet.{}"),
+        ("unet.base_model.model.{}", "unet.{}"),
+        ("base_model.model.unet.{}", "base_model.model.{}"),
+        ("module.unet._orig_mod.{}", "unet.{}"),
+        ("unet.mid_block._orig_mod.attentions.0.transformer_blocks.0._orig_mod.attn1.to_q", "unet.{}"),
+        ("unet.diffusion_model.{ldm}", "diffusion_model.{ldm}"),
+        ("model.diffusion_model.{ldm}", "diffusion_model.{ldm}"),
+        ("diffusion_model.diffusion_model.{ldm}", "diffusion_model.{ldm}"),
+    ],
+)
+def test_prefixes_that_stand_there_by_mistake_are_passed_over(written: str, meant: str) -> None:
+    names = {"ldm": "middle_block.1.transformer_blocks.0.attn1.to_q"}
+    matrices = {".lora_A.weight": torch.randn(2, 24), ".lora_B.weight": torch.randn(24, 2)}
+    found, expected = (
+        dialects.parse(
+            {name.format(f"{PLACE}.to_q", **names) + part: matrix for part, matrix in matrices.items()}, TINY["sd15"]
+        )
+        for name in (written, meant)
+    )
+    assert found.dialect == expected.dialect
+    assert torch.equal(found.layers[f"{PLACE}.to_q"].down, expected.layers[f"{PLACE}.to_q"].down)
+    nested = "text_encoder.text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight"
+    assert split(nested) == (nested[13:-14], "down")
+
+
+def by_input(lora: Lora) -> Lora:
+    """With a magnitude for each input of a layer, as LyCORIS has them unless told otherwise."""
+    generator = torch.Generator().manual_seed(5)
+    layers = {
+        module: layer._replace(dora_scale=torch.rand(1, layer.down.shape[1], generator=generator) + 1)
+        for module, layer in lora.layers.items()
+    }
+    return lora._replace(layers=layers)
+
+
+def test_magnitudes_of_inputs_stay_what_they_are(tmp_path: Path) -> None:
+    """In the dialects that can hold them, of convolutions, too; the others are refused, and nothing is written."""
+    config, source = TINY["sdxl"], tmp_path / "a.safetensors"
+    lora = by_input(random_lora(config))
+    tensors = dialects.spell(random_lora(config).layers, {}, config, "kohya", ldm=True)
+    for module, layer in lora.layers.items():
+        shape = (1, -1, *[1] * (layer.down.dim() - 2))
+        tensors[f"{kohya_name(to_ldm(config, module))}.dora_scale"] = layer.dora_scale.reshape(shape)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, source)
+    for dialect in ("comfy", "kohya"):
+        written = lora_file.convert(source, target(tmp_path, dialect), dialect, config=config, dtype=torch.float32).path
+        found, metadata = read(written, config)
+        assert found.layers.keys() == lora.layers.keys()
+        assert all(torch.equal(found.layers[m].dora_scale, layer.dora_scale) for m, layer in lora.layers.items())
+        assert json.loads(metadata["ss_network_args"])["wd_on_output"] == "False"
+    with safe_open(written, "pt") as file:
+        assert {key: file.get_slice(key).get_shape() for key in file.keys()} == {  # noqa: SIM118 - no dict
+            key: list(tensor.shape) for key, tensor in tensors.items()
+        }
+    for dialect in ("diffusers", "peft"):
+        with pytest.raises(
+            HollowError, match=rf"a magnitude for each input of \S+, and files in the dialect {dialect}"
+        ):
+            lora_file.convert(source, tmp_path / "other" / dialect, dialect, config=config)
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_a_conversion_would_lose_is_refused(tmp_path: Path) -> None:
@@ -448,7 +597,7 @@ def test_what_a_conversion_would_lose_is_refused(tmp_path: Path) -> None:
     tensors = dialects.spell(lora.layers, {}, TINY["sd15"], "comfy", ldm=True)
     save_file(tensors | {"diffusion_model.out.0.diff": torch.zeros(8)}, tmp_path / "a.safetensors")
     assert read(tmp_path / "a.safetensors", TINY["sd15"])[0].left_out == ("diffusion_model.out.0.diff",)
-    with pytest.raises(HollowError, match=r"holds diffusion_model\.out\.0\.diff, which is no LoRA and would be lost"):
+    with pytest.raises(HollowError, match=r"holds diffusion_model\.out\.0\.diff, .*, which is no LoRA and would"):
         lora_file.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya", config=TINY["sd15"])
 
 

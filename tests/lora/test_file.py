@@ -305,7 +305,7 @@ def test_damaged_files_are_refused(tmp_path: Path, tiny_unet: TinyUNet) -> None:
             "holds infinite or undefined values in",
         ),
         ({f"{NAME}_to_q.dora_scale": torch.ones(24, 1)}, "is a DoRA without magnitudes for mid_block"),
-        ({"lora_te_text_model_x.alpha": torch.ones(())}, "holds lora_te_text_model_x.alpha too. Choose one without"),
+        ({"lora_te_text_model_x.alpha": torch.ones(())}, "holds lora_te_text_model_x.alpha, part of a text encoder"),
         ({"lora_unet_x.lora_up.weight": torch.ones(1, 1)}, "lora_unet_x is no layer of this U-Net"),
     ],
 )

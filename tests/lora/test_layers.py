@@ -241,6 +241,37 @@ def test_dora_brings_each_output_to_its_magnitude(tiny_unet, tiny_conditioning):
     assert torch.equal(predict(unet, tiny_conditioning), base)
 
 
+def test_dora_brings_each_input_to_its_magnitude(tiny_unet, tiny_conditioning):
+    """As the one above, column by column, as LyCORIS has it: a convolution's columns are those of all of its kernel.
+    Streamed weights are there the second time that a layer needs them, too."""
+    whole, streamed = tiny_unet("sd21"), tiny_unet("sd21")
+    stream(streamed, "cpu")
+    trained_dora(whole, targets=ALL_LAYERS)
+    state = lora_state(whole)
+    for key in [key for key in state if "magnitude" in key]:
+        weight = tiny_unet("sd21").get_submodule(key.rsplit(".lora_", 1)[0]).weight.detach()
+        norms = weight.transpose(0, 1).flatten(1).norm(dim=1)
+        state[key] = (norms * (1 + 0.2 * torch.randn(norms.shape, generator=seed(len(norms)))))[None]
+    for unet in (whole, streamed):
+        load_lora_state(unet, state, alpha=2.0)
+    assert all(torch.equal(value, state[key]) for key, value in lora_state(whole).items())
+    for strength in (0.5, 1.0):
+        merged = tiny_unet("sd21")
+        with torch.no_grad():
+            for path, a, b in matrices(state):
+                weight = merged.get_submodule(path).weight
+                moved = weight + 2.0 / 4 * (b.flatten(1) @ a.flatten(1)).view_as(weight)
+                dims = [dim for dim in range(weight.dim()) if dim != 1]
+                magnitudes = state[f"{path}.lora_magnitude_vector.weight"].view(1, -1, *[1] * (weight.dim() - 2))
+                moved *= magnitudes / torch.linalg.vector_norm(moved, dim=dims, keepdim=True)
+                weight += strength * (moved - weight)
+        expected = predict(merged, tiny_conditioning)
+        for unet in (whole, streamed):
+            set_strength(unet, strength)
+            torch.testing.assert_close(predict(unet, tiny_conditioning), expected, atol=1e-4, rtol=1e-4)
+    assert (expected - predict(tiny_unet("sd21"), tiny_conditioning)).abs().max() > 0.01
+
+
 def test_dora_has_pefts_gradients(tiny_unet, tiny_conditioning):
     ours, pefts = tiny_unet("sd15"), tiny_unet("sd15")
     trained_dora(ours, alpha=3.0, targets=ALL_LAYERS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_unets import make_tiny_unet
 from torch import Tensor
 
@@ -16,7 +17,10 @@ from hollow_core.errors import HollowError
 from hollow_core.lora import file as lora_file
 from hollow_core.lora.delta import LoraLayer
 from hollow_core.lora.dialects import Lora, weight_shapes
+from hollow_core.lora.file import read
 from hollow_core.lora.metadata import Recipe, layout_of, recipe_of, thumbnail
+from hollow_core.lora.privacy import without_paths
+from hollow_core.models.layouts import layout_config
 
 CONFIG = dict(make_tiny_unet("sdxl").config)
 RECIPE = Recipe(2, "sks", "dog", "a photo of a sks dog", "a photo of a dog", "v_prediction")
@@ -83,6 +87,112 @@ def test_nothing_private_comes_along(tmp_path: Path) -> None:
     assert not private.keys() & written.keys()
     assert kept.items() <= written.items()
     assert "jane" not in json.dumps({key: value for key, value in written.items() if key not in kept})
+
+
+PATHS = r"""/home/jane/rex
+~/rex
+~jane/rex
+C:\Users\jane
+c:/Users/jane
+trained from D:\jane, on a laptop
+\\server\share\jane
+\\wsl$\Ubuntu\jane
+\\?\C:\jane
+//server/share/jane
+file:///home/jane/rex
+FILE:///C:/jane
+file://server/jane
+smb://nas/jane
+%2Fhome%2Fjane
+C%3A%5CUsers%5Cjane
+file:%252F%252Fhome%252Fjane
+%USERPROFILE%\models
+$HOME/models
+${HOME}/models
+$env:APPDATA\models
+http://127.0.0.1:7860/file=/Users/jane/a.png
+jane@server:/data/rex
+{'weights': '/home/jane/rex'}
+PosixPath('/mnt/jane')
+a（/home/jane/rex）""".splitlines()
+
+HARMLESS = r"""a cat and/or a dog, 1 / 2, 24/7
+https://creativecommons.org/licenses/by/4.0
+https://example.com/home/jane
+saber \(fate\)
+saber \\(fate\\)
+<p>a <b>dog</b></p>
+\o/ :/ =/ d:/, \m/ >:/
+models/rex.safetensors
+50% / 50%, ~5/10, $5/month, 12/11/2024
+100%25""".splitlines()
+
+
+@pytest.mark.parametrize("text", PATHS)
+def test_a_path_of_any_kind_is_left_out_wherever_it_stands(text: str) -> None:
+    """Alone, in JSON of which the rest stays, as a name, and in JSON within JSON."""
+    inner = json.dumps({"a": text, "b": 1})
+    told = {"plain": text, "list": json.dumps([text, "kept"]), "inner": json.dumps({"c": inner}), text: "kept"}
+    told |= {"names": json.dumps({text: 1, "kept": 2}), "twice": f'{{"a": {json.dumps(text)}, "a": 3}}'}
+    assert without_paths(told) == {
+        "list": '["kept"]',
+        "inner": json.dumps({"c": json.dumps({"b": 1})}),
+        "names": '{"kept": 2}',
+        "twice": '{"a": 3}',
+    }
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_what_only_looks_like_a_path_stays_letter_by_letter(text: str) -> None:
+    told = {"plain": text, "tags": f'{{"5_sks cat" :  {{ {json.dumps(text)}: 1.50 }} }}', "odd": '["' + text}
+    assert without_paths(told) == told
+
+
+@pytest.mark.parametrize("piece", ["a", "/", "\\", "%", ":/", "[", '{"a":', "%25", " /", "C:"])
+def test_long_runs_of_anything_are_gone_through(piece: str) -> None:
+    """Beyond what trainers write, they are left out unread."""
+    short = piece * 20_000
+    assert without_paths({"run": short}).keys() <= {"run"}
+    assert without_paths({"run": piece * 10**7, "title": "rex"}).keys() <= {"title"}
+
+
+@pytest.mark.slow
+def test_the_shapes_win_over_what_a_file_says_it_is_for(tmp_path: Path) -> None:
+    """So that the conversion says one thing; what is true of the base model stays as it was said."""
+    out, into = weight_shapes(layout_config("sdxl"))[PLACE.replace("proj_in", "transformer_blocks.0.attn2.to_k")]
+    name = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k"
+    source = tmp_path / "a.safetensors"
+    tensors = {f"{name}.lora_down.weight": torch.ones(1, into), f"{name}.lora_up.weight": torch.ones(out, 1)}
+    for version, architecture in (
+        ("sd_v1", "stable-diffusion-v1/lora"),
+        ("sd_v2", "stable-diffusion-v1/lora"),
+        ("flux1", "flux-1-dev/lora"),
+    ):
+        false = {"ss_base_model_version": version, "modelspec.architecture": architecture, "ss_v2": "True"}
+        save_file(tensors, source, false | {"modelspec.author": "Jane"})
+        written = metadata_of(lora_file.convert(source, tmp_path / "b.safetensors", "comfy").path)
+        assert written["ss_base_model_version"] == "sdxl_base_v1-0"
+        assert written["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+        assert (written["ss_v2"], written["modelspec.author"]) == ("False", "Jane")
+    deep = name.replace("blocks_0_attn2_to_k", "blocks_9_attn1_to_k")  # by its name alone
+    save_file(
+        {f"{deep}.lora_down.weight": torch.ones(1, out), f"{deep}.lora_up.weight": torch.ones(out, 1)}, source, false
+    )
+    assert read(source)[0].layers.keys() == {PLACE.replace("proj_in", "transformer_blocks.9.attn1.to_k")}
+    save_file(tensors, source, {"ss_base_model_version": "sdxl_base_v0-9"})
+    written = metadata_of(lora_file.convert(source, tmp_path / "b.safetensors").path)
+    assert written["ss_base_model_version"] == "sdxl_base_v0-9"
+
+
+def test_the_same_lora_is_always_the_same_file(tmp_path: Path) -> None:
+    files = []
+    for _ in range(4):
+        lora_file.save(
+            tmp_path / "rex.safetensors", state(), CONFIG, alpha=1, layout="sdxl", recipe=RECIPE, metadata={"é": '"\n'}
+        )
+        files.append((tmp_path / "rex.safetensors").read_bytes())
+    assert len(set(files)) == 1
+    assert metadata_of(tmp_path / "rex.safetensors")["é"] == '"\n'
 
 
 def test_a_file_that_said_nothing_is_filed_under_its_base(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Loading base models: folders and single files, tiny ones whole and the public ones by their sizes."""
 
 import gc
+import json
 import pickle
 import shutil
 import weakref
@@ -19,8 +20,8 @@ from diffusers import (
 )
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_pipelines import Pipeline, original_checkpoint, tiny_pipeline
-from tiny_unets import make_tiny_unet
+from tiny_pipelines import Pipeline, original_checkpoint, shallow_pipeline, tiny_pipeline, tiny_vae
+from tiny_unets import make_shallow_unet, make_tiny_unet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from hollow_core.data.images import TrainingImage
@@ -203,6 +204,13 @@ def test_a_folder_tells_its_schedule(tmp_path: Path) -> None:
     assert sampler.config.prediction_type == "v_prediction"
 
 
+def test_where_a_single_file_is_silent_its_configs_tell(tmp_path: Path) -> None:
+    configs = save_folder(tiny_pipeline("sd15", prediction_type="v_prediction"), tmp_path / "configs")
+    path = single_file(tmp_path, original_checkpoint(tiny_pipeline("sd15"), "sd15"))
+    assert load(path, config=configs).schedule.prediction.name == "v_prediction"
+    assert load(path, config=configs, prediction_type="epsilon").schedule.prediction.name == "epsilon"
+
+
 @pytest.mark.slow
 def test_the_pipeline_draws_what_the_original_draws(tmp_path: Path, layout: str) -> None:
     original = tiny_pipeline(layout)
@@ -246,6 +254,39 @@ def test_pictures_become_scaled_latents(tmp_path: Path, dtype: torch.dtype) -> N
     expected = distribution.mean * model.vae.config.scaling_factor
     torch.testing.assert_close(latents.float(), expected, rtol=2e-3, atol=2e-3)
     assert latents.shape == (1, 4, 8, 8)
+
+
+STATISTICS = {"latents_mean": [-1.6, 0.9, -1.4, 0.7], "latents_std": [8.5, 5.6, 6.3, 5.1], "scaling_factor": 0.5}
+"""As Playground v2.5's."""
+
+
+def test_a_mean_and_a_deviation_of_each_channel_count_as_in_the_pipeline(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline("sdxl")
+    pipeline.vae.register_to_config(**STATISTICS)
+    model = load(save_folder(pipeline, tmp_path))
+    theirs = model.pipeline()
+    theirs.set_progress_bar_config(disable=True)
+    drawn = {
+        kind: theirs("a dog", num_inference_steps=1, generator=torch.manual_seed(0), output_type=kind).images
+        for kind in ("latent", "np")
+    }
+    (ours,) = decode_images(model, [drawn["latent"]])
+    np.testing.assert_allclose(np.asarray(ours) / 255, drawn["np"][0], atol=0.51 / 255)
+
+    colours = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    (found,) = encode_images(model, [TrainingImage(Image.fromarray(colours), None, "", (0, 0, 64, 64))])
+    model.vae.register_to_config(latents_mean=None, latents_std=None)
+    (plain,) = encode_images(model, [TrainingImage(Image.fromarray(colours), None, "", (0, 0, 64, 64))])
+    mean, deviation = (torch.tensor(STATISTICS[f"latents_{name}"]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    torch.testing.assert_close(found * deviation + mean * 0.5, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_of_another_vae_are_refused(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline("sdxl")
+    pipeline.vae.register_to_config(latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
+    model = load(save_folder(pipeline, tmp_path))
+    with pytest.raises(HollowError, match=r"are not for its 4 channels\. Get its config again"):
+        decode_images(model, [torch.zeros(1, 4, 8, 8)])
 
 
 def test_a_tiled_vae_sees_a_tile_at_a_time(tmp_path: Path) -> None:
@@ -334,6 +375,99 @@ def test_a_folder_of_another_kind(tmp_path: Path) -> None:
 def single_file(tmp_path: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
     save_file(dict(tensors), tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder without weights: what is refused, is refused before they are read."""
+    folder = save_folder(shallow_pipeline("sd15"), tmp_path_factory.mktemp("configs"))
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    return folder
+
+
+def refused_with(configs: Path, folder: Path, file: str, **changes: Any) -> str:
+    """What is said of the model with another entry in one of its files, by load and outline alike."""
+    shutil.copytree(configs, folder, dirs_exist_ok=True)
+    told = json.loads((folder / file).read_text()) | changes
+    (folder / file).write_text(json.dumps(told))
+    said = refusal(folder)
+    with pytest.raises(HollowError) as refused:
+        outline(str(folder))
+    assert str(refused.value) == said
+    return said
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "LCMScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_a_folder_with_another_kind_of_scheduler(configs: Path, tmp_path: Path, name: str) -> None:
+    said = refused_with(configs, tmp_path, "scheduler/scheduler_config.json", _class_name=name)
+    assert f"{tmp_path} has the scheduler {name}, but Hollow trains U-Nets on DDPM's noise alone" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"time_cond_proj_dim": 256}, "has time_cond_proj_dim 256, for the scale of guidance, as LCM is told it"),
+        ({"class_embed_type": "timestep"}, "has class_embed_type 'timestep'"),
+        ({"num_class_embeds": 1000}, "has num_class_embeds 1000, for classes or noise levels"),
+        ({"addition_embed_type": "image"}, "has addition_embed_type 'image', for more than SDXL is told"),
+        ({"addition_embed_type": "text"}, "has addition_embed_type 'text'"),
+        ({"encoder_hid_dim_type": "ip_image_proj"}, "has encoder_hid_dim_type 'ip_image_proj'"),
+        ({"encoder_hid_dim": 4096}, "has encoder_hid_dim 4096, for prompts of another encoder"),
+        ({"attention_type": "gated"}, "has attention_type 'gated', for boxes, as GLIGEN"),
+        ({"dual_cross_attention": True}, "has dual_cross_attention True"),
+        ({"cross_attention_dim": [12, 12]}, "has cross_attention_dim [12, 12], but prompts have one width"),
+        ({"in_channels": 9}, "takes 9 channels and gives 4. Use a model that is not for inpainting"),
+        ({"in_channels": 8}, "takes 8 channels and gives 4"),
+        ({"out_channels": 8}, "takes 4 channels and gives 8"),
+        ({"mid_block_type": None}, "Hollow cannot cut a U-Net with no middle"),
+        ({"down_block_types": ["CrossAttnDownBlockMotion", "DownBlock2D"]}, "with a CrossAttnDownBlockMotion"),
+        ({"up_block_types": ["SimpleCrossAttnUpBlock2D", "UpBlock2D"]}, "with a SimpleCrossAttnUpBlock2D"),
+        ({"_class_name": "UNetMotionModel"}, "is a UNetMotionModel. Hollow takes UNet2DConditionModel there"),
+    ],
+)
+def test_a_unet_that_a_later_stage_could_not_take(
+    configs: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    """Not after hours of training."""
+    assert sentence in refused_with(configs, tmp_path, "unet/config.json", **changes)
+
+
+@pytest.mark.parametrize("name", ["UNet3DConditionModel", "UNetMotionModel", "OnnxRuntimeModel"])
+def test_a_unet_that_the_pipelines_index_calls_otherwise(configs: Path, tmp_path: Path, name: str) -> None:
+    said = refused_with(configs, tmp_path, "model_index.json", unet=["diffusers", name])
+    assert f"The unet of {tmp_path} is a {name}. Hollow takes UNet2DConditionModel there" in said
+
+
+def test_a_pipeline_with_the_unet_of_another(configs: Path, tmp_path: Path) -> None:
+    said = refused_with(configs, tmp_path, "model_index.json", _class_name="StableDiffusionXLPipeline")
+    assert "is a StableDiffusionXLPipeline with the U-Net of another" in said
+
+
+def test_parts_that_do_not_fit() -> None:
+    """Where a program puts them together, too."""
+    unets = make_shallow_unet("sd15", in_channels=8, out_channels=8), make_shallow_unet("sd15", time_cond_proj_dim=8)
+    for unet, sentence in zip(
+        unets, ("makes latents of 4 channels, but the U-Net takes 8", "has time_cond"), strict=True
+    ):
+        with pytest.raises(HollowError, match=sentence):
+            BaseModel(unet, tiny_vae(), (), (), DDPMScheduler(), "sd15", 128)
+
+
+@pytest.mark.parametrize("markers", [["edm_mean", "edm_std"], ["edm_vpred.sigma_max"]])
+def test_a_file_of_edm(tmp_path: Path, markers: list[str]) -> None:
+    """Playground v2.5 and CosXL, which are SDXL in all but the noise."""
+    tensors = {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3),
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(8, 2048),
+        "first_stage_model.a": torch.zeros(1),
+        "conditioner.b": torch.zeros(1),
+        **{key: torch.tensor(1.0) for key in markers},
+    }
+    path = single_file(tmp_path, tensors)
+    assert f"holds {markers[0]}, so it learned at the noise levels of EDM" in refusal(path)
+    with pytest.raises(HollowError, match=f"holds {markers[0]}"):
+        outline(str(path))
 
 
 def test_a_truncated_file(tmp_path: Path) -> None:

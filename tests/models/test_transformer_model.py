@@ -243,3 +243,26 @@ def test_a_public_layout_is_of_its_native_size() -> None:
     assert isinstance(model.text_encoders[0], nn.Module)
     assert isinstance(model.scheduler, FlowMatchEulerDiscreteScheduler)
     assert model.resolution == 1024
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen-image"])
+def test_a_network_for_fills_is_refused(name: str, transformer_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """It takes a mask and a picture beside the latents."""
+    shutil.copytree(transformer_folder(name), tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "transformer" / "config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps(told | {"in_channels": 6 * told["in_channels"]}))
+    with pytest.raises(HollowError, match=r"makes latents of 4 channels, but .* takes 24\. Take the plain"):
+        outline(str(tmp_path))
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "FlowMatchLCMScheduler"])
+def test_a_transformer_on_another_noise_is_refused(
+    scheduler: str, transformer_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(transformer_folder("z-image"), tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": scheduler}))
+    for asked in (load, lambda path: outline(str(path))):
+        with pytest.raises(HollowError, match=f"has the scheduler {scheduler}, but Hollow trains transformers on flow"):
+            asked(tmp_path)

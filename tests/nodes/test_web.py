@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from hollow_core.data.images import SUFFIXES
+from hollow_core.data.picture_file import SUFFIXES
 
 SCRIPT = Path(__file__).parents[2] / "nodes" / "web" / "load_pictures.js"
 

@@ -1,5 +1,6 @@
 """Pictures are the diffusers pipeline's, although the parts of the model are used one after the other."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from hollow_core.lora.metadata import Recipe
 from hollow_core.models.base_model import load
 from hollow_core.nets.unet import hollow
 from hollow_core.sampling import sample as sampling
+from hollow_core.sampling.prior import class_latents
 from hollow_core.sampling.sample import SampleSettings, encode, portions, sample
+from hollow_core.seeds import counted_up
 
 
 @pytest.mark.parametrize("layout", ["sd15", "sdxl"])
@@ -97,5 +100,38 @@ def test_refusals_are_sentences(tmp_path: Path) -> None:
         sample(model, ["a dog"] * 3, [3, 4])
     with pytest.raises(HollowError, match=r"There are 2 prompts and 1 generic ones\. Give one for each prompt\."):
         sample(model, ["a dog"] * 2, [3, 4], generics=["a cat"])
-    with pytest.raises(HollowError, match=r"0 pictures cannot be drawn together\. It must be at least 1\."):
-        sample(model, ["a dog"], [3], SampleSettings(together=0))
+    for seed in (-1, 2**64):
+        with pytest.raises(HollowError, match=f"There is no seed {seed}\\. Give a whole number from 0 to 2\\^64 - 1"):
+            sample(model, ["a dog"], [seed])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("together", 0, "0 pictures cannot be drawn together. It must be at least 1."),
+        ("steps", 0, "0 denoising steps cannot be. Take from 1 to 1000"),
+        ("strength", math.nan, "The strength of a LoRA cannot be nan. Take 1"),
+        ("strength", -math.inf, "The strength of a LoRA cannot be -inf. Take 1"),
+        ("refresh", 0, "The base path cannot run every 0 steps. Choose a refresh of at least 1."),
+        ("guidance", math.nan, "A guidance of nan cannot be. Take 1 for none"),
+        ("guidance", math.inf, "A guidance of inf cannot be. Take 1 for none"),
+        ("guidance", -1.0, "A guidance of -1.0 cannot be. Take 1 for none"),
+        ("size", (512, 0), "The resolution 0 is no multiple of 8 pixels"),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused(name: str, value: Any, sentence: str) -> None:
+    with pytest.raises(HollowError) as refused:
+        SampleSettings(**{name: value})
+    assert sentence in str(refused.value)
+
+
+def test_the_last_seed_is_one(tmp_path: Path) -> None:
+    """As large as ComfyUI draws them; counting up goes on with 0."""
+    assert counted_up(2**64 - 2, 4) == [2**64 - 2, 2**64 - 1, 0, 1]
+    tiny_pipeline("sd15").save_pretrained(tmp_path)
+    model, settings = load(tmp_path), SampleSettings(steps=1, size=(64, 64))
+    last, first, again = (sample(model, ["a dog"], [seed], settings)[0].tobytes() for seed in (2**64 - 1, 0, 2**64 - 1))
+    assert last == again != first
+    latents = class_latents(model, [("a dog", (64, 64))] * 2, tmp_path / "class", made_by="", seed=2**64 - 1, steps=1)
+    assert [torch.isfinite(each).all() for each in latents] == [True, True]
+    assert not torch.equal(*latents)

@@ -343,6 +343,62 @@ def test_a_lora_that_diffusers_loaded(tmp_path: Path, layout: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+@pytest.mark.parametrize("cut", [None, 3])
+def test_strength_multiplies_what_adapters_are_set_to(tmp_path: Path, cut: int | None) -> None:
+    """As one says in diffusers how strong each of two LoRAs is."""
+    pipeline, recipe = tiny_pipeline("sd15"), Recipe(3, "sks", "dog", PERSONAL, GENERIC)
+    for seed, name in enumerate(("dog", "style")):
+        state = lora_state(pipeline_with_lora("sd15", seed).unet)
+        path = tmp_path / f"{name}.safetensors"
+        lora_file.save(path, state, pipeline.unet.config, alpha=4.0, layout="sd15", recipe=recipe)
+        pipeline.load_lora_weights(path, adapter_name=name)
+    generic = encode(pipeline, GENERIC)
+
+    def drawn(dog: float, style: float, strength: float) -> np.ndarray:
+        pipeline.set_adapters(["dog", "style"], [dog, style])
+        switches = lora_switches(pipeline.unet)
+        with two_path(pipeline, cut=cut, generic=generic, strength=strength):
+            picture = draw(pipeline)
+        assert lora_switches(pipeline.unet) == switches
+        return picture
+
+    expected = drawn(0.6, 0.3, 1.0)
+    if cut is None:
+        np.testing.assert_array_equal(expected, draw(pipeline))
+    np.testing.assert_allclose(drawn(1.2, 0.6, 0.5), expected, rtol=0, atol=1e-5)
+    assert np.abs(drawn(1.0, 1.0, 1.0) - expected).max() > 1e-2
+    np.testing.assert_array_equal(drawn(0.6, 0.3, 0.0), drawn(0.0, 0.0, 1.0))
+
+
+def enable_freeu(pipeline: Pipeline) -> None:
+    pipeline.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+
+
+def write_into_what_comes_in(pipeline: Pipeline) -> None:
+    pipeline.unet.up_blocks[1].register_forward_pre_hook(
+        lambda _, args, kwargs: (kwargs["hidden_states"].mul_(1.4), None)[1], with_kwargs=True
+    )
+
+
+@pytest.mark.parametrize("writer", [enable_freeu, write_into_what_comes_in])
+def test_what_writes_into_an_activation_meets_it_fresh_at_every_reuse(writer: Callable[[Pipeline], None]) -> None:
+    pipeline = pipeline_with_lora("sd15")
+    generic, prompts = encode(pipeline, GENERIC), encode(pipeline, PERSONAL).encoder_hidden_states
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    plain = pipeline.unet(latents, 499, prompts).sample
+    writer(pipeline)
+    assert (pipeline.unet(latents, 499, prompts).sample - plain).abs().max() > 1e-2
+    draw(pipeline, num_inference_steps=1, guidance_scale=1.0)  # so that it knows there is no guidance
+    pipeline.scheduler.timesteps = torch.tensor([500, 499])
+    with two_path(pipeline, cut=3, generic=generic, refresh=2):
+        pipeline.unet(latents, 500, prompts)
+        first, *others = (pipeline.unet(latents, 499, prompts).sample for _ in range(3))
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=0)
+
+
+@pytest.mark.slow
 def test_model_offloading_moves_the_unet_in_and_out() -> None:
     """Enabled before, as one does on a small card; here the accelerator is the CPU too."""
     pipeline = pipeline_with_lora("sd15")
@@ -374,6 +430,9 @@ def test_what_cannot_be_sampled_is_refused() -> None:
     generic = encode(pipeline, GENERIC)
     assert "no cut 12. Choose a cut from 0 to 11" in refusal(pipeline, cut=12, generic=generic)
     assert "cannot run every 0 steps. Choose a refresh" in refusal(pipeline, cut=3, generic=generic, refresh=0)
+    for strength in (float("nan"), float("inf")):
+        told = refusal(pipeline, cut=3, generic=generic, strength=strength)
+        assert f"strength of a LoRA cannot be {strength}. Take 1 for as trained" in told
     two = encode(pipeline, GENERIC, GENERIC)
     assert "which does not fit 1 prompts of (77, 12)" in refusal(pipeline, cut=3, generic=two)
     assert "shape (1, 77, 20), which does not fit" in refusal(pipeline, cut=3, generic=encode(xl, GENERIC))

@@ -228,7 +228,7 @@ def test_killed_by_the_system_and_run_again_gives_the_same_bytes(tiny_unet, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", range(5))
+@pytest.mark.parametrize("file", [0, 1, 2, 5, 7])  # of inputs and plan, then of plan and shard three times
 def test_dead_before_a_file_has_its_name_and_run_again_gives_the_same_bytes(tiny_unet, tmp_path, monkeypatch, file):
     unet = tiny_unet("sd15")
     whole = precompute(UNet(unet), tiny_schedule(), tiny_examples(unet), tmp_path / "whole", cut=2, samples=20)
@@ -237,7 +237,6 @@ def test_dead_before_a_file_has_its_name_and_run_again_gives_the_same_bytes(tiny
         patch.setattr(os, "replace", lambda *names: break_off(names) or rename(*names))
         with pytest.raises(Broken):
             precompute(UNet(unet), tiny_schedule(), tiny_examples(unet), tmp_path / "dead", cut=2, samples=20)
-    assert sum(name.endswith(".part") for name in content(tmp_path / "dead")) == 1
     precompute(UNet(unet), tiny_schedule(), tiny_examples(unet), tmp_path / "dead", cut=2, samples=20)
     assert content(tmp_path / "dead") == content(whole.folder)
 
@@ -270,7 +269,7 @@ def test_a_full_disk_is_told_and_what_was_written_stays_good(tiny_unet, tmp_path
     store = precompute(UNet(unet), schedule, examples, folder, cut=2, samples=20, stop=lambda: True)
     assert store.missing == [0, 1, 2]
     before = content(folder)
-    with full_disk(500), pytest.raises(HollowError, match=r"records-00000\.safetensors could not be written"):
+    with full_disk(500), pytest.raises(HollowError, match=r"store\.json could not be written"):
         precompute(UNet(unet), schedule, examples, folder, cut=2, samples=20)
     assert content(folder) == before
     precompute(UNet(unet), schedule, examples, folder, cut=2, samples=20)

@@ -1,11 +1,14 @@
 """The record store: damage is told and mended, and a record is read by itself."""
 
 import json
+import re
 import resource
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_training import content, tiny_examples, tiny_schedule
 
 from hollow_core.errors import HollowError
@@ -57,18 +60,18 @@ def test_training_inputs_are_the_personal_prompt_for_images_and_the_generic_one_
 @pytest.mark.parametrize(
     "damage", [cut_in_half, lambda path: path.write_bytes(b""), lambda path: path.write_text("{}")]
 )
-def test_a_damaged_shard_is_told_and_made_anew_alone(make_store, damage):
+def test_a_damaged_shard_is_told_and_made_anew_alone(make_store, damage, caplog):
     store = make_store()
     whole = content(store.folder)
     shard = store.folder / "records-00001.safetensors"
     damage(shard)
-    said = r"records-00001\.safetensors is missing or damaged \(.*\)\. Delete it and precompute again"
-    for read in (make_store, lambda: Store.open(store.folder), lambda: store.record(9)):
+    said = r"records-00001\.safetensors is missing or damaged \(.*\)\. Precompute again: it is made anew"
+    for read in (lambda: Store.open(store.folder), lambda: store.check(tiny_schedule()), lambda: store.record(9)):
         with pytest.raises(HollowError, match=said):
             read()
     assert store.record(7).stored
-    shard.unlink()
     assert make_store().missing == []
+    assert re.search(r"records-00001\.safetensors is missing or damaged .* It is made anew", caplog.text)
     assert content(store.folder) == whole
 
 
@@ -79,11 +82,133 @@ def test_a_shard_of_another_place_is_told(make_store):
         Store.open(store.folder)
 
 
-def test_damaged_inputs_are_told(make_store):
+def flip_a_bit(path):
+    """The last of a file, which is one of its numbers."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit, Path.unlink])
+def test_damaged_inputs_are_told_and_made_anew(make_store, damage):
     store = make_store()
-    cut_in_half(store.folder / "inputs.safetensors")
-    with pytest.raises(HollowError, match=r"inputs\.safetensors is missing or damaged .* precompute anew"):
+    whole = content(store.folder)
+    damage(store.folder / "inputs.safetensors")
+    said = r"inputs\.safetensors (is missing or damaged|does not hold what was written).* Precompute again"
+    with pytest.raises(HollowError, match=said):
+        store.check(tiny_schedule())
+    make_store()
+    assert content(store.folder) == whole
+
+
+def of_another_store(path):
+    """The same keys and shapes."""
+    save_file({key: tensor + 1 for key, tensor in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, of_another_store])
+def test_a_record_that_is_not_the_one_that_was_written_is_told_and_made_anew(make_store, damage, caplog):
+    store = make_store()
+    whole = content(store.folder)
+    damage(store.folder / "records-00001.safetensors")
+    said = r"records-00001\.safetensors does not hold what was written\."
+    with pytest.raises(HollowError, match=f"{said} Precompute again"):
+        Store.open(store.folder).check(tiny_schedule())
+    assert make_store().missing == []
+    assert re.search(f"{said} It is made anew", caplog.text)
+    assert content(store.folder) == whole
+
+
+def edit(folder, change):
+    index = json.loads((folder / "store.json").read_text())
+    change(index)
+    (folder / "store.json").write_text(json.dumps(index))
+
+
+def as_version_0_1_wrote(index):
+    del index["id"], index["digests"]
+
+
+def test_a_store_without_digests_is_read_and_gone_on_with(make_store):
+    """As older versions left them."""
+    store = make_store()
+    whole = content(store.folder)
+    edit(store.folder, as_version_0_1_wrote)
+    (store.folder / "records-00001.safetensors").unlink()
+    make_store().check(tiny_schedule())
+    digests = json.loads((store.folder / "store.json").read_text())["digests"]
+    assert digests == {"1": json.loads(whole.pop("store.json"))["digests"]["1"]}
+    assert whole.items() <= content(store.folder).items()
+
+
+EDITED = [
+    (lambda index: index["records"][3].update(timestep=-1), "the timestep of record 3 is '-1'"),
+    (lambda index: index["records"][3].update(timestep="5"), "the timestep of record 3 is '5'"),
+    (lambda index: index["records"][3].update(timestep=True), "the timestep of record 3 is 'True'"),
+    (lambda index: index["records"][3].update(timestep=5.5), "the timestep of record 3 is '5.5'"),
+    (lambda index: index["records"][3].update(image=3), "the image of record 3 is '3'"),
+    (lambda index: index["records"][3].update(image=2), "record 3 and its example are of different kinds"),
+    (lambda index: index["records"][3].update(noise_seed=2**32), "the noise_seed of record 3 is"),
+    (lambda index: index["records"][3].update(kind="picture"), "the kind of record 3 is 'picture'"),
+    (lambda index: index["records"][3].update(kind=[]), "the kind of record 3 is"),
+    (lambda index: index["records"][3].pop("kind"), r"\(KeyError\('kind'\)\)"),
+    (lambda index: index["records"].insert(3, 7), "TypeError"),
+    (lambda index: index.update(records=[]), "there are no records of images"),
+    (lambda index: index.update(records=index["records"][10:]), "there are no records of images"),
+    (lambda index: index.update(fingerprint=[]), "TypeError"),
+    (lambda index: index["fingerprint"].update(kinds=["image", "image", "low prior"]), "of different kinds"),
+    (lambda index: index["fingerprint"].update(latents=7), "its latents is '7'"),
+    (lambda index: index["fingerprint"]["latents"].pop(), "it has 3 examples, but 2 latents"),
+    (lambda index: index["fingerprint"].update(masks=["a"]), "it has 3 examples, but 1 masks"),
+    (lambda index: index["fingerprint"].update(cut="3"), "its cut is '3'"),
+    (lambda index: index["fingerprint"].update(more=1), "TypeError"),
+    (lambda index: index["fingerprint"]["embeddings"][0]["personal"].clear(), "prompt of example 0 is not embedded"),
+    (lambda index: index["fingerprint"]["embeddings"][0]["personal"].update(x="y"), "of example 0 is not embedded"),
+    (lambda index: index["fingerprint"]["embeddings"][1].pop("generic"), "KeyError"),
+    (lambda index: index.update(digests=["a"]), "its digests are no text"),
+    (lambda index: index.update(digests={"one": "a"}), "invalid literal"),
+]
+
+
+def test_an_edited_index_is_told(make_store):
+    folder = make_store().folder
+    for old in (False, True):
+        if old:
+            edit(folder, as_version_0_1_wrote)
+        before = (folder / "store.json").read_text()
+        for change, said in EDITED:
+            (folder / "store.json").write_text(before)
+            edit(folder, change)
+            with pytest.raises(HollowError, match=said) as told:
+                Store.open(folder)
+            assert "store.json is no index of a record store (" in str(told.value)
+            assert str(told.value).endswith("Delete its folder and precompute anew.")
+
+
+def test_an_edited_time_step_is_told(make_store):
+    folder = make_store().folder
+    edit(folder, lambda index: index["records"][3].update(timestep=1000))
+    with pytest.raises(HollowError, match=r"store\.json was changed since it was made\. Delete its folder"):
         make_store()
+    edit(folder, as_version_0_1_wrote)
+    for read in (make_store, lambda: Store.open(folder).check(tiny_schedule())):
+        with pytest.raises(HollowError, match=r"store\.json has record 3 at the time step 1000, but the last is 999\."):
+            read()
+
+
+def test_an_index_that_could_be_but_is_not_what_was_written_is_told(make_store):
+    folder = make_store().folder
+    before = (folder / "store.json").read_text()
+    for change in (
+        lambda index: index["records"][3].update(timestep=index["records"][3]["timestep"] ^ 1),
+        lambda index: index["records"][3].update(noise_seed=index["records"][3]["noise_seed"] ^ 1),
+        lambda index: index["fingerprint"].update(samples=21),
+        lambda index: index.update(id=7),
+    ):
+        (folder / "store.json").write_text(before)
+        edit(folder, change)
+        with pytest.raises(HollowError, match=r"store\.json was changed since it was made\. Delete its folder"):
+            Store.open(folder)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """Stage 2: what a step minimises, that runs go on to the same LoRA bit by bit, and that trouble is told."""
 
 import gc
+import json
 import math
+import re
 import signal
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_training import (
     BreakAt,
     Broken,
@@ -549,3 +552,146 @@ def test_a_dora_trains_its_magnitudes_whatever_the_levers(begin, tmp_path, lever
 def test_what_was_begun_before_there_was_dora_goes_on():
     assert "dora" not in TrainSettings().fixed
     assert TrainSettings(dora=True).fixed["dora"] is True
+
+
+# --- what was edited, and what is not finite ---
+
+
+def edited(path, change, about=None):
+    """Change the tensors of a checkpoint, and what it says beside them, as if an older version had written them."""
+    with safe_open(path, "pt") as file:
+        told = json.loads(file.metadata()["hollow.checkpoint"])
+    del told["digest"]
+    tensors = load_file(path)
+    change(tensors, told)
+    save_file(tensors, path, {"hollow.checkpoint": json.dumps(told) if about is None else about})
+
+
+LORA = "lora down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
+MOMENT = "optimizer backward 0 exp_avg"
+EDITED = [
+    (lambda tensors, told: tensors.pop("losses"), "it has no losses of its steps"),
+    (lambda tensors, told: tensors.update(losses=torch.zeros(2, 2)), "it has no losses of its steps"),
+    (lambda tensors, told: tensors.update(losses=torch.ones(4, dtype=torch.int64)), "it has no losses of its steps"),
+    (lambda tensors, told: tensors["losses"].fill_(math.nan), "losses is not finite"),
+    (lambda tensors, told: tensors[LORA].fill_(math.inf), "lora .* is not finite, as after a learning rate"),
+    (lambda tensors, told: tensors.pop(LORA), "its LoRA lacks a matrix, or has one of another shape"),
+    (lambda tensors, told: tensors.update({LORA: tensors[LORA].T.contiguous()}), "its LoRA lacks a matrix"),
+    (lambda tensors, told: tensors.update({"lora x": tensors[LORA].clone()}), "its LoRA lacks a matrix"),
+    (
+        lambda tensors, told: tensors.pop(MOMENT),
+        "its optimizer's state for matrix 0 lacks a part, or has one of another",
+    ),
+    (lambda tensors, told: tensors.update({MOMENT: torch.zeros(3)}), "its optimizer's state for matrix 0 lacks a part"),
+    (
+        lambda tensors, told: tensors.update({MOMENT: tensors[MOMENT].double()}),
+        "its optimizer's state for matrix 0 lack",
+    ),
+    (lambda tensors, told: tensors.update({"optimizer backward 0 x": torch.zeros(3)}), "its optimizer's state for mat"),
+    (
+        lambda tensors, told: tensors.update({"optimizer backward 99 step": torch.ones(())}),
+        "a state for matrix 99, but",
+    ),
+    (lambda tensors, told: tensors.update({"optimizer backward x step": torch.ones(())}), "a state for matrix x, but"),
+    (lambda tensors, told: tensors.update({"average 0": torch.ones(3)}), "its averages are not those of its LoRA"),
+    (lambda tensors, told: told.update(loss_scale="1"), "its metadata have no loss_scale that a training writes"),
+    (lambda tensors, told: told.update(loss_scale=0), "its loss_scale is 0"),
+    (lambda tensors, told: told.update(loss_scale=math.inf), "its loss_scale is inf"),
+    (lambda tensors, told: told.pop("loss_scale"), "no loss_scale"),
+    (lambda tensors, told: told.update(made_for=[]), "no made_for"),
+    (lambda tensors, told: told.update(validation=[[1]]), "no validation"),
+    (lambda tensors, told: told.update(digest="of another"), "it does not hold what was written"),
+]
+
+
+def test_an_edited_checkpoint_is_told(begin, tmp_path):
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    whole = train(*begin(), FEW, folder=tmp_path / "run")
+    before = path.read_bytes()
+    assert LORA.removeprefix("lora ") in whole.state
+    network, schedule, store = begin()
+    for change, said in EDITED:
+        path.write_bytes(before)
+        edited(path, change)
+        with pytest.raises(
+            HollowError, match=rf"cannot be gone on from: .*{said}.* Delete it to start the training anew"
+        ):
+            train(network, schedule, store, FEW, folder=tmp_path / "run")
+    for about in ("{", "[" * 10**5, "7", "[]", "null"):
+        path.write_bytes(before)
+        edited(path, lambda *_: None, about)
+        with pytest.raises(HollowError, match="cannot be gone on from: its metadata"):
+            train(network, schedule, store, FEW, folder=tmp_path / "run")
+    path.write_bytes(before)
+    edited(path, lambda *_: None)
+    assert same(train(network, schedule, store, FEW, folder=tmp_path / "run").state, whole.state)
+
+
+def test_one_flipped_bit_of_a_checkpoint_is_told(begin, tmp_path):
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    network, schedule, store = begin()
+    train(network, schedule, store, FEW, folder=tmp_path / "run")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(HollowError, match="cannot be gone on from: it does not hold what was written"):
+        train(network, schedule, store, FEW, folder=tmp_path / "run")
+
+
+def test_averages_of_a_checkpoint_are_held_against_those_of_the_training(begin, tmp_path):
+    network, schedule, store = begin()
+    settings = replace(FEW, ema=0.9)
+    train(network, schedule, store, settings, folder=tmp_path / "run")
+    edited(tmp_path / "run" / "checkpoint.safetensors", lambda tensors, told: tensors.pop("average step"))
+    with pytest.raises(HollowError, match="its averages are not those of its LoRA"):
+        train(network, schedule, store, settings, folder=tmp_path / "run")
+
+
+def test_a_record_that_was_changed_trains_nothing(begin, tmp_path):
+    network, schedule, store = begin()
+    path = store.folder / "records-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        HollowError, match=r"records-00000\.safetensors does not hold what was written\. Precompute again"
+    ):
+        train(network, schedule, store, FEW, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_not_finite_is_said_the_record_the_network_or_the_training(begin, tmp_path):
+    network, schedule, store = begin()
+    result = train(network, schedule, store, replace(FEW, learning_rate=1e30), folder=tmp_path / "training")
+    assert result.trouble == "The records are finite, the training is not: it went too far. Lower the learning rate."
+    assert train(network, schedule, store, FEW, folder=tmp_path / "fine").trouble == ""
+    poison(store, 3)
+    result = train(network, schedule, store, FEW, folder=tmp_path / "record")
+    assert result.stopped == "non-finite loss"
+    assert re.match(r"Record 3 in .*records-00000\.safetensors is not finite\. Delete that file", result.trouble)
+    network, schedule, store = begin(samples=5)
+    network.module.conv_out.bias.data.fill_(math.nan)
+    result = train(network, schedule, store, FEW, folder=tmp_path / "network")
+    assert re.match(
+        "The records are finite, but the network .* before anything is learned. Check the model", result.trouble
+    )
+
+
+def test_a_kill_between_a_checkpoint_and_the_file_of_its_step_loses_no_file(begin, tmp_path):
+    """The checkpoint is whole then, so that nothing would make the file any more."""
+    network, schedule, store = begin()
+    settings, given = replace(FEW, save_every=2), {}
+
+    def give(step, state):
+        if step == 4 and step not in given:
+            given[step] = None
+            raise Broken
+        given[step] = state
+
+    with pytest.raises(Broken):
+        train(network, schedule, store, settings, folder=tmp_path / "run", saved=give)
+    train(network, schedule, store, settings, folder=tmp_path / "run", saved=give)
+    whole = {}
+    train(network, schedule, store, settings, folder=tmp_path / "whole", saved=whole.__setitem__)
+    assert given.keys() == whole.keys() == {2, 4, 6}
+    assert all(same(given[step], whole[step]) for step in whole)
