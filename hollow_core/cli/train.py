@@ -128,7 +128,7 @@ def train(
     zo_strengths: Annotated[bool, typer.Option("--zo-strengths", help="selective: a zo step looks for one number a matrix, its strength, in place of all of its numbers.", rich_help_panel=ZEROTH_ORDER)] = False,
     zo_timesteps: Annotated[tuple[int, int] | None, typer.Option(help="zo steps draw from these time steps only, such as 500 900. (default: all)", rich_help_panel=ZEROTH_ORDER)] = None,
     # files
-    out: Annotated[Path, typer.Option(help="Folder for NAME.safetensors, for run.toml with every option, and for the work that lets a stopped run go on. With other settings, pictures or captions than the first run's there, a run gets a folder of its own in it, such as rank-64-1f0c2a9e; class pictures and records that still fit are used again.", is_eager=True, callback=run_file.go_on, rich_help_panel=FILES)] = Path("hollow-lora"),
+    out: Annotated[Path, typer.Option(help="Folder for NAME.safetensors, for run.toml with every option, and for the work that lets a stopped run go on. Other settings, pictures or captions than the first run's get a folder in it, such as rank-64-1f0c2a9e.", is_eager=True, callback=run_file.go_on, rich_help_panel=FILES)] = Path("hollow-lora"),
     name: Annotated[str, typer.Option(help="Of the LoRA's file, without .safetensors.", rich_help_panel=FILES)] = "lora",
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints from which a killed run goes on, and between files NAME-000100.safetensors of which the best can be chosen; 0 for none.", rich_help_panel=FILES)] = 100,
     keep: Annotated[int, typer.Option(min=0, help="How many of these files are kept, the last ones; 0 for none.", rich_help_panel=FILES)] = 10,

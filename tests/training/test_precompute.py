@@ -138,8 +138,8 @@ def test_records_of_one_size_go_together_and_are_what_each_would_be_alone(tiny_u
 
 
 def test_records_that_a_store_beside_has_are_taken_and_are_what_they_would_be(tiny_unet, tmp_path):
-    """One picture of three is another: what is left of the others serves, bit by bit, but not at another cut, and nothing
-    of a store in which a bit has flipped."""
+    """One picture of three is another: what is left of the others serves, bit by bit, but not at another cut, and
+    nothing of a store in which a bit has flipped."""
     unet, schedule = tiny_unet("sd21"), tiny_schedule()
     passes = []
     unet.conv_in.register_forward_pre_hook(lambda *_: passes.append(1))
