@@ -129,6 +129,7 @@ def test_magnitudes_of_inputs_count_by_columns(kernel: tuple[int, ...], monkeypa
     assert found.squared == pytest.approx((moved - weight).square().sum().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_full_differences_are_counted_and_what_is_not_is_told(tmp_path: Path, tiny_unet: TinyUNet) -> None:
     """As LyCORIS and ComfyUI's extraction of a LoRA write them; a cut that hollows them out is not recommended."""
     unet, path = tiny_unet("sd15"), tmp_path / "a.safetensors"

@@ -270,6 +270,7 @@ def test_analyze_draws_with_each_block_off(
     assert "To ablate takes one file, its --model and a --prompt." in done.stderr
 
 
+@pytest.mark.slow
 def test_what_is_not_for_the_unet_is_left_out_on_request(
     hollow: Hollow, model_folder: Path, middle_lora: Path, tmp_path: Path
 ) -> None:
