@@ -1,9 +1,11 @@
 """What a long run tells whoever watches it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Progress(NamedTuple):
@@ -33,3 +35,15 @@ class Clock:
 
 Watch = Callable[[Progress], object]
 Stop = Callable[[], bool]  # asked before each step; True ends the run
+
+
+class Stopped(Exception):
+    """A `Stop` said so in the midst of what is of no use unless it is whole."""
+
+
+def unless_stopped(each: Iterable[T], stop: Stop | None) -> Iterator[T]:
+    """The same, with `stop` asked before each. Raises Stopped where it says so."""
+    for one in each:
+        if stop is not None and stop():
+            raise Stopped
+        yield one

@@ -1,6 +1,7 @@
 """What a person asks for, and the examples it becomes: pictures and prompts, encoded."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
@@ -27,6 +28,7 @@ from .models.base_model import (
     visiting,
 )
 from .models.model import Model
+from .progress import Stop
 from .training.optimizer import optimizer_class
 from .training.precompute import Example
 from .training.store import Kind, Record
@@ -48,8 +50,8 @@ class Request:
     setting: Setting = field(default_factory=Setting)
     """Every lever; its resolution, where it names one, is that of the pictures."""
     class_folder: Path | None = None
-    """Where runs of one class share the pictures of it, drawn with the seed 0; None draws the run's own, with its
-    seed."""
+    """Where runs of one class share the pictures of it, drawn with the seed 0, be the base in 8 bits or not; None draws
+    the run's own, with its seed."""
     thumbnail: bool = False
     """Whether the LoRA file shows the first picture, small, to tools that list files."""
     class_pictures: Sequence[TrainingImage] = ()
@@ -155,6 +157,7 @@ class Request:
             self.personal_prompt(image)
         for image in self.class_pictures:
             self.class_prompt(image)
+        self._check_parts()
         recipe_for(None, *self.subject, "")
         asked = self.setting.resolution
         for image in (*self.images, *self.class_pictures, *self.held_out):
@@ -170,6 +173,18 @@ class Request:
         elif self.setting.training.strategy == "selective":
             low_factor(self)
         self.planned.check()
+
+    def _check_parts(self) -> None:
+        """Raises HollowError for a picture that is to play two parts, such as that of the subject and of the class."""
+        parts = {"of the subject": self.images, "of the class": self.class_pictures, "held out": self.held_out}
+        played: dict[str, str] = {}
+        for part, images in parts.items():
+            for path in {os.path.realpath(image.path) for image in images if image.path is not None}:
+                if path in played:
+                    raise HollowError(
+                        f"{path} would be both {played[path]} and {part}. Give other pictures for one of them."
+                    )
+                played[path] = part
 
     @property
     def planned(self) -> Setting:
@@ -199,16 +214,17 @@ def make_examples(
     request: Request,
     class_latents: Sequence[torch.Tensor],
     device: torch.device | str | None = None,
+    stop: Stop | None = None,
 ) -> list[Example]:
     """The subject's pictures with their prompts, each as often as its captions change; those of the class, own ones
     before the drawn, with the generic one; those held out.
 
-    VAE and text encoders visit `device` in turn; None leaves them where they are.
-    Raises HollowError as `Request.check` does.
+    VAE and text encoders visit `device` in turn; None leaves them where they are. `stop` is asked before each picture.
+    Raises HollowError as `Request.check` does, and Stopped.
     """
     images, of_class, held_out = request.images, request.class_pictures, request.held_out
     with visiting(device, model.vae):
-        encoded = encode_images(model, [*images, *of_class, *held_out])
+        encoded = encode_images(model, [*images, *of_class, *held_out], stop)
     latents = iter(encoded)
     examples = []
     with visiting(device, *model.text_encoders):
@@ -249,18 +265,19 @@ def low_examples(
     examples: Sequence[Example],
     class_latents: Sequence[torch.Tensor],
     device: torch.device | str | None = None,
+    stop: Stop | None = None,
 ) -> list[Example]:
     """The twins of `examples`, of `make_examples`, at the lower resolution, whose size SDXL is told; drawn class
     pictures are decoded.
 
-    Raises HollowError as `low_factor` does.
+    `stop` is asked before each picture. Raises HollowError as `low_factor` does, and Stopped.
     """
     factor = low_factor(request)
     learned = [example for example in examples if example.kind in LOW]
     with visiting(device, model.vae):
         whole = _pictures(model, request, learned, class_latents)
         small = {shown: smaller(image, factor) for shown, image in whole.items()}
-        encoded = dict(zip(small, encode_images(model, list(small.values())), strict=True))
+        encoded = dict(zip(small, encode_images(model, list(small.values()), stop), strict=True))
     return [
         replace(_of(example, small[id(example.latents)], encoded[id(example.latents)]), kind=LOW[example.kind])
         for example in learned
@@ -275,14 +292,15 @@ def patch_examples(
     class_latents: Sequence[torch.Tensor],
     device: torch.device | str | None = None,
     noise: Callable[[Record], float] | None = None,
+    stop: Stop | None = None,
 ) -> tuple[list[Example], list[Record]]:
     """An example of its own for each of `records`, which `plan_for` has planned for `examples`, and the records of
     these: of a crop that is the larger the more noise there is, resized to the setting's patches. Where it is, the
     record's seed decides.
 
     By the strategy selective the crops are twins of the whole pictures; else they are in their place, held-out ones,
-    too. `noise` says how much there is, from 0 to 1; None: as much as at the record's time step. Raises HollowError as
-    `check_patches` does.
+    too. `noise` says how much there is, from 0 to 1; None: as much as at the record's time step. `stop` is asked before
+    each crop. Raises HollowError as `check_patches` does, and Stopped.
     """
     side, token = request.setting.patches, model.network.token_side
     assert side is not None
@@ -299,7 +317,7 @@ def patch_examples(
             check_patches(side, image.picture.size, grid)
             generator = torch.Generator().manual_seed(2**32 - 1 - record.noise_seed)  # the noise has its own
             crops.append(patch(image, noise_of(record), side, grid, generator))
-        encoded = encode_images(model, [image for image, _ in crops])
+        encoded = encode_images(model, [image for image, _ in crops], stop)
     made = []
     for record, (image, place), z in zip(cropped, crops, encoded, strict=True):
         example = _of(examples[record.image], image, z)

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .data.folders import check_outside
 from .errors import HollowError
+from .lock import holding
 from .lora import file as lora_file
 from .lora.dialects import check_dora
 from .lora.file import Written
@@ -22,10 +24,11 @@ from .models.base_model import free_encoders, outlines
 from .models.model import Model
 from .nets.network import Network, at_cut
 from .nets.residency import stream_middle
-from .progress import Progress, Stop, Watch
+from .progress import Progress, Stop, Stopped, Watch
 from .request import Request, check_heard, low_examples, make_examples, patch_examples
 from .sampling.prior import class_latents
 from .training.curve import save_losses
+from .training.place import STORE, place
 from .training.precompute import model_id, plan_for, precompute
 from .training.selective import save_schedule
 from .training.settings import DTYPES
@@ -57,8 +60,13 @@ def personalize(
     device: torch.device | str = "cpu",
     progress: Callable[[str, Progress], object] | None = None,
     stop: Stop | None = None,
+    placed: Callable[[Path], object] | None = None,
 ) -> Outcome:
     """Encode, precompute, train and save into `folder`; called again after any interruption, it goes on.
+
+    Called with other settings, pictures or captions, it leaves what is there: class pictures and records that still fit
+    are used again, and the LoRA comes into a folder of its own inside `folder`, see `training.place`. `placed` is told
+    which folder that is, before training. No other process gets into `folder` meanwhile.
 
     On the way to NAME.safetensors there are NAME-000200.safetensors and so on, whenever a checkpoint is saved, and one
     of the last step, which more steps leave there; the last few are kept. The course of the loss is left there as a
@@ -71,6 +79,21 @@ def personalize(
     the stages do, and where memory runs out, saying what to change.
     """
     request.check()
+    pictures = (*request.images, *request.class_pictures, *request.held_out)
+    check_outside(folder, *(picture.path.parent for picture in pictures if picture.path is not None))
+    with holding(folder):
+        return _walk(load, request, folder, device, progress, stop, placed)
+
+
+def _walk(
+    load: Callable[[], Model],
+    request: Request,
+    folder: Path,
+    device: torch.device | str,
+    progress: Callable[[str, Progress], object] | None,
+    stop: Stop | None,
+    placed: Callable[[Path], object] | None,
+) -> Outcome:
     setting = request.planned
     training = setting.training
     meter = Meter(torch.device(device))
@@ -94,7 +117,7 @@ def personalize(
         )
         made_by = model_id(model.network) if setting.class_images or setting.base_bits is None else ""
         setting.keep_small(model, device)
-        with told("encode", going_on=(folder / "store").exists()):
+        with told("encode", going_on=(folder / STORE).exists()):
             drawn: list[Tensor] = []
             if setting.class_images:
                 drawn = class_latents(
@@ -102,6 +125,7 @@ def personalize(
                     request.drawn,
                     request.class_folder or folder / "class",
                     made_by=made_by,
+                    base_bits=setting.base_bits if request.class_folder is None else None,
                     seed=training.seed if request.class_folder is None else 0,
                     together=training.together,
                     device=device,
@@ -110,13 +134,16 @@ def personalize(
                 )
                 if len(drawn) < setting.class_images:
                     return Outcome(None, None, None, meter)
-            examples = make_examples(model, request, drawn, device)
             records = None
-            if setting.patches is not None:
-                records = plan_for(examples, setting.samples, schedule, training.seed)
-                examples, records = patch_examples(model, request, examples, records, drawn, device)
-            elif training.strategy == "selective":
-                examples += low_examples(model, request, examples, drawn, device)
+            try:
+                examples = make_examples(model, request, drawn, device, stop)
+                if setting.patches is not None:
+                    records = plan_for(examples, setting.samples, schedule, training.seed)
+                    examples, records = patch_examples(model, request, examples, records, drawn, device, stop=stop)
+                elif training.strategy == "selective":
+                    examples += low_examples(model, request, examples, drawn, device, stop)
+            except Stopped:
+                return Outcome(None, None, None, meter)
         free_encoders(model)
         if setting.base_bits is not None:  # other weights, then
             made_by = model_id(model.network)
@@ -130,13 +157,14 @@ def personalize(
             model.network,
             schedule,
             examples,
-            folder / "store",
+            folder / STORE,
             cut=setting.cut,
             samples=setting.samples,
             seed=training.seed,
             dtype=setting.store_dtype or model.network.record_dtype,
             together=training.together,
             made_by=made_by,
+            beside=True,
             records=records,
             progress=watch("precompute"),
             stop=stop,
@@ -144,6 +172,9 @@ def personalize(
     if store.missing:
         return Outcome(None, None, store, meter)
 
+    folder = place(folder, store, training, request.name)
+    if placed is not None:
+        placed(folder)
     config, layout = model.network.config, model.layout
     network = at_cut(model.network, setting.cut, {record.timestep for record in store.records})
     del model  # here the middle leaves memory
@@ -160,7 +191,7 @@ def personalize(
             write(file, state)
             lora_file.keep_last(file, request.keep)
 
-    with meter.stage("train"), told("train"):
+    with holding(folder), meter.stage("train"), told("train"):
         network.module.to(device)
         result = train(
             network,

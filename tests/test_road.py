@@ -1,6 +1,9 @@
 """The whole road on a tiny model: what a user gets, and that an interruption anywhere changes nothing."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +15,11 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors import safe_open
 from tiny_pipelines import shallow_pipeline, tiny_pipeline
-from tiny_training import OutOfMemoryAt
+from tiny_training import OutOfMemoryAt, same
+from tiny_training import content as tree
 from tiny_unets import make_shallow_unet
 
+from hollow_core.data.folders import check_outside
 from hollow_core.data.images import TrainingImage, load_images
 from hollow_core.errors import HollowError
 from hollow_core.files import read_safetensors, write_safetensors
@@ -27,7 +32,7 @@ from hollow_core.nets.unet import UNet
 from hollow_core.nets.unet_layers import check_config
 from hollow_core.progress import Progress
 from hollow_core.request import Request
-from hollow_core.road import personalize
+from hollow_core.road import Outcome, personalize
 from hollow_core.sampling.prior import class_latents
 from hollow_core.training.precompute import model_id
 from hollow_core.training.settings import TrainSettings
@@ -220,8 +225,11 @@ def test_class_pictures_of_another_model_are_not_taken(model_folder: Path, photo
     assert [(done.step, done.steps) for done in told] == [(3, 4), (4, 4)]
     assert all(done.seconds_left >= 0 for done in told)
     tiny_pipeline("sd15").save_pretrained(tmp_path / "other")
-    with pytest.raises(HollowError, match=r"was drawn for something else \(another model, or .*precision\)\. Delete"):
-        run(tmp_path / "other")
+    run(tmp_path / "other")
+    assert [done.step for done in told] == [1, 2, 3, 4]
+    for base in (model_folder, tmp_path / "other"):  # both stay
+        run(base)
+        assert told == []
 
 
 def not_finite(path: Path) -> None:
@@ -368,8 +376,180 @@ def test_small_and_away_the_road_is_walked_with_one_base_and_streaming_changes_n
         assert all(torch.equal(tensor, files[bits][name]) for name, tensor in content(streamed.file).items())
     assert files[8].keys() == files[None].keys()
     assert not any(torch.equal(files[8][name], files[None][name]) for name in files[8] if "lora_up" in name)
-    with pytest.raises(HollowError, match="another precision"):
-        personalize(lambda: load(model_folder), ask(photos, class_images=1, samples=4), tmp_path / "8")
+    there = tree(tmp_path / "8")
+    beside = personalize(lambda: load(model_folder), ask(photos, class_images=1, samples=4), tmp_path / "8")
+    assert beside.file.parent.name.startswith("model-")
+    assert same(content(beside.file), files[None])
+    assert there.items() <= tree(tmp_path / "8").items()
+
+
+def seen(folder: Path, request: Request, out: Path) -> tuple[Outcome, set[str]]:
+    """What came of it, and the stages in which something was made."""
+    stages: set[str] = set()
+    return personalize(lambda: load(folder), request, out, progress=lambda stage, _: stages.add(stage)), stages
+
+
+@pytest.mark.slow
+def test_with_other_settings_it_goes_beside_the_first_with_what_still_fits(
+    model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    """As it would in a folder of its own, interrupted or not; and nothing that was there is touched."""
+    request = ask(photos, class_images=2)
+    out, training = tmp_path / "out", request.setting.training
+    first, _ = seen(model_folder, request, out)
+    assert first.file == out / "lora.safetensors"
+    images = load_images(photos, 128, square=True)
+    tries = {
+        "rank-4": (changed(request, training=replace(training, rank=4)), {"train"}),
+        "steps-4": (changed(request, training=replace(training, steps=4)), {"train"}),
+        "cut-1": (changed(request, cut=1), {"precompute", "train"}),
+        "weight_decay-0.1-seed-1": (
+            changed(request, training=replace(training, seed=1, weight_decay=0.1)),
+            {"class pictures", "precompute", "train"},
+        ),
+        "captions": (
+            replace(request, images=[*images[:2], images[2]._replace(caption="a sks dog at sea")]),
+            {"precompute", "train"},
+        ),
+        "pictures": (replace(request, images=images[:2]), {"precompute", "train"}),
+    }
+    loras = {}
+    for name, (other, made) in tries.items():
+        before = tree(out)
+        done, stages = seen(model_folder, other, out)
+        assert done.file is not None
+        assert (done.file.parent.parent, done.file.name) == (out, "lora.safetensors")
+        assert done.file.parent.name.startswith(f"{name}-")
+        assert stages == made, name
+        assert before.items() <= tree(out).items(), name
+        loras[name] = done.file
+        if name in ("rank-4", "captions"):
+            alone = personalize(lambda: load(model_folder), other, tmp_path / name)
+            assert same(content(done.file), content(alone.file)), name
+    for name in ("steps-4", "captions"):  # each goes on where it was
+        before = tree(out)
+        done, stages = seen(model_folder, tries[name][0], out)
+        assert (done.file, stages) == (loras[name], set())
+        own = loras[name].parent.name  # where the LoRA is written again
+        others = {file: there for file, there in before.items() if not file.startswith(own)}
+        assert others.items() <= tree(out).items()
+        assert tree(out).keys() == before.keys()
+    more, stages = seen(model_folder, changed(request, training=replace(training, steps=8)), out)
+    assert (more.file, stages) == (first.file, {"train"})
+
+
+@pytest.mark.slow
+def test_interrupted_beside_the_first_it_goes_on_there(model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    """Even where others were tried meanwhile, and where the first never came to train."""
+    request = ask(photos, class_images=1)
+    other = changed(request, training=replace(request.setting.training, seed=1))
+    whole = {
+        name: personalize(lambda: load(model_folder), each, tmp_path / name)
+        for name, each in (("1", request), ("2", other))
+    }
+    out = tmp_path / "out"
+    for stage, step in (("class pictures", 1), ("precompute", 9), ("train", 5)):
+        for each in (request, other):
+
+            def interrupt(name: str, done: Progress, moment: tuple[str, int] = (stage, step)) -> None:
+                if (name, done.step) == moment:
+                    raise Interrupted
+
+            with pytest.raises(Interrupted):
+                personalize(lambda: load(model_folder), each, out, progress=interrupt)
+    for name, each in (("1", request), ("2", other)):
+        done, stages = seen(model_folder, each, out)
+        assert stages == {"train"}
+        assert same(content(done.file), content(whole[name].file))
+    assert len(list(out.rglob("lora.safetensors"))) == 2
+
+
+@pytest.mark.slow
+def test_a_folder_of_before_goes_on_and_keeps_what_it_has(model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    """Those without training.json: what they are of is in the checkpoint, or not known at all."""
+    request, out = ask(photos), tmp_path / "out"
+    other = changed(request, training=replace(request.setting.training, rank=4))
+    first, _ = seen(model_folder, request, out)
+    (out / "training.json").unlink()
+    again, stages = seen(model_folder, request, out)
+    assert (again.file, stages) == (first.file, set())
+    (out / "training.json").unlink()
+    assert seen(model_folder, other, out)[0].file.parent.name.startswith("rank-4-")
+    for name in ("training.json", "checkpoint.safetensors"):
+        (out / name).unlink(missing_ok=True)
+    kept = first.file.read_bytes()
+    unknown, _ = seen(model_folder, changed(request, samples=6), out)
+    assert unknown.file.parent.name.startswith("samples-6-")
+    assert first.file.read_bytes() == kept
+
+
+def test_what_is_damaged_is_told_before_anything_is_trained(model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "training.json").write_text("[]")
+    with pytest.raises(HollowError, match=r"training\.json does not say what the training beside it is of\. Delete it"):
+        personalize(lambda: load(model_folder), ask(photos, samples=1), tmp_path / "out")
+
+
+def test_two_at_once_are_not_mixed(model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    """The second is refused while the first runs, and told who does."""
+    said: list[str] = []
+
+    def second(stage: str, done: Progress) -> None:
+        program = (
+            "import sys; from pathlib import Path; from hollow_core.errors import HollowError\n"
+            "from hollow_core.lock import holding\n"
+            "try:\n    with holding(Path(sys.argv[1])): pass\nexcept HollowError as error: print(error)"
+        )
+        if not said:
+            said.append(subprocess.check_output([sys.executable, "-c", program, str(tmp_path / "out")], text=True))
+
+    personalize(lambda: load(model_folder), ask(photos, samples=1, cut=None), tmp_path / "out", progress=second)
+    assert f"is in use by process {os.getpid()} on " in said[0]
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_stop_is_obeyed_within_a_step_of_a_class_picture(model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    """And between pictures that are encoded; each is whole or not there."""
+    request = ask(photos, class_images=2, samples=2)
+    for asked in (3, 2 * 31 + 2):  # a picture asks before it and at its thirty steps
+        left = [asked]
+
+        def stop(left: list[int] = left) -> bool:
+            left[0] -= 1
+            return left[0] < 0
+
+        outcome = personalize(lambda: load(model_folder), request, tmp_path / "out", stop=stop)
+        assert outcome.file is None
+        assert left == [-1]
+        assert not (tmp_path / "out" / "store").exists()
+    assert len(list((tmp_path / "out" / "class").iterdir())) == 2
+
+
+@pytest.mark.parametrize("where", ["", "reg", "img/10_sks dog", "Class", "link"])
+def test_the_pictures_folder_is_not_written_in(photos: Path, tmp_path: Path, where: str) -> None:
+    """Nor one in it that is looked into: loss.png would be a picture of the dog."""
+    if where == "link":
+        (photos / "link").symlink_to(photos)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        HollowError, match=r"is a folder of your pictures, .*Choose another folder, such as .*photos-out"
+    ):
+        personalize(lambda: pytest.fail("loaded"), ask(photos), photos / where)
+    assert sorted(tmp_path.rglob("*")) == before
+    for outside in (photos / "my-lora", photos / "my-lora" / "class", tmp_path, tmp_path / "photos-lora"):
+        check_outside(outside, photos)
+
+
+def test_a_picture_has_one_part_to_play(photos: Path) -> None:
+    images = load_images(photos, 128, square=True)
+    for part, said in (
+        ("class_pictures", "of the subject and of the class"),
+        ("held_out", "of the subject and held out"),
+    ):
+        with pytest.raises(HollowError, match=rf"1\.png would be both {said}\. Give other pictures"):
+            replace(ask(photos), **{part: images[1:2]}).check()
+    with pytest.raises(HollowError, match="both of the class and held out"):
+        replace(ask(photos, images=images[:1]), class_pictures=images[1:], held_out=images[2:]).check()
 
 
 def test_what_no_file_could_hold_is_refused_before_anything_is_made(

@@ -35,8 +35,9 @@ def demo(
     """Personalise the embedded model offline on a subject it has never seen: minutes on two cores, no GPU."""
     quiet()
     from ..demo import run
+    from ..lock import holding
 
-    with watching() as watch:
+    with holding(out), watching() as watch:
         report = run.run(out, progress=watch, demo=run.DEMOS[model.value])
     table = Table("", "subject score", "prompt score")
     for name, row in report["rows"].items():

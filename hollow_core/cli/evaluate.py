@@ -30,6 +30,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Score pictures as the paper does: DINO and CLIP-I for the subject, CLIP-T for the prompt."""
     quiet()
+    from ..data.folders import check_outside
     from ..data.images import picture_paths
     from ..data.picture_file import open_picture
     from ..data.prompts import generic_prompt
@@ -37,6 +38,8 @@ def evaluate(
     from ..evaluation.score_grid import score_grid
     from ..files import write_png
 
+    if grid is not None:
+        check_outside(grid.parent, references, generated)
     real, drawn = picture_paths(references), picture_paths(generated)
     for folder, paths in ((references, real), (generated, drawn)):
         if not paths:

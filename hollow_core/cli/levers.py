@@ -32,6 +32,11 @@ SPARE = 20
 prediction."""
 
 
+def begun(out: "Path") -> bool:
+    """Whether a run has left work in `out`, which others there go by, too."""
+    return any((out / left).exists() for left in ("store", "training.json", "checkpoint.safetensors"))
+
+
 def chosen(
     ctx: typer.Context,
     planner: "Callable[[], Planner]",
@@ -43,9 +48,9 @@ def chosen(
 ) -> tuple["Setting", str | None]:
     """The setting with all levers, and what was chosen of them in a sentence, which is told, too; None for nothing.
 
-    Levers that are named, on the command line or in a file, stay as they are; where all are, and where a run goes on in
-    `out`, whose records are there, raises HollowError if that does not fit. Where no `budget` is given, nearly all that
-    is free on a GPU is one; on a CPU there is none, and nothing to choose.
+    Levers that are named, on the command line or in a file, stay as they are; where all are, and where a run has begun in
+    `out`, on which this one goes on or beside which it is tried, raises HollowError if that does not fit. Where no
+    `budget` is given, nearly all that is free on a GPU is one; on a CPU there is none, and nothing to choose.
     """
     import torch
 
@@ -54,7 +59,7 @@ def chosen(
     from ..memory.planner import GIB, parse_bytes
     from ..memory.remedy import check_fits
 
-    if going_on := (out / "store").exists():
+    if going_on := begun(out):
         say(f"It goes on with {setting}.")
     at = torch.device(device)
     if budget is None and at.type != "cuda":  # main memory can be swapped; a GPU's is there or it is not

@@ -10,7 +10,7 @@ import tomli_w
 import typer
 
 from ..errors import HollowError
-from .levers import LEVERS
+from .levers import LEVERS, begun
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,10 +30,10 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
 
 
 def go_on(ctx: typer.Context, out: Path) -> Path:
-    """Let the levers of a run that goes on in `out` stand for those that are not named, as what is free is not the same
-    every day."""
+    """Let the levers of the first run in `out` stand for those that are not named, as what is free is not the same every
+    day, and what is tried beside it is to be compared."""
     path = out / RUN_FILE
-    if path.exists() and (out / "store").exists():
+    if path.exists() and begun(out):
         ctx.default_map = {**read(ctx, path, LEVERS), **(ctx.default_map or {})}
     return out
 

@@ -19,17 +19,17 @@ def check_tensorboard(folder: Path | None) -> Path | None:
 
 
 @contextmanager
-def tracking(folder: Path | None, run: str) -> Iterator[Callable[[str, Progress], None]]:
-    """While inside, what is given is written down in `folder`/`run`, step by step, behind what a run that goes on has
-    there; without a folder, nothing is."""
+def tracking(folder: Path | None) -> Iterator[Callable[[str, str, Progress], None]]:
+    """While inside, what is given of a run is written down in `folder`/`run`, step by step, behind what a run that goes
+    on has there; without a folder, nothing is."""
     if folder is None:
-        yield lambda stage, done: None
+        yield lambda run, stage, done: None
         return
     from accelerate import Accelerator
 
     accelerator = Accelerator(log_with="tensorboard", project_dir=folder)
 
-    def track(stage: str, done: Progress) -> None:
+    def track(run: str, stage: str, done: Progress) -> None:
         if stage != "train":
             return
         if not accelerator.trackers:  # steps from here on that a killed run has written come again

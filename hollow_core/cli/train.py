@@ -13,7 +13,7 @@ from ..errors import HollowError
 from ..progress import Progress
 from . import run_file
 from .app import app, console, say
-from .levers import chosen, options_of
+from .levers import begun, chosen, options_of
 from .options import (
     CLASS_PICTURES,
     FILES,
@@ -125,10 +125,10 @@ def train(
     zo_learning_rate: Annotated[float | None, typer.Option(help="The optimizer's at zo steps. (default: the learning rate)", rich_help_panel=ZEROTH_ORDER)] = None,
     zo_epsilon: Annotated[float, typer.Option(help="How far a zo step moves the LoRA to look at the loss.", rich_help_panel=ZEROTH_ORDER)] = 1e-3,
     zo_queries: Annotated[int, typer.Option(help="Directions a zo step looks in, two forward passes each.", rich_help_panel=ZEROTH_ORDER)] = 2,
-    zo_strengths: Annotated[bool, typer.Option("--zo-strengths", help="selective: a zo step looks for one number a matrix, its strength, in place of all of its numbers.", rich_help_panel=ZEROTH_ORDER)] = False,
+    zo_strengths: Annotated[bool, typer.Option("--zo-strengths", help="selective: a zo step looks for one number a matrix, its strength, in place of all of its numbers.", show_default="off", rich_help_panel=ZEROTH_ORDER)] = False,
     zo_timesteps: Annotated[tuple[int, int] | None, typer.Option(help="zo steps draw from these time steps only, such as 500 900. (default: all)", rich_help_panel=ZEROTH_ORDER)] = None,
     # files
-    out: Annotated[Path, typer.Option(help="Folder for NAME.safetensors, for run.toml with every option, and for the work that lets a stopped run go on.", is_eager=True, callback=run_file.go_on, rich_help_panel=FILES)] = Path("hollow-lora"),
+    out: Annotated[Path, typer.Option(help="Folder for NAME.safetensors, for run.toml with every option, and for the work that lets a stopped run go on. Other settings, pictures or captions than the first run's get a folder in it, such as rank-64-1f0c2a9e.", is_eager=True, callback=run_file.go_on, rich_help_panel=FILES)] = Path("hollow-lora"),
     name: Annotated[str, typer.Option(help="Of the LoRA's file, without .safetensors.", rich_help_panel=FILES)] = "lora",
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints from which a killed run goes on, and between files NAME-000100.safetensors of which the best can be chosen; 0 for none.", rich_help_panel=FILES)] = 100,
     keep: Annotated[int, typer.Option(min=0, help="How many of these files are kept, the last ones; 0 for none.", rich_help_panel=FILES)] = 10,
@@ -143,7 +143,8 @@ def train(
     """Train a LoRA of a subject on a hollowed network. Press Ctrl-C to stop; the same command goes on."""
     quiet()
     from ..data.captions import CaptionChanges
-    from ..data.folders import load_pictures
+    from ..data.folders import check_outside, load_pictures
+    from ..lock import holding
     from ..memory.planner import Planner
     from ..models.base_model import outline
     from ..request import Request, check_heard
@@ -197,6 +198,10 @@ def train(
         zo_timesteps=zo_timesteps,
     )
     to = device_of(device)
+    places = [each for each in (images, class_folder, validation) if each is not None]
+    check_outside(out, *places)
+    if show_crops is not None:
+        check_outside(show_crops.parent, *places)
     load = partial(load_pictures, resolution=side, square=square, alpha_mask=alpha_mask)
     found = load(images, class_folder=class_folder)
     learned, held_out, not_read = found.images, [], found.not_read
@@ -239,23 +244,31 @@ def train(
 
     planner().check(setting)
     check_cut(setting, planner().network)
-    # its pop hands over the only reference
-    loaded = [load_model(model, setting.training.precision, prediction_type, prompt_chunks)]
-    check_heard(loaded[0], request)
-    show_unread(loaded[0], request)
-    keep_options = partial(run_file.write, out / run_file.RUN_FILE, ctx, options_of(setting), choice)
-    if not (out / "store").exists():
-        keep_options()
     request = replace(request, setting=setting)
-    with watching() as watch, tracking(log_dir, out.resolve().name) as track, stopping() as stop:
+    run = [out.resolve().name]
 
-        def progress(stage: str, done: Progress) -> None:
-            watch(stage, done)
-            track(stage, done)
+    def placed(folder: Path) -> None:
+        run_file.write(folder / run_file.RUN_FILE, ctx, options_of(setting), choice)
+        if folder != out:
+            say(
+                f"{out} holds a training of other settings, pictures or captions, which stays. This one is in {folder}."
+            )
+            run.append(folder.name)
 
-        outcome = personalize(loaded.pop, request, out, device=to, progress=progress, stop=stop)
-    if outcome.file is not None:  # so that nothing refused them
-        keep_options()
+    with holding(out):
+        # its pop hands over the only reference
+        loaded = [load_model(model, setting.training.precision, prediction_type, prompt_chunks)]
+        check_heard(loaded[0], request)
+        show_unread(loaded[0], request)
+        if not begun(out):
+            run_file.write(out / run_file.RUN_FILE, ctx, options_of(setting), choice)
+        with watching() as watch, tracking(log_dir) as track, stopping() as stop:
+
+            def progress(stage: str, done: Progress) -> None:
+                watch(stage, done)
+                track("/".join(run), stage, done)
+
+            outcome = personalize(loaded.pop, request, out, device=to, progress=progress, stop=stop, placed=placed)
     _tell(outcome, as_json)
 
 

@@ -77,18 +77,25 @@ def _note(done: Progress) -> str:
 
 @contextmanager
 def stopping() -> Iterator[Any]:
-    """Ctrl-C asks for a stop at the next step; a second one interrupts at once."""
+    """Ctrl-C asks for a stop at the next step; a second one interrupts at once.
+
+    So do, once and again, what other programs send to end this one: SIGTERM, SIGHUP of a terminal that closes, and
+    Windows' SIGBREAK; but not what is ignored, as SIGHUP is under nohup.
+    """
     import signal
 
     asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
 
-    before = signal.signal(signal.SIGINT, ask)
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+    numbers = [number for name in names if signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda: bool(asked)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,17 +1,20 @@
 """A person's pictures as they lie on the disk: one folder, or kohya's, whose names say how often, whom and what."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from ..errors import HollowError
 from .caption_files import Captions
 from .images import TrainingImage, load_image, no_pictures, not_read, picture_paths
 from .prompts import Subject
 
 IMAGE_FOLDERS = ("img", "image", "images")  # below a project's, as kohya's own interface lays it out
 CLASS_FOLDERS = ("reg", "class")
+_NAMED = re.compile(r"(\d+)_\s*(\S+)\s*(.*)")  # how often, the identifier, the class
 
 
 class Pictures(NamedTuple):
@@ -91,6 +94,25 @@ def load_pictures(
     return Pictures(images, of_class, passed_over, [file for file in unread if file not in told])
 
 
+def check_outside(out: Path, *places: Path) -> None:
+    """Raises HollowError where a picture that is written into `out` would be one of those of the `places` from then on:
+    where it is one of them, or a folder in it that `load_pictures` looks into by its name."""
+    names: list[str] = []
+    whole, there = Path(os.path.realpath(out)), [place for place in places if place.exists()]
+    for each in (whole, *whole.parents):
+        if all(map(_is_source, names)) and each.exists() and any(map(each.samefile, there)):
+            raise HollowError(
+                f"{out} is a folder of your pictures, and what is drawn there would be taken for one of them the next "
+                f"time. Choose another folder, such as {each.with_name(each.name + '-out')}."
+            )
+        names.append(each.name)
+
+
+def _is_source(name: str) -> bool:
+    """Whether a folder of this name may be looked into."""
+    return name.lower() in (*IMAGE_FOLDERS, *CLASS_FOLDERS) or _NAMED.fullmatch(name) is not None
+
+
 def _called(folder: Path, names: Sequence[str]) -> list[Path]:
     """The folders in `folder` that have one of these names, in any case."""
     return [each for each in sorted(folder.iterdir()) if each.is_dir() and each.name.lower() in names]
@@ -102,7 +124,7 @@ def _sources(folder: Path, passed_over: list[Path]) -> Iterator[tuple[Path, Subj
     for place in sorted(folder.iterdir()):
         if not place.is_dir() or place.name.startswith(".") or place.name.lower() in CLASS_FOLDERS:
             continue
-        if (match := re.fullmatch(r"(\d+)_\s*(\S+)\s*(.*)", place.name)) is None:
+        if (match := _NAMED.fullmatch(place.name)) is None:
             passed_over.append(place)
         elif repeats := int(match[1]):
             yield place, Subject(match[2], match[3].strip()), repeats

@@ -36,6 +36,7 @@ from ..nets.residency import Bits, quantize, stream
 from ..nets.schedule import PREDICTIONS, NoiseSchedule
 from ..nets.unet import UNet
 from ..nets.unet_layers import Config, check_config, layers
+from ..progress import Stop, unless_stopped
 from . import layouts
 from . import vae as any_vae
 from .layouts import layout_name
@@ -343,16 +344,16 @@ def latent_mask(image: TrainingImage, latents: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def encode_images(model: Model, images: Sequence[TrainingImage]) -> list[Tensor]:
+def encode_images(model: Model, images: Sequence[TrainingImage], stop: Stop | None = None) -> list[Tensor]:
     """The scaled latents of each picture, (1, channels, height / 8, width / 8) for SD: the posterior's mean.
 
-    Raises HollowError where the VAE was set free.
+    `stop` is asked before each. Raises HollowError where the VAE was set free, and Stopped.
     """
     if model.vae is None:
         raise HollowError("The VAE was set free already. Encode all pictures before free_encoders.")
     vae, dtype, latents = model.vae, model.vae.dtype, []
     with _without_overflow(vae):
-        for image in images:
+        for image in unless_stopped(images, stop):
             pixels = torch.frombuffer(bytearray(image.picture.tobytes()), dtype=torch.uint8)
             pixels = pixels.reshape(1, image.picture.height, image.picture.width, 3).permute(0, 3, 1, 2)
             scaled = (pixels / 127.5 - 1).to(vae.device, vae.dtype)

@@ -11,16 +11,25 @@ from torch import Tensor
 
 from ..models.transformer_model import TransformerModel
 from ..nets.conditioning import Conditioning
+from ..progress import Stop, unless_stopped
 
 
 @torch.no_grad()
-def euler(model: TransformerModel, text: dict[str, Any], noise: Tensor, steps: int, guidance: float) -> Tensor:
+def euler(
+    model: TransformerModel,
+    text: dict[str, Any],
+    noise: Tensor,
+    steps: int,
+    guidance: float,
+    stop: Stop | None = None,
+) -> Tensor:
     """Latents (batch, channels, height, width), in float32, from `noise` of that shape and what `encode_guided` gives
-    for as many prompts. `guidance` counts where there are negative prompts: 1 is none.
+    for as many prompts. `guidance` counts where there are negative prompts: 1 is none. `stop` is asked before each
+    step. Raises Stopped.
     """
     height, width = noise.shape[-2:]
     scheduler, latents = noise_levels(model, height, width, steps), noise.float()
-    for timestep in scheduler.timesteps:
+    for timestep in unless_stopped(scheduler.timesteps, stop):
         velocity = _velocity(model, latents, float(timestep), text["prompts"])
         if text["negatives"]:
             away = _velocity(model, latents, float(timestep), text["negatives"])

@@ -1,5 +1,7 @@
 """Pictures of the subject's class for prior preservation, drawn by the base model itself and kept as latents."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +14,8 @@ from ..errors import HollowError
 from ..files import digest, read_safetensors, write_safetensors
 from ..models.base_model import visiting
 from ..models.model import Model
-from ..progress import Clock, Stop, Watch
+from ..nets.residency import Bits
+from ..progress import Clock, Stop, Stopped, Watch
 from ..seeds import SEEDS, check_seed
 from .sample import SampleSettings, draw, encode_guided, slices
 
@@ -26,6 +29,7 @@ def class_latents(
     folder: Path,
     *,
     made_by: str,
+    base_bits: Bits | None = None,
     seed: int = 0,
     steps: int = 30,
     together: int = 1,
@@ -36,23 +40,23 @@ def class_latents(
     """Scaled latents (1, channels, height/8, width/8), one sampled for each generic prompt and size, (height, width) in
     pixels, that is `asked`.
 
-    Each is a file in `folder`, so that an interrupted run goes on; fewer come back when `stop` says so. `together` of
-    one size are drawn at once. `made_by` names the model, as `model_id` does before it is quantised. Text encoders and
-    U-Net visit `device` in turn; None leaves them where they are. A file that is damaged is named in the log and drawn
-    again. Raises HollowError for a number that is no seed, where `folder` holds latents of another model, prompt, seed
-    or size, and where what is drawn is not finite, which is not kept.
+    Each is a file in `folder`, so that an interrupted run goes on; those of another model, prompt, seed or size stay
+    beside them. Fewer come back when `stop` says so, which is asked at each denoising step. `together` of one size are
+    drawn at once. `made_by` names the model, as `model_id` does before it is quantised to `base_bits`. Text encoders
+    and U-Net visit `device` in turn; None leaves them where they are. A file that is damaged is named in the log and
+    drawn again. Raises HollowError for a number that is no seed, and where what is drawn is not finite, which is not
+    kept.
     """
     check_seed(seed)
-    common = {"model": made_by, "steps": str(steps), "seed": str(seed)}
-    files = [
-        (folder / f"class-{index:05}.safetensors", {**common, "resolution": _in_words(size), "prompt": prompt})
-        for index, (prompt, size) in enumerate(asked)
-    ]
-    latents = {}
-    for index, (path, made_for) in enumerate(files):
+    common = {"model": made_by, "base_bits": str(base_bits or ""), "steps": str(steps), "seed": str(seed)}
+    made_for = [{**common, "resolution": _in_words(size), "prompt": prompt} for prompt, size in asked]
+    files, latents = [], {}
+    for index, what in enumerate(made_for):
         height, width = (side // model.pixels_per_latent for side in asked[index][1])
-        if path.exists() and (kept := _read(path, made_for, (height, width))) is not None:
-            latents[index] = kept
+        file, found = _file(folder, index, what, (height, width))
+        files.append(file)
+        if found is not None:
+            latents[index] = found
     todo = sorted((index for index in range(len(files)) if index not in latents), key=lambda index: asked[index][1])
     settings = SampleSettings(steps=steps, together=together)
     texts = {}
@@ -67,16 +71,18 @@ def class_latents(
                 break
             text = model.batch_guided([texts[asked[index][0]] for index in few])
             seeds = [(seed * 1_000_003 + index) % SEEDS for index in few]
-            drawn = draw(model, text, seeds, replace(settings, size=size)).cpu()
+            try:
+                drawn = draw(model, text, seeds, replace(settings, size=size), stop=stop).cpu()
+            except Stopped:
+                break
             for index, one in zip(few, drawn.split(1), strict=True):
-                path, made_for = files[index]
                 if not one.isfinite().all():
                     precision = str(model.network.dtype).removeprefix("torch.")
                     raise HollowError(
-                        f"The class picture {path.name}, {asked[index][0]!r}, is not finite as the model draws it in "
-                        f"{precision}. Take another precision, or check the model."
+                        f"The class picture {files[index].name}, {asked[index][0]!r}, is not finite as the model draws "
+                        f"it in {precision}. Take another precision, or check the model."
                     )
-                write_safetensors(path, {"latents": one}, {**made_for, _DIGEST: digest(one)})
+                write_safetensors(files[index], {"latents": one}, {**made_for[index], _DIGEST: digest(one)})
                 latents[index] = one
                 if progress is not None:
                     progress(clock(len(latents)))
@@ -97,14 +103,28 @@ def _in_words(size: tuple[int, int]) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[1]}x{size[0]}"
 
 
-def _read(path: Path, made_for: Mapping[str, str], shape: tuple[int, int]) -> torch.Tensor | None:
-    """The latents (1, channels, *shape) in a file; None where they are others than were written, or not finite."""
-    try:
-        tensors, metadata = read_safetensors(path)
-    except HollowError:
-        tensors, metadata = {}, {}
-    if other := _differences(metadata, made_for):
-        raise HollowError(f"{path} was drawn for something else ({other}). Delete {path.parent}, or choose another.")
+def _file(
+    folder: Path, index: int, made_for: Mapping[str, str], shape: tuple[int, int]
+) -> tuple[Path, torch.Tensor | None]:
+    """Where a picture is, or is to be, and its latents (1, channels, *shape) if they are there: where another has its
+    number for a name, a digest of what it is made for stands behind."""
+    plain = folder / f"class-{index:05}.safetensors"
+    name = hashlib.sha256(json.dumps(made_for, sort_keys=True).encode()).hexdigest()[:12]
+    own = plain.with_stem(f"{plain.stem}-{name}")
+    for path in filter(Path.exists, (own, plain)):
+        try:
+            tensors, metadata = read_safetensors(path)
+        except HollowError:
+            tensors, metadata = {}, {}
+        if all(metadata.get(key, value) == value for key, value in made_for.items()):
+            return path, _whole(path, tensors, metadata, shape)
+    return own if plain.exists() else plain, None
+
+
+def _whole(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], shape: tuple[int, int]
+) -> torch.Tensor | None:
+    """The latents of a file; None where they are others than were written, or not finite."""
     latents = tensors.get("latents")
     if latents is not None and latents.dim() == 4 and latents.shape[2:] == shape and latents.isfinite().all():
         found = digest(latents)
@@ -112,10 +132,3 @@ def _read(path: Path, made_for: Mapping[str, str], shape: tuple[int, int]) -> to
             return latents
     _log.warning("%s is damaged. It is drawn again.", path)
     return None
-
-
-def _differences(found: Mapping[str, str], asked: Mapping[str, str]) -> str:
-    other = [name for name in asked if found.get(name, asked[name]) != asked[name]]
-    if "model" in other:
-        return "another model, or the same in another precision"
-    return ", ".join(f"{name} {found.get(name)!r}, not {asked[name]!r}" for name in other)

@@ -21,7 +21,7 @@ from ..models.base_model import BaseModel, decode_images, encode_prompt, visitin
 from ..models.model import Model
 from ..models.transformer_model import TransformerModel
 from ..nets.conditioning import Conditioning
-from ..progress import Stop
+from ..progress import Stop, Stopped
 from ..seeds import check_seed
 from .flow import euler
 from .two_path import check_paths, two_path
@@ -201,10 +201,12 @@ def draw(
     settings: SampleSettings,
     recipe: Recipe | None = None,
     generic: Conditioning | None = None,
+    stop: Stop | None = None,
 ) -> torch.Tensor:
     """Scaled latents (batch, channels, height / 8, width / 8) from what `encode_guided` gives for one prompt or,
     together by the model's `batch_guided`, for several, each with its seed; by the network alone, on two paths where
-    there is a recipe. Raises HollowError for what the model's kind cannot do."""
+    there is a recipe. `stop` is asked at each denoising step. Raises HollowError for what the model's kind cannot do,
+    and Stopped."""
     # of Stable Diffusion, by diffusers' pipeline; a transformer's is below
     assert isinstance(model, BaseModel)
     pipeline = replace(model, vae=None, text_encoders=()).pipeline()
@@ -215,6 +217,12 @@ def draw(
     if recipe is not None and generic is not None:
         assert not isinstance(recipe.cut, tuple)
         paths = two_path(pipeline, cut=recipe.cut, generic=generic, refresh=settings.refresh)
+
+    def ask(*step: Any) -> dict[str, Any]:
+        if stop is not None and stop():
+            raise Stopped
+        return {}
+
     with paths:
         return pipeline(
             **text,
@@ -224,6 +232,7 @@ def draw(
             guidance_scale=settings.guidance_of(model),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],  # the CPU's: alike on every device
             output_type="latent",
+            callback_on_step_end=ask,
         ).images
 
 
@@ -235,6 +244,7 @@ def _(
     settings: SampleSettings,
     recipe: Recipe | None = None,
     generic: Conditioning | None = None,
+    stop: Stop | None = None,
 ) -> torch.Tensor:
     """By Euler's steps, on one path."""
     if recipe is not None or settings.refresh != 1:
@@ -249,7 +259,7 @@ def _(
     height, width = (side // model.pixels_per_latent for side in size)
     shape = 1, model.family.channels(model.network.config), height, width
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return euler(model, text, torch.cat(noise), settings.steps, settings.guidance_of(model))
+    return euler(model, text, torch.cat(noise), settings.steps, settings.guidance_of(model), stop)
 
 
 @contextmanager

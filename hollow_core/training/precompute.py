@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle
@@ -23,7 +24,7 @@ from ..nets.transfer import Arriving
 from ..progress import Clock, Stop, Watch
 from ..seeds import check_seed
 from .ahead import one_behind
-from .store import Fingerprint, Kind, Record, Store, store_id
+from .store import Fingerprint, Kind, OtherStore, Record, Store, store_id
 
 HELD_OUT_LOOKS = 4  # records of each held-out picture, in the middles of as many stretches of time
 
@@ -62,6 +63,7 @@ def precompute(
     together: int = 1,
     made_by: str | None = None,
     apart: bool = False,
+    beside: bool = False,
     records: Sequence[Record] | None = None,
     progress: Watch | None = None,
     stop: Stop | None = None,
@@ -76,9 +78,11 @@ def precompute(
     device is not busy with one, for the memory of so many, and the same but for rounding. `made_by` is the network's
     `model_id`; None computes it, which takes seconds for a large one, and more from a GPU.
     `apart` keeps the store in a folder of its own inside `folder`, named by what it is made from, so that other
-    inputs never meet it. `records` are those to make; None: what `plan_for` says. `progress` is called after each
-    record, on a GPU as soon as it is asked for; `stop` is asked before those that go together, and a stopped run gives
-    back a store with shards missing. A shard is written while the next one is made.
+    inputs never meet it; `beside` does so only where there is a store of other inputs in `folder`, beside which it then
+    is. Either takes from stores beside it what they have of the same records, where these pass the network one by one.
+    `records` are those to make; None: what `plan_for` says. `progress` is called after each record, on a GPU as soon as
+    it is asked for; `stop` is asked before those that go together, and a stopped run gives back a store with shards
+    missing. A shard is written while the next one is made.
 
     What is damaged of a store in `folder` is named in the log and made anew. Raises HollowError for wrong arguments,
     for a store whose index is damaged or that was made from something else, for an activation that overflows, and
@@ -90,7 +94,7 @@ def precompute(
     records = plan_for(examples, samples, schedule, seed) if records is None else records
     if apart:
         folder = Path(folder) / store_id(fingerprint, records)[:12]
-    store = Store.open_or_create(folder, fingerprint, records, inputs)
+    store = _store(Path(folder), fingerprint, records, inputs, beside)
     store.check_timesteps(schedule)
     if cut is None:
         return store
@@ -98,12 +102,19 @@ def precompute(
     base = network.base(cut)
     base.module.eval()
     examples = [replace(example, latents=example.latents.float().cpu()) for example in examples]  # where noise is made
-    step = len(records) - sum(len(store.shard(shard)) for shard in store.missing)
+    elsewhere = _elsewhere(store, base, schedule) if (apart or beside) and together == 1 else {}
+    step = len(records) - sum(len(store.shard(shard)) for shard in store.missing) + len(elsewhere)
     clock = Clock(step, len(records))
     with one_behind() as later:
         for shard in store.missing:
             left: list[tuple[list[int], Arriving]] = []
-            for indices in _alike(base, store.shard(shard), store.records, examples, together):
+            found: dict[int, Stored] = {}
+            for index in elsewhere.keys() & store.shard(shard):
+                with suppress(HollowError):  # of a damaged one: it is made anew
+                    other, there = elsewhere[index]
+                    found[index] = other.record(there).stored
+            todo = [index for index in store.shard(shard) if index not in found]
+            for indices in _alike(base, todo, store.records, examples, together):
                 if stop is not None and stop():
                     return store
                 records_now = [store.records[index] for index in indices]
@@ -115,8 +126,27 @@ def precompute(
                     step += 1
                     if progress is not None:
                         progress(clock(step))
-            later(_write, store, shard, left)
+            later(_write, store, shard, left, found)
     return store
+
+
+def _store(
+    folder: Path,
+    fingerprint: Fingerprint,
+    records: Sequence[Record],
+    inputs: Mapping[str, torch.Tensor],
+    beside: bool,
+) -> Store:
+    """That in `folder`, or where this has one of something else and `beside` is asked, in one named after it."""
+    own = folder.with_name(f"{folder.name}-{store_id(fingerprint, records)[:12]}")
+    if beside and own.exists():
+        folder = own
+    try:
+        return Store.open_or_create(folder, fingerprint, records, inputs)
+    except OtherStore:
+        if not beside:
+            raise
+    return Store.open_or_create(own, fingerprint, records, inputs)
 
 
 def run_base(base: BasePath, schedule: NoiseSchedule, records: Sequence[Record], examples: Sequence[Example]) -> Stored:
@@ -144,9 +174,38 @@ def _alike(
         yield from (alike[first : first + together] for first in range(0, len(alike), together))
 
 
-def _write(store: Store, shard: int, left: Sequence[tuple[Sequence[int], Arriving]]) -> None:
-    """Keep a shard of what the base path has left, as it arrives."""
-    stored: dict[int, Stored] = {}
+def _elsewhere(store: Store, base: BasePath, schedule: NoiseSchedule) -> dict[int, tuple[Store, int]]:
+    """Of the records that are still to be made those that a store beside this one has, and under which number: of the
+    same picture, prompt, time step and noise, left by the same base at the same cut."""
+
+    def content(each: Store, index: int) -> Hashable:
+        record = each.records[index]
+        seen = "personal" if base.sees_identifier and record.kind.endswith("image") else "generic"
+        embedding = each.fingerprint.embeddings[record.image][seen]
+        return each.fingerprint.latents[record.image], *sorted(embedding.items()), record.timestep, record.noise_seed
+
+    def alike(each: Store) -> Sequence[Hashable]:
+        made = each.fingerprint
+        return made.model, made.cut, made.schedule, made.dtype
+
+    there: dict[Hashable, tuple[Store, int]] = {}
+    for path in store.folder.parent.glob("*/store.json"):
+        with suppress(HollowError):  # a damaged one is no help, and no harm
+            other = Store.open(path.parent)
+            if store.missing and alike(other) == alike(store):
+                other.check(schedule)
+                missing = {index for shard in other.missing for index in other.shard(shard)}
+                whole = [index for index in range(len(other.records)) if index not in missing]
+                there |= {content(other, index): (other, index) for index in whole}
+    wanted = [index for shard in store.missing for index in store.shard(shard)]
+    return {index: there[key] for index in wanted if (key := content(store, index)) in there}
+
+
+def _write(
+    store: Store, shard: int, left: Sequence[tuple[Sequence[int], Arriving]], found: Mapping[int, Stored]
+) -> None:
+    """Keep a shard of what the base path has left, as it arrives, and of what is `found`."""
+    stored: dict[int, Stored] = {**found}
     for indices, arriving in left:
         tensors = arriving.wait()
         for place, index in enumerate(indices):

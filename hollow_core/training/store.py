@@ -109,6 +109,10 @@ def store_id(fingerprint: Fingerprint, records: Sequence[Record]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
+class OtherStore(HollowError):
+    """Where a store is to be, there is one of something else."""
+
+
 class Store:
     """A folder of records, whole or with shards still missing."""
 
@@ -140,7 +144,7 @@ class Store:
         if (folder / "store.json").exists():
             store = cls._of_index(folder)
             if differences := store.fingerprint.differences(fingerprint):
-                raise HollowError(
+                raise OtherStore(
                     f"The store in {folder} was made from something else: {', '.join(differences)}. "
                     "Ask for what it was made from, choose another folder, or delete this one."
                 )

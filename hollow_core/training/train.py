@@ -222,7 +222,8 @@ def train(
             progress(clock(step_number, loss, **now))
 
     if stopped in ("finished", "stop"):
-        validate()
+        if stopped == "finished":  # who stops a run may not wait long
+            validate()
         save()
         averages.use()
         if saved is not None and settings.save_every and stopped == "finished":

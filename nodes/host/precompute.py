@@ -60,8 +60,9 @@ def precompute(
     of `class_latents`. The low ones are those of the same pictures at a lower resolution, or none. Every `hold_out`-th
     picture is not learned, its loss is looked at; 0 holds out none.
     Raises HollowError as `hollow_core.training.precompute.precompute` does and where it needs more memory than is
-    free, and ComfyUI's exception on Cancel.
+    free, where another ComfyUI works in the same folder, and ComfyUI's exception on Cancel.
     """
+    from ...hollow_core.lock import holding
     from ...hollow_core.memory.remedy import check_fits, memory_told
     from ...hollow_core.nets.residency import stream_middle
     from ...hollow_core.training import precompute as stage
@@ -90,7 +91,7 @@ def precompute(
         stream_middle(network, hollowed.cut, device)
     made_by = stage.model_id(network)  # here, as from the GPU it takes longer
     base = network.base(hollowed.cut).module
-    with memory_told(lambda: planner, "precompute", setting, free), alone_on_device(base):
+    with holding(folder), memory_told(lambda: planner, "precompute", setting, free), alone_on_device(base):
         store = stage.precompute(
             network,
             schedule,

@@ -57,8 +57,10 @@ def train(
 
     With a name in `save_files`, each checkpoint on the way leaves a LoRA file in the loras folder, too. Raises
     HollowError for a name that leads out of there, as `hollow_core.training.train.train` does, where the loss stops
-    being finite and where it needs more memory than is free; and ComfyUI's exception on Cancel.
+    being finite, where it needs more memory than is free and where another ComfyUI trains the same; and ComfyUI's
+    exception on Cancel.
     """
+    from ...hollow_core.lock import holding
     from ...hollow_core.lora import file as lora_file
     from ...hollow_core.lora.metadata import Recipe, describe
     from ...hollow_core.memory.remedy import check_fits, memory_told
@@ -138,7 +140,7 @@ def train(
             drawn = beside(curve.draw(), learned) if done.step % PICTURE_EVERY == 0 else None
             watch.tell(done, curve.mean(done.step), drawn)
 
-        with memory_told(lambda: planner, "train", setting, free), alone_on_device(network.module):
+        with holding(folder), memory_told(lambda: planner, "train", setting, free), alone_on_device(network.module):
             result = stage.train(
                 network, schedule, store, settings, folder=folder, progress=tell, stop=watch.stop, saved=keep
             )

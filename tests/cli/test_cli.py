@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ from typer.main import get_command
 from hollow_core.cli import main
 from hollow_core.cli.app import app
 from hollow_core.cli.options import Prediction
+from hollow_core.cli.sample import lora_files
+from hollow_core.cli.watch import stopping
 from hollow_core.nets.schedule import PREDICTIONS
 
 Hollow = Callable[..., "Done"]
@@ -663,3 +667,108 @@ def test_help_names_every_option_with_its_default() -> None:
         name, *explained = option.strip("* ").split("  ")
         assert len(" ".join(explained).strip()) > 20, option
         assert "--help" in name or "--json" in name or "default" in option or "required" in option, option
+
+
+@pytest.mark.slow
+def test_another_setting_goes_beside_and_each_has_its_options(
+    hollow: Hollow, shallow_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    out, logs = tmp_path / "out", tmp_path / "logs"
+    train = ["train", shallow_folder, "--images", photos, "--subject", "dog", "--out", out, "--device", "cpu"]
+    train += ["--samples", 2, "--steps", 2, "--log-dir", logs, "--json"]
+    first = hollow(*train, "--rank", 2)
+    assert first.status == 0, first.stderr
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    second = hollow(*train, "--rank", 4)
+    assert second.status == 0, second.stderr
+    file = Path(json.loads(second.stdout)["file"])
+    assert file.parent.name.startswith("rank-4-")
+    assert (
+        f"{out} holds a training of other settings, pictures or captions, which stays. This one is in {file.parent}."
+        in second.stderr
+    )
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert "rank = 2\n" in (out / "run.toml").read_text()
+    assert "rank = 4\n" in (file.parent / "run.toml").read_text()
+    assert {path.parent for path in logs.rglob("events*")} == {logs / "out", logs / "out" / file.parent.name}
+
+    names = lora_files([out / "lora.safetensors", out / "*" / "lora.safetensors"])  # a row each of a grid
+    assert list(names.values()) == [out / "lora.safetensors", file]
+
+    again = hollow("train", "--config", file.parent / "run.toml", "--json")  # whose out is the same
+    assert again.status == 0, again.stderr
+    assert json.loads(again.stdout)["file"] == str(file)
+    assert hollow(*train, "--rank", 2).status == 0
+    assert before.keys() | set(file.parent.iterdir()) == {path for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_folder_in_use_is_told_before_anything_is_loaded(
+    hollow: Hollow, shallow_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    program = "import sys; from pathlib import Path; from hollow_core.lock import holding\n"
+    program += "with holding(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        done = hollow("train", shallow_folder, "--images", photos, "--subject", "dog", "--out", tmp_path / "out")
+    assert done.status == 1
+    assert f"out is in use by process {holder.pid} on" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_what_ends_a_run_lets_it_save(shallow_folder: Path, photos: Path, tmp_path: Path, name: str) -> None:
+    """As schedulers, containers and closed terminals do."""
+    arguments = ["train", shallow_folder, "--images", photos, "--subject", "dog", "--out", tmp_path / "out"]
+    arguments += ["--samples", 2, "--rank", 2, "--steps", 100_000, "--save-every", 20, "--device", "cpu"]
+    command = [sys.executable, "-c", "from hollow_core.cli import main; main()", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list((tmp_path / "out").glob("lora-*.safetensors")):
+            time.sleep(0.05)
+        (tmp_path / "out" / "checkpoint.safetensors").unlink()
+        process.send_signal(getattr(signal, name))
+        _, told = process.communicate()
+    assert process.returncode == 130, told
+    assert "Stopped. The same command goes on from here." in told
+    steps = len(load_file(tmp_path / "out" / "checkpoint.safetensors")["losses"])
+    assert 20 <= steps < 100_000
+    assert (tmp_path / "out" / "lora.safetensors").exists()
+
+
+def test_nohup_stays_so() -> None:
+    """What is ignored outside is ignored inside, and all is as before behind."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop()
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--out", "PHOTOS"], "is a folder of your pictures"),
+        (["--out", "PHOTOS/img/5_sks"], "is a folder of your pictures"),
+        (["--show-crops", "PHOTOS/crops.png"], "is a folder of your pictures"),
+        (["--class-folder", "PHOTOS"], "would be both of the subject and of the class"),
+        (["--validation", "PHOTOS"], "would be both of the subject and held out"),
+    ],
+)
+def test_a_folder_has_one_part_to_play(
+    hollow: Hollow, model_folder: Path, photos: Path, tmp_path: Path, options: list[str], sentence: str
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    options = [option.replace("PHOTOS", str(photos)) for option in options]
+    done = hollow("train", model_folder, "--images", photos, "--subject", "dog", "--out", tmp_path / "out", *options)
+    assert (done.status, done.stdout) == (1, "")
+    assert sentence in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before

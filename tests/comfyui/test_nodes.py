@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 from comfy_api.v0_0_2 import io
 from hollow_pack.hollow_core.errors import HollowError
 from hollow_pack.hollow_core.evaluation import scores
+from hollow_pack.hollow_core.training.settings import TrainSettings
 from hollow_pack.hollow_core.training.store import Store
 from hollow_pack.nodes import (
     demo_model,
@@ -308,6 +311,24 @@ def test_what_does_not_fit_is_refused_before_it_starts(demo: Any, monkeypatch: p
             precomputed(demo, 3)
     _, resident = precomputed(demo, 4)
     assert same == resident  # and finished: with the same records
+
+
+def test_a_folder_that_another_comfyui_works_in_is_left_alone(demo: Any) -> None:
+    hollowed, activations = precomputed(demo)
+    program = "import sys; from pathlib import Path; from hollow_core.lock import holding\n"
+    program += "with holding(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    settings = TrainSettings(rank=2, steps=3, save_every=2)
+    training, _ = host_train._begun(Store.open(activations.folder), settings)
+    for folder in (activations.folder.parent, training):
+        command = [sys.executable, "-c", program, str(folder)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            with pytest.raises(HollowError, match=rf"is in use by process {holder.pid} on"):
+                precomputed(demo, 2) if folder == activations.folder.parent else host_train.train(
+                    hollowed, activations, settings, 0, node_id="7"
+                )
+    assert not training.exists()
 
 
 def test_a_plan_is_for_the_largest_picture_as_it_lies(demo: Any) -> None:

@@ -192,6 +192,9 @@ def test_the_command_scores_two_folders(
         counts = {color: count for count, color in sheet.getcolors(sheet.width * sheet.height) or []}
     assert all(counts[color] == 216 * 144 for color in colors)  # each whole, none squashed
 
+    status, out, err = evaluate("--grid", tmp_path / "drawn" / "grid.png")  # it would be scored the next time
+    assert (status, out) == (1, "")
+    assert "drawn is a folder of your pictures" in err
     status, out, err = evaluate()
     assert status == 0, err
     assert "3 pictures" in out

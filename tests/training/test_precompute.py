@@ -4,6 +4,7 @@ import os
 import signal
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -134,6 +135,43 @@ def test_records_of_one_size_go_together_and_are_what_each_would_be_alone(tiny_u
     for index in range(12):
         mine, expected = (each.record(index).stored[EXIT_ACTIVATION] for each in (store, alone))
         torch.testing.assert_close(mine, expected)
+
+
+def test_records_that_a_store_beside_has_are_taken_and_are_what_they_would_be(tiny_unet, tmp_path):
+    """One picture of three is another: what is left of the others serves, bit by bit, but not at another cut, and
+    nothing of a store in which a bit has flipped."""
+    unet, schedule = tiny_unet("sd21"), tiny_schedule()
+    passes = []
+    unet.conv_in.register_forward_pre_hook(lambda *_: passes.append(1))
+    examples = tiny_examples(unet, images=3)
+    changed = [*examples[:2], replace(examples[2], latents=examples[2].latents + 1)]
+    asked = {"samples": 12, "seed": 1}
+    run = partial(precompute, UNet(unet), schedule, **asked)
+
+    def passed(folder, cut=3, beside=True, **how):
+        passes.clear()
+        store = run(changed, folder, cut=cut, beside=beside, **how)
+        return store, len(passes)
+
+    alone, made = passed(tmp_path / "alone" / "store")
+    assert made == 12
+    first = run(examples, tmp_path / "out" / "store", cut=3, beside=True)
+    told = []
+    store, made = passed(tmp_path / "out" / "store", progress=told.append)
+    assert made == 4  # of the third
+    assert [done.step for done in told] == [9, 10, 11, 12]
+    assert store.folder != first.folder
+    assert content(store.folder) == content(alone.folder)
+    assert passed(tmp_path / "out" / "store")[1] == 0
+    assert passed(tmp_path / "out" / "store", cut=2)[1] == 12
+    assert passed(tmp_path / "another" / "store")[1] == 12
+
+    first = run(examples, tmp_path / "damaged" / "store", cut=3)
+    shard = first.folder / "records-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
+    store, made = passed(tmp_path / "damaged" / "store")
+    assert made == 12
+    assert content(store.folder) == content(alone.folder)
 
 
 def test_without_a_cut_there_are_records_but_no_activations(tiny_unet, tmp_path):
