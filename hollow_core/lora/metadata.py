@@ -84,7 +84,7 @@ def describe(title: str, layout: str, rank: int, alpha: float, recipe: Recipe, *
     """What kohya's trainer and the modelspec standard write, as far as tools read it, and our own."""
     trigger = Subject(recipe.identifier, recipe.class_word).called
     return {
-        **_common(title, layout, velocity=recipe.prediction_type == "v_prediction"),
+        **_common(title, layout, recipe.prediction_type),
         **kohya_network(rank, alpha, dora=dora),
         "ss_tag_frequency": json.dumps({recipe.class_word: {trigger: 1}}),
         "modelspec.trigger_phrase": trigger,
@@ -100,9 +100,10 @@ def describe_converted(metadata: Mapping[str, str], title: str, layout: str) -> 
     hashes of the old bytes. An author's name and a licence stay: they were meant to be read.
     """
     told = metadata.get("modelspec.prediction_type") or metadata.get("ss_v_parameterization", "")
+    prediction = "v_prediction" if told in ("v", "True") else "epsilon"
     public = {key: value for key, value in metadata.items() if key not in _PRIVATE and not key.startswith(_STALE)}
     true = {key: value for key, value in without_paths(public).items() if not _is_false(key, value, layout)}
-    return _common(title, layout, velocity=told in ("v", "True")) | true
+    return _common(title, layout, prediction) | true
 
 
 def _is_false(key: str, value: str, layout: str) -> bool:
@@ -184,7 +185,7 @@ def _letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _common(title: str, layout: str, *, velocity: bool) -> dict[str, str]:
+def _common(title: str, layout: str, prediction: str) -> dict[str, str]:
     described = {
         "ss_v2": str(layout == "sd21"),
         "ss_output_name": title,
@@ -195,7 +196,9 @@ def _common(title: str, layout: str, *, velocity: bool) -> dict[str, str]:
     if (family := _TRANSFORMERS.get(layout)) is not None:  # the standard has no word for flow matching
         described["modelspec.architecture"] = f"{family.architecture}/lora"
         return described | ({"ss_base_model_version": family.version} if family.version else {})
-    described["modelspec.prediction_type"] = "v" if velocity else "epsilon"
+    velocity = prediction == "v_prediction"
+    if prediction != "sample":  # of which the standard knows nothing
+        described["modelspec.prediction_type"] = "v" if velocity else "epsilon"
     if layout in _BASE_VERSION:
         described["ss_base_model_version"] = _BASE_VERSION[layout]
         architecture = "stable-diffusion-v2-768-v" if layout == "sd21" and velocity else _ARCHITECTURE[layout]

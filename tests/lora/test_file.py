@@ -211,6 +211,7 @@ def test_sd15_is_spelled_in_diffusers_names(tmp_path: Path, tiny_unet: TinyUNet)
         ("sd21", "v_prediction", ("sd_v2", "stable-diffusion-v2-768-v/lora", "v", "True")),
         ("sdxl", "v_prediction", ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", "v", "False")),
         ("other", "epsilon", (None, None, "epsilon", "False")),
+        ("sd15", "sample", ("sd_v1", "stable-diffusion-v1/lora", None, "False")),  # the standard has no word for it
     ],
 )
 def test_metadata(
@@ -218,7 +219,7 @@ def test_metadata(
     tiny_unet: TinyUNet,
     layout: str,
     prediction_type: str,
-    expected: tuple[str | None, str | None, str, str],
+    expected: tuple[str | None, str | None, str | None, str],
 ) -> None:
     unet = tiny_unet("sdxl" if layout == "sdxl" else "sd15")
     path, recipe = tmp_path / "my dog.safetensors", RECIPE._replace(prediction_type=prediction_type, cut=None)
