@@ -3,6 +3,7 @@
 import re
 from contextlib import suppress
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -281,14 +282,23 @@ def setting_of(
     )
 
 
+def outline_of(model: str, prediction_type: Prediction | None) -> Any:
+    """`outline` of the model, as the options say, to be called in a precision."""
+    from ..models.base_model import outline
+
+    return partial(outline, model, prediction_type=_told(prediction_type))
+
+
+def _told(prediction_type: Prediction | None) -> str | None:
+    return None if prediction_type is None else prediction_type.value
+
+
 def load_model(path: Path, precision: str, prediction_type: Prediction | None, prompt_chunks: int = 1) -> Any:
     """`load`, as the options say."""
     from ..models.base_model import load, read_in_chunks
     from ..training.settings import DTYPES
 
-    model = load(
-        path, DTYPES[Precision(precision).value], prediction_type=prediction_type.value if prediction_type else None
-    )
+    model = load(path, DTYPES[Precision(precision).value], prediction_type=_told(prediction_type))
     if prompt_chunks != 1:
         read_in_chunks(model, prompt_chunks)
     return model

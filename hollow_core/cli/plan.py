@@ -32,12 +32,14 @@ from .options import (
     OptimizerKind,
     Patches,
     Precision,
+    PredictionType,
     Stream,
     StreamMiddle,
     TiledVae,
     Together,
     cut_as_option,
     cut_of,
+    outline_of,
     setting_of,
 )
 from .watch import quiet, watching
@@ -58,14 +60,14 @@ CUT = "3 of a U-Net; 14,14 of a transformer, blocks of the front and of the back
 def cuts(
     model: ModelOrLayout,
     cut: Annotated[list[str] | None, typer.Option(help=f"{CUT} (default: all of a U-Net; of a transformer those that take about 10 to 80 % evenly from both ends)")] = None,
+    prediction_type: PredictionType = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """What each cut removes, and what it then costs to train."""
     quiet()
     from ..memory.cost import cuts_table
-    from ..models.base_model import outline
 
-    base = outline(model)
+    base = outline_of(model, prediction_type)()
     asked = [found for text in cut or [] if (found := cut_of(text, base.network)) is not None]
     rows = cuts_table(base.network, base.latent_side, base.latent_side, asked or None)
     if as_json:
@@ -119,13 +121,14 @@ def plan(
     stream: Stream = False,
     stream_middle: StreamMiddle = False,
     fused_backward: FusedBackward = False,
+    prediction_type: PredictionType = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """What each cut will need: memory, disk and operations, before anything is loaded and without a GPU."""
     quiet()
     from ..memory.planner import Planner, parse_bytes
 
-    planner = Planner(model)
+    planner = Planner(outline_of(model, prediction_type))
     setting = setting_of(
         network=planner.network,
         resolution=resolution,

@@ -50,6 +50,7 @@ from .options import (
     Together,
     device_of,
     load_model,
+    outline_of,
     setting_of,
 )
 from .pictures import show_sizes, show_unread, write_crops
@@ -146,12 +147,10 @@ def train(
     from ..data.folders import check_outside, load_pictures
     from ..lock import holding
     from ..memory.planner import Planner
-    from ..models.base_model import outline
     from ..request import Request, check_heard
     from ..road import check_cut, personalize
 
-    told = prediction_type.value if prediction_type else None
-    planner = cache(partial(Planner, partial(outline, str(model), prediction_type=told)))
+    planner = cache(partial(Planner, outline_of(str(model), prediction_type)))
     side = planner().resolution if resolution is None else resolution
     setting = setting_of(
         network=planner().network,
