@@ -723,13 +723,18 @@ def test_what_ends_a_run_lets_it_save(shallow_folder: Path, photos: Path, tmp_pa
     """As schedulers, containers and closed terminals do."""
     arguments = ["train", shallow_folder, "--images", photos, "--subject", "dog", "--out", tmp_path / "out"]
     arguments += ["--samples", 2, "--rank", 2, "--steps", 100_000, "--save-every", 20, "--device", "cpu"]
-    command = [sys.executable, "-c", "from hollow_core.cli import main; main()", *map(str, arguments)]
+    heard = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # which nohup, and "&", would have ignored
+    heard += "signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command = [sys.executable, "-c", heard + "from hollow_core.cli import main; main()", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not list((tmp_path / "out").glob("lora-*.safetensors")):
             time.sleep(0.05)
         (tmp_path / "out" / "checkpoint.safetensors").unlink()
         process.send_signal(getattr(signal, name))
-        _, told = process.communicate()
+        try:
+            _, told = process.communicate(timeout=300)
+        finally:
+            process.kill()
     assert process.returncode == 130, told
     assert "Stopped. The same command goes on from here." in told
     steps = len(load_file(tmp_path / "out" / "checkpoint.safetensors")["losses"])
