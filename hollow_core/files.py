@@ -188,7 +188,7 @@ def _cut_short(path: Path, start: bytes) -> tuple[str, str] | None:
         return None
     whole = 8 + length
     if size >= whole:
-        with path.open("rb") as file, suppress(ValueError, TypeError, KeyError, RecursionError):
+        with path.open("rb") as file, suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
             file.seek(8)
             header = json.loads(file.read(length))
             whole += max((it["data_offsets"][1] for name, it in header.items() if name != "__metadata__"), default=0)

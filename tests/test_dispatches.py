@@ -123,7 +123,8 @@ def test_precomputing_waits_for_nothing():
 
 @pytest.mark.parametrize("refresh", [1, 2])
 def test_a_sampler_step_on_two_paths_waits_no_more_than_on_one(refresh, tmp_path):
-    """And asks for six things at most beyond what the two paths through the U-Net do."""
+    """And asks for seven things at most beyond what the two paths through the U-Net do: one is a copy of the
+    activation, which others may write into."""
     shallow_pipeline("sd15").save_pretrained(tmp_path)
     recipe, steps = recipe_for(1, "sks", "dog", "epsilon"), 4
 
@@ -144,7 +145,7 @@ def test_a_sampler_step_on_two_paths_waits_no_more_than_on_one(refresh, tmp_path
     one, two = (longer.number - shorter.number for longer, shorter in zip(many, few, strict=True))
     whole, base, personal = passes(outline(str(tmp_path)))
     # in a dry run all time steps are the same one, and so due
-    assert two - one <= steps * (base + personal - whole + 6)
+    assert two - one <= steps * (base + personal - whole + 7)
 
 
 def passes(model: BaseModel) -> list[int]:

@@ -1,7 +1,9 @@
 """Whole pipelines of tiny random parts, and their weights as an original (LDM) checkpoint names them."""
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -91,6 +93,19 @@ def original_checkpoint(pipeline: Pipeline, layout: str) -> dict[str, torch.Tens
         second = {k.removeprefix("text_model."): v for k, v in pipeline.text_encoder_2.state_dict().items()}
         tensors |= {f"conditioner.embedders.1.model.{k}": v for k, v in _open_clip(second).items()}
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
+
+
+def write_holes(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A safetensors file of tensors of these shapes, fp16 or fp32, all zeros that take no room on the disk."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        kind = {torch.float16: "F16", torch.float32: "F32"}[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 def _vae_name(key: str, levels: int) -> str:

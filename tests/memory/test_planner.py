@@ -5,12 +5,12 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from tiny_pipelines import original_checkpoint, shallow_pipeline, tiny_pipeline
+from tiny_pipelines import original_checkpoint, shallow_pipeline, tiny_pipeline, write_holes
 from torch import nn
 
 from benchmarks.memory import INFERENCE, PUBLISHED, REACH, inference, reach, training
@@ -359,13 +359,13 @@ def test_an_outline_has_the_shapes_that_are_loaded(layout: str, tmp_path: Path) 
 
 
 def test_a_single_file_is_known_by_its_header(tmp_path: Path) -> None:
-    """Its tensors are too small for the model that its header names: nobody looks at them."""
-    path = tmp_path / "model.safetensors"
-    tensors = original_checkpoint(tiny_pipeline("sd21"), "sd21")
-    text = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-    save_file(tensors | {text: torch.zeros(1, 1024)}, path)
-    assert outline(str(path)).layout == "sd21"
-    assert outline(str(path)).unet.num_parameters() == outline("sd21").unet.num_parameters()
+    """Of true size, but for what takes room."""
+    path, public = tmp_path / "model.safetensors", outline("sd21", torch.float16)
+    pipeline: Any = SimpleNamespace(unet=public.unet, vae=public.vae, text_encoder=public.text_encoders[0])
+    write_holes(path, original_checkpoint(pipeline, "sd21"))
+    found = outline(str(path), torch.float16)
+    assert (found.layout, found.resolution) == ("sd21", public.resolution)
+    assert found.unet.num_parameters() == public.unet.num_parameters()
 
 
 def test_the_command_prints_json(

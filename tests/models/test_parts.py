@@ -1,6 +1,7 @@
 """Models that are not what loading would like: parts that lack something, and files that others wrote in their way."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_base_model import assert_is, refusal
-from tiny_pipelines import Pipeline, original_checkpoint, shallow_pipeline, tiny_pipeline
+from tiny_pipelines import Pipeline, original_checkpoint, shallow_pipeline, tiny_pipeline, write_holes
 from torch import Tensor
 
 from hollow_core.analysis.base_weights import base_weights
@@ -337,23 +338,16 @@ def test_a_u_net_of_other_layers(
 def test_pruned_models_are_named_by_loading_and_planning(tmp_path: Path, name: str, depth: int) -> None:
     """A file with SDXL's names and sizes but for what those lack, and holes for numbers."""
     model = outline("sdxl", torch.float16)
-    header, end = {}, 0
     unet = model.unet.state_dict()
     parts = {f"model.diffusion_model.{ldm}": unet[key] for key, ldm in ldm_names(model.unet.config, unet).items()}
     others = {"first_stage_model.a": torch.zeros(1), "conditioner.b": torch.zeros(1)}
-    for key, tensor in (parts | others).items():
+
+    def is_left(key: str) -> bool:
         deep = key.split("transformer_blocks.")[1:]
-        if "middle_block.1." in key or "middle_block.2." in key or (deep and int(deep[0].split(".")[0]) >= depth):
-            continue
-        size = tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [end, end + size]}
-        if key in others:
-            header[key]["dtype"] = "F32"
-        end += size
-    text = json.dumps(header).encode()
-    with (tmp_path / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+        return not (re.search(r"middle_block\.[12]\.", key) or (deep and int(deep[0].split(".")[0]) >= depth))
+
+    left = {key: tensor for key, tensor in parts.items() if is_left(key)}
+    write_holes(tmp_path / "model.safetensors", left | others)
     for said in (outline_refusal(tmp_path / "model.safetensors"), refusal(tmp_path / "model.safetensors")):
         assert f"is {name}, whose U-Net is that of SDXL with other layers: it lacks " in said
 

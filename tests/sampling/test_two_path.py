@@ -388,7 +388,7 @@ def test_what_writes_into_an_activation_meets_it_fresh_at_every_reuse(writer: Ca
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     plain = pipeline.unet(latents, 499, prompts).sample
     writer(pipeline)
-    assert (pipeline.unet(latents, 499, prompts).sample - plain).abs().max() > 1e-2
+    assert (pipeline.unet(latents, 499, prompts).sample - plain).abs().max() > 1e-3
     draw(pipeline, num_inference_steps=1, guidance_scale=1.0)  # so that it knows there is no guidance
     pipeline.scheduler.timesteps = torch.tensor([500, 499])
     with two_path(pipeline, cut=3, generic=generic, refresh=2):
