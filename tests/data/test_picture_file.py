@@ -99,6 +99,7 @@ def test_a_picture_of_srgb_stays_bit_by_bit(tmp_path: Path) -> None:
         ("RGB", ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()),
         ("CMYK", rgb_profile(ADOBE_RGB)),
     ],
+    ids=["no profile", "cut off", "empty", "of grey", "of Lab", "of RGB in CMYK"],  # a made one holds the time
 )
 def test_a_profile_that_cannot_be_used_is_left_out(tmp_path: Path, mode: str, profile: bytes) -> None:
     Image.new("RGB", SIZE, GREEN).convert(mode).save(tmp_path / "a.jpg", icc_profile=profile, quality=100)
