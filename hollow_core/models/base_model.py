@@ -236,12 +236,11 @@ def load(
                 "--prediction-type out."
             )
         return load_transformer(path, dtype)
-    told = {"prediction_type": prediction_type} if prediction_type else {}
     if path.is_dir():
-        return _assembled(path, path, partial(load_part, path, dtype=dtype), told=told)
+        return _assembled(path, path, partial(load_part, path, dtype=dtype), told=prediction_type)
     config, schedule = recognise(path, config)
     part = partial(file_part, StoredWeights(path, dtype), config)
-    return _assembled(path, config, part, schedule, told)
+    return _assembled(path, config, part, schedule, prediction_type)
 
 
 def outline(model: str, dtype: torch.dtype = torch.float32, *, prediction_type: str | None = None) -> Model:
@@ -251,7 +250,6 @@ def outline(model: str, dtype: torch.dtype = torch.float32, *, prediction_type: 
     tokenizers and a file's header are read. `prediction_type` as for `load`. Raises HollowError as it does, but does
     not see whether a folder has its weights.
     """
-    told = {"prediction_type": prediction_type} if prediction_type else {}
     folder = layouts.FOLDER / model
     if model not in (*layouts.LAYOUTS, *layouts.TRANSFORMERS):
         folder = Path(model)
@@ -259,10 +257,10 @@ def outline(model: str, dtype: torch.dtype = torch.float32, *, prediction_type: 
         if not folder.is_dir():
             config, schedule = recognise(folder)
             part = partial(file_part, StoredWeights(folder, dtype, outlined=True), config)
-            return _assembled(folder, config, part, schedule, told)
+            return _assembled(folder, config, part, schedule, prediction_type)
     if family_at(folder) is not None:
         return outline_transformer(folder, dtype)
-    return _assembled(folder, folder, partial(outline_part, folder, dtype=dtype), told=told)
+    return _assembled(folder, folder, partial(outline_part, folder, dtype=dtype), told=prediction_type)
 
 
 def outlines(model: Model) -> Outlines:
@@ -298,8 +296,10 @@ def read_in_chunks(model: Model, number: int) -> None:
 
 def chunks_lacking(model: Model, text: str) -> int:
     """In how many chunks a prompt would be read whole that is not now; 0 where it is, and of a transformer."""
-    needed = len(in_chunks(text, model.tokenizers[0])) if isinstance(model, BaseModel) else 0
-    return needed if isinstance(model, BaseModel) and needed > model.prompt_chunks else 0
+    if not isinstance(model, BaseModel):
+        return 0
+    needed = len(in_chunks(text, model.tokenizers[0]))
+    return needed if needed > model.prompt_chunks else 0
 
 
 def in_chunks(text: str, tokenizer: CLIPTokenizer) -> list[str]:
@@ -461,13 +461,14 @@ def _assembled(
     folder: Path,
     part: Callable[[str, Any], Any],
     schedule: Mapping[str, Any] | None = None,
-    told: Mapping[str, Any] | None = None,
+    told: str | None = None,
 ) -> BaseModel:
     """Of what `part` gives for a name in the folder's pipeline and its class. `schedule` is what a single file, the
-    `model`, tells of its noise schedule, beside that folder's configs; what a person has `told` counts more."""
+    `model`, tells of its noise schedule, beside that folder's configs; the prediction type that a person has
+    `told` counts more."""
     encoders = _encoders_of(folder)
     _check_unet(folder, len(encoders))
-    scheduler = diffusion_scheduler(folder, {**(schedule or {}), **(told or {})}, model)
+    scheduler = diffusion_scheduler(folder, {**(schedule or {}), **({"prediction_type": told} if told else {})}, model)
     vae_kind = _one_of(folder, "vae", (AutoencoderKL, AutoencoderTiny), read_config(folder, "vae").get("_class_name"))
     unet, vae = part("unet", UNet2DConditionModel), part("vae", vae_kind)
     layers(unet.config)  # which refuses a pruned one by name, before anything is done with it
